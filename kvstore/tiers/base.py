@@ -1,0 +1,132 @@
+"""The contract of a tier below host memory: keep blocks, hand them back whole or not at all.
+
+A tier is one file and one row in the table of `kvstore.tiers`. Behaviour around a tier (metering, a circuit breaker) is
+added by wrapping it (`kvstore.tiers.wrappers`), not by flags inside it. `kvstore.testing.tier_suite` judges every tier.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from kvstore.types import BlockHeader, BlockId, Dropped, Exists, LoadOutcome, Scope, Stored, TierCode
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a tier holds, in bytes of its medium: headers, padding, index and temporary files included."""
+
+    capacity: int
+    used: int
+    blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that `check` found wrong, and whether it was mended."""
+
+    what: str
+    where: str
+    fixed: bool = False
+
+
+@dataclass(slots=True)
+class TierCounters:
+    """What happened in a tier since start. Plain integers, read by metrics and the status page."""
+
+    hits: int = 0
+    misses: int = 0
+    stored: int = 0
+    exists: int = 0
+    evicted: int = 0
+    corrupt: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    bytes_read: int = 0
+    bytes_written: int = 0
+    read_s: float = 0.0
+    write_s: float = 0.0
+
+    def drop(self, reason: str) -> None:
+        """Count a block that was not stored."""
+        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+
+
+class Tier(ABC):
+    """Where blocks are kept below host memory.
+
+    Rules for implementations
+    -------------------------
+    - `size` and `locate` MUST NOT do I/O; they MAY say a block is there that `get` then misses.
+    - `get` MUST verify identity, length and checksum of what it read, and MUST answer ``Miss(CORRUPT)`` on any doubt,
+      after it has put the damaged copy aside so that it is not found again.
+    - `put` MUST make the block visible at once or not at all, MUST NOT keep the caller's buffers after it returns,
+      and MUST keep within the byte budget at every instant, evicting as needed.
+    - `get` and `put` MUST survive cancellation at any await: nothing half-written stays visible, and no buffer of the
+      caller is touched after the call has ended.
+    - Expected outcomes are values. What is raised is a defect or `StorageError`.
+    """
+
+    name: str
+    code: TierCode
+    counters: TierCounters
+
+    async def start(self) -> None:
+        """Recover what is there. Raises `DirectoryUnusable` or `TierDown` where the tier cannot be used at all."""
+
+    @abstractmethod
+    def size(self, block: BlockId) -> int | None:
+        """Payload bytes of the block if it is here, else None. No I/O."""
+
+    def contains(self, scope: Scope, key: bytes) -> bool:
+        """Whether the block is here. No I/O."""
+        return self.size(BlockId(scope, key)) is not None
+
+    @abstractmethod
+    async def get(self, block: BlockId, into: Sequence[memoryview]) -> LoadOutcome:
+        """Read the block's payload into `into`, whose lengths sum to `size(block)`.
+
+        Each buffer starts page-aligned; those that are not the last are whole pages long, and the last may be written
+        up to the next multiple of 4096 bytes.
+        """
+
+    @abstractmethod
+    async def put(
+        self, block: BlockId, header: BlockHeader, payload: Sequence[memoryview], nbytes: int, *, durable: bool = False
+    ) -> Stored | Exists | Dropped:
+        """Store a block. `payload` is laid out as in `get`, and its lengths sum to `nbytes`.
+
+        With `durable` the call returns only after the block would survive a loss of power.
+        """
+
+    @abstractmethod
+    async def drop(self, block: BlockId) -> bool:
+        """Forget a block; whether it was there."""
+
+    @abstractmethod
+    async def clear(self, scope: Scope) -> int:
+        """Forget every block of a scope; how many there were."""
+
+    @abstractmethod
+    def touch(self, blocks: Iterable[BlockId]) -> None:
+        """Note that these blocks were used in a tier above, so that they are not evicted first. Unknown ones are fine."""
+
+    @abstractmethod
+    def pin(self, block: BlockId, until: float) -> bool:
+        """Keep a block from eviction until the monotonic time `until` (0 ends a pin); whether it is here."""
+
+    @abstractmethod
+    def usage(self) -> Usage:
+        """Bytes and blocks held."""
+
+    def scopes(self) -> dict[Scope, tuple[int, int]]:
+        """(blocks, bytes) of each scope held here."""
+        return {}
+
+    @abstractmethod
+    async def check(self, fix: bool = False) -> list[Finding]:
+        """Walk index and medium both ways and report, or with `fix` mend, every disagreement."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Finish what was accepted and let go of the medium. May be called twice."""

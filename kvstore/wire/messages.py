@@ -1,0 +1,430 @@
+"""Every message of the protocol, typed. `docs/protocol.md` is generated from this file.
+
+Request ``[0, id, method, params]``, reply ``[1, id, error, result]``, notice ``[2, method, params]``. Params and results are
+arrays in field order. Decoding refuses unknown methods, wrong types, missing and surplus fields. msgpack is decoded by
+msgspec straight into these types, so a hostile message is refused at its first wrong byte, before anything is built from
+it; extension types are refused everywhere.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta, Struct
+
+from kvstore.errors import InvalidParams, KVStoreError, ProtocolError, UnknownMethod
+from kvstore.types import DIGEST_BYTES, Namespace
+
+PROTOCOL_VERSION = 1
+"""Raised when a message changes its meaning; `hello` refuses a peer of another version."""
+
+MAX_KEYS = 16_384
+"""Keys in one request: 4 Mi tokens at 256 a block."""
+
+REQUEST, REPLY, NOTICE = 0, 1, 2
+
+Digest = Annotated[bytes, Meta(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
+Keys = Annotated[bytes, Meta(max_length=MAX_KEYS * DIGEST_BYTES)]
+"""Keys one after the other, 32 bytes each: one msgpack item however many there are."""
+Handle = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+Indexes = Annotated[list[Annotated[int, Meta(ge=0, le=MAX_KEYS)]], Meta(max_length=MAX_KEYS)]
+Seconds = Annotated[float, Meta(ge=0.0, le=86_400.0)]
+
+
+class Message(Struct, array_like=True, forbid_unknown_fields=True, frozen=True):
+    """Base of params and results."""
+
+
+# -- hello -------------------------------------------------------------------------------------------------------------
+
+
+class Hello(Message):
+    """First call on a connection, and later to introduce more namespaces."""
+
+    protocol: int
+    client: Annotated[str, Meta(max_length=200)]
+    namespaces: Annotated[list[Namespace], Meta(max_length=256)]
+    token: Annotated[str, Meta(max_length=1000)] = ""
+
+
+class HelloReply(Message):
+    """Who the daemon is. A changed `boot` means a restart: every slab and handle of before is gone."""
+
+    protocol: int
+    version: str
+    boot: bytes
+    session: bytes
+    domain: str
+    shared_memory: bool
+    max_block_bytes: int
+    max_keys: int
+
+
+# -- looking and reading ------------------------------------------------------------------------------------------------
+
+
+class Lookup(Message):
+    """Where blocks are. Free of side effects. With `prefix` the answer ends before the first absent block."""
+
+    ns: Digest
+    keys: Keys
+    prefix: bool = True
+
+
+class LookupReply(Message):
+    """One byte a key: `kvstore.types.TierCode`."""
+
+    tiers: bytes
+
+
+class Lease(Message):
+    """Ask for the right to read blocks for `ttl_s` seconds. Blocks in lower tiers are brought up."""
+
+    ns: Digest
+    keys: Keys
+    ttl_s: Seconds = 30.0
+    headers: bool = False
+
+
+class Grant(Message):
+    """A block that can be read now: `extents` are (slab, offset, nbytes); empty for a remote client."""
+
+    index: int
+    nbytes: int
+    tier: int
+    extents: list[tuple[int, int, int]]
+    header: bytes = b""
+
+
+class Refusal(Message):
+    """A block that can not be had, and why (`kvstore.types.MissReason`)."""
+
+    index: int
+    reason: str
+
+
+class LeaseReply(Message):
+    """`expires` is CLOCK_MONOTONIC of the host. Blocks of which nothing is said yet follow in `LeaseNotice`."""
+
+    lease: int
+    expires: float
+    granted: list[Grant]
+    refused: list[Refusal]
+    pending: int
+
+
+class LeaseNotice(Message):
+    """Blocks of a lease that were pending and no longer are."""
+
+    lease: int
+    granted: list[Grant]
+    refused: list[Refusal]
+
+
+class Release(Message):
+    """End leases. May be sent as a notice."""
+
+    leases: Annotated[list[Handle], Meta(max_length=MAX_KEYS)]
+
+
+class Prefetch(Message):
+    """Bring blocks up without lending them."""
+
+    ns: Digest
+    keys: Keys
+
+
+class CountReply(Message):
+    """How many blocks a verb applied to."""
+
+    count: int
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+class Offer(Message):
+    """A block to be stored: key, payload bytes, and the msgpack of its `kvstore.types.BlockHeader`."""
+
+    key: Digest
+    nbytes: Annotated[int, Meta(ge=0, le=1 << 32)]
+    header: Annotated[bytes, Meta(max_length=64 * 1024)] = b"\x80"
+
+
+class Reserve(Message):
+    """Ask for room. Waits up to `wait_s` for memory that is being written to a lower tier."""
+
+    ns: Digest
+    blocks: Annotated[list[Offer], Meta(max_length=MAX_KEYS)]
+    ttl_s: Seconds = 30.0
+    wait_s: Seconds = 0.0
+
+
+class Room(Message):
+    """Room for the offered block `index`; to be filled, then committed. Extents are empty for a remote client."""
+
+    index: int
+    extents: list[tuple[int, int, int]]
+
+
+class NoRoom(Message):
+    """The offered block `index` needs or gets no room: status ``exists`` or a `kvstore.types.DropReason`."""
+
+    index: int
+    status: str
+
+
+class ReserveReply(Message):
+    """`expires` is CLOCK_MONOTONIC of the host."""
+
+    reservation: int
+    expires: float
+    rooms: list[Room]
+    others: list[NoRoom]
+
+
+class Commit(Message):
+    """Make filled blocks visible. Those not named are given back. With `durable`, wait until they are on disk."""
+
+    reservation: Handle
+    indexes: Indexes
+    durable: bool = False
+
+
+class Outcome(Message):
+    """What became of block `index`: ``stored``, ``exists`` or a `kvstore.types.DropReason`."""
+
+    index: int
+    status: str
+
+
+class CommitReply(Message):
+    """One outcome for each index of the commit."""
+
+    outcomes: list[Outcome]
+
+
+class Abort(Message):
+    """Give all room of a reservation back."""
+
+    reservation: Handle
+
+
+class Empty(Message):
+    """Nothing to say."""
+
+
+# -- remote payloads ---------------------------------------------------------------------------------------------------
+
+
+class Fetch(Message):
+    """Remote client: send me the payload of a leased block, as the payload of the reply's frame."""
+
+    lease: Handle
+    index: Annotated[int, Meta(ge=0, le=MAX_KEYS)]
+
+
+class Fill(Message):
+    """Remote client: this frame's payload is the content of a reserved block."""
+
+    reservation: Handle
+    index: Annotated[int, Meta(ge=0, le=MAX_KEYS)]
+
+
+# -- keeping and forgetting --------------------------------------------------------------------------------------------
+
+
+class Pin(Message):
+    """Keep blocks from eviction for `ttl_s` seconds, wherever they are."""
+
+    ns: Digest
+    keys: Keys
+    ttl_s: Seconds = 3600.0
+
+
+class Unpin(Message):
+    """End pins early."""
+
+    ns: Digest
+    keys: Keys
+
+
+class Drop(Message):
+    """Forget blocks in every tier; without keys, the whole namespace."""
+
+    ns: Digest
+    keys: Keys | None
+
+
+class Stats(Message):
+    """Ask for a snapshot."""
+
+
+class StatsReply(Message):
+    """A snapshot as a tree of plain values; its keys are described in docs/metrics.md."""
+
+    snapshot: dict[str, Any]
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+METHODS: dict[str, tuple[type[Message], type[Message]]] = {
+    "hello": (Hello, HelloReply),
+    "lookup": (Lookup, LookupReply),
+    "lease": (Lease, LeaseReply),
+    "release": (Release, Empty),
+    "reserve": (Reserve, ReserveReply),
+    "commit": (Commit, CommitReply),
+    "abort": (Abort, Empty),
+    "fetch": (Fetch, Empty),
+    "fill": (Fill, Empty),
+    "prefetch": (Prefetch, CountReply),
+    "pin": (Pin, CountReply),
+    "unpin": (Unpin, CountReply),
+    "drop": (Drop, CountReply),
+    "stats": (Stats, StatsReply),
+}
+"""Params and result of each verb. What is not here cannot be called."""
+
+NOTICES: dict[str, type[Message]] = {"leased": LeaseNotice}
+"""What the daemon sends on its own."""
+
+
+class Request(Struct, array_like=True, forbid_unknown_fields=True, frozen=True):
+    """Envelope of a call."""
+
+    kind: int
+    id: Annotated[int, Meta(ge=0, le=(1 << 32) - 1)]
+    method: str
+    params: msgspec.Raw
+
+
+class Answer(Struct, array_like=True, forbid_unknown_fields=True, frozen=True):
+    """Envelope of a reply. `error` is (code, cause, remedy) or nil."""
+
+    kind: int
+    id: int
+    error: tuple[str, str, str] | None
+    result: msgspec.Raw
+
+
+class Notice(Struct, array_like=True, forbid_unknown_fields=True, frozen=True):
+    """Envelope of a notice."""
+
+    kind: int
+    method: str
+    params: msgspec.Raw
+
+
+_encoder = msgspec.msgpack.Encoder()
+_request = msgspec.msgpack.Decoder(Request)
+_answer = msgspec.msgpack.Decoder(Answer)
+_notice = msgspec.msgpack.Decoder(Notice)
+_params = {name: msgspec.msgpack.Decoder(types[0]) for name, types in METHODS.items()}
+_results = {name: msgspec.msgpack.Decoder(types[1]) for name, types in METHODS.items()}
+_notices = {name: msgspec.msgpack.Decoder(kind) for name, kind in NOTICES.items()}
+_NIL = msgspec.Raw(b"\xc0")
+
+
+def encode_request(call_id: int, method: str, params: Message) -> bytes:
+    """A call."""
+    return _encoder.encode((REQUEST, call_id, method, params))
+
+
+def encode_reply(call_id: int, result: Message) -> bytes:
+    """An answer."""
+    return _encoder.encode((REPLY, call_id, None, result))
+
+
+def encode_error(call_id: int, error: KVStoreError) -> bytes:
+    """An answer that carries an error."""
+    return _encoder.encode((REPLY, call_id, (error.code, error.cause, error.remedy), _NIL))
+
+
+def encode_notice(method: str, params: Message) -> bytes:
+    """A notice."""
+    return _encoder.encode((NOTICE, method, params))
+
+
+def decode_request(head: bytes) -> Request | Notice:
+    """Envelope of what a client sent.
+
+    Raises
+    ------
+    ProtocolError
+        If it is neither a call nor a notice.
+    """
+    # The second byte is the kind: 0x94 0x00 is a call, 0x93 0x02 a notice.
+    try:
+        if head[:2] == b"\x93\x02":
+            return _notice.decode(head)
+        request = _request.decode(head)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise ProtocolError(f"not a call or notice: {error}.") from None
+    if request.kind != REQUEST:
+        raise ProtocolError(f"message kind {request.kind} is not one a client may send.")
+    return request
+
+
+def decode_params(method: str, params: msgspec.Raw) -> Message:
+    """Parameters of a verb.
+
+    Raises
+    ------
+    UnknownMethod, InvalidParams
+    """
+    decoder = _params.get(method)
+    if decoder is None:
+        raise UnknownMethod(f"there is no verb {method[:40]!r}.")
+    try:
+        return decoder.decode(params)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise InvalidParams(f"{method}: {error}.") from None
+
+
+def decode_answer(head: bytes) -> Answer | Notice:
+    """Envelope of what the daemon sent.
+
+    Raises
+    ------
+    ProtocolError
+    """
+    try:
+        if head[:2] == b"\x93\x02":
+            return _notice.decode(head)
+        answer = _answer.decode(head)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise ProtocolError(f"not a reply or notice: {error}.") from None
+    if answer.kind != REPLY:
+        raise ProtocolError(f"message kind {answer.kind} is not one a daemon may send.")
+    return answer
+
+
+def decode_result(method: str, result: msgspec.Raw) -> Message:
+    """Result of a verb; raises `ProtocolError`."""
+    try:
+        return _results[method].decode(result)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise ProtocolError(f"{method}: the reply is not understood: {error}.") from None
+
+
+def decode_notice(notice: Notice) -> Message:
+    """Parameters of a daemon's notice; raises `ProtocolError`."""
+    try:
+        return _notices[notice.method].decode(notice.params)
+    except (KeyError, msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise ProtocolError(f"the notice {notice.method[:40]!r} is not understood: {error}.") from None
+
+
+def split_keys(keys: bytes) -> list[bytes]:
+    """Keys out of their concatenation.
+
+    Raises
+    ------
+    InvalidParams
+        If the length is not a multiple of a key's.
+    """
+    if len(keys) % DIGEST_BYTES:
+        raise InvalidParams(f"keys: {len(keys)} bytes are not a whole number of {DIGEST_BYTES}-byte keys.")
+    return [keys[i : i + DIGEST_BYTES] for i in range(0, len(keys), DIGEST_BYTES)]
