@@ -1,0 +1,210 @@
+"""Every setting: its group, type, default and rule. `kvstore.config` makes them out of file, environment and flags.
+
+A setting is one field of one of the groups below: its type, and a `Rule` that says how it is written, what it means and
+what it is when nobody says anything. Flags, environment names, `--help`, `kvstore config show` and docs/settings.md all
+come from these fields. ``host.bytes`` is ``[host] bytes`` in the file, ``KVSTORE_HOST_BYTES`` in the environment and
+``--host-bytes`` as a flag.
+"""
+
+# Annotations are read at run time, so they are not postponed here.
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_type_hints
+
+import msgspec
+
+from kvstore import machine
+from kvstore.rules import Secret, address, choice, duration, integer, path, secret, size, switch, uids
+
+Values = dict[str, Any]
+Env = Mapping[str, str]
+
+ENV_PREFIX = "KVSTORE_"
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """How one setting is written and what it means.
+
+    Attributes
+    ----------
+    doc : str
+        What it does, for `--help` and the docs.
+    default : str
+        Default as a user would write it; ``auto`` where it depends on the machine.
+    parse : callable
+        Value out of what was written; raises ValueError with the rule that is broken.
+    auto : callable, optional
+        Value of ``auto``, given the environment and the settings of the groups before it.
+    auto_doc : str
+        What ``auto`` means, in words.
+    alias : str
+        A second, shorter name: ``http`` is also ``--http`` and ``KVSTORE_HTTP``.
+    """
+
+    doc: str
+    default: str
+    parse: Callable[[object], Any]
+    auto: Callable[[Env, Values], Any] | None = None
+    auto_doc: str = ""
+    alias: str = ""
+
+
+class Listen(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the daemon listens, and to whom."""
+
+    socket: Annotated[
+        Path,
+        Rule(
+            "Unix socket of the daemon; its directory is made with mode 0700.",
+            "auto",
+            path(longest=107),
+            lambda env, _: machine.default_socket(env),
+            "$XDG_RUNTIME_DIR/kvstore/kvstore.sock, else the same in /run/user/<uid>, else ~/.kvstore/run/kvstore.sock",
+            alias="socket",
+        ),
+    ]
+    tcp: Annotated[str, Rule("Also listen on this host:port, for clients without shared memory.", "", address())]
+    token: Annotated[
+        Secret, Rule("Token that clients on TCP have to show, 16 characters or more.", "", secret(16), alias="token")
+    ]
+    token_file: Annotated[Path | None, Rule("File to read the token from.", "", path(optional=True))]
+    allow_uids: Annotated[
+        tuple[int, ...],
+        Rule(
+            "User ids that may connect to the socket, separated by commas.",
+            "auto",
+            uids,
+            lambda *_: (os.getuid(),),
+            "the user that runs the daemon",
+        ),
+    ]
+    max_connections: Annotated[int, Rule("Connections at one time.", "1024", integer(1, 65_536))]
+
+
+class Host(msgspec.Struct, frozen=True, kw_only=True):
+    """Host tier: blocks in shared memory."""
+
+    bytes: Annotated[
+        int,
+        Rule(
+            "Budget of the host tier.",
+            "auto",
+            size(1 << 20),
+            lambda *_: machine.auto_host_bytes(),
+            "25 % of the memory this process may use, between 256MiB and 64GiB",
+        ),
+    ]
+    slab_bytes: Annotated[
+        int, Rule("Size of one shared memory file; larger blocks span several.", "64MiB", size(1 << 20, 16 << 30))
+    ]
+    ahead_bytes: Annotated[int, Rule("Memory kept touched and ready ahead of need.", "256MiB", size(0))]
+    policy: Annotated[str, Rule("Eviction policy.", "lru", choice("kvstore.eviction:POLICIES"))]
+
+
+class Disk(msgspec.Struct, frozen=True, kw_only=True):
+    """Disk tier: blocks in files under one directory."""
+
+    path: Annotated[
+        Path,
+        Rule(
+            "Directory of the disk tier.",
+            "auto",
+            path(),
+            lambda env, _: machine.xdg_dir(env, "XDG_DATA_HOME", ".local/share") / "kvstore",
+            "$XDG_DATA_HOME/kvstore, else ~/.local/share/kvstore",
+        ),
+    ]
+    bytes: Annotated[
+        int,
+        Rule(
+            "Budget of the disk tier, index and temporary files included; 0 switches it off.",
+            "auto",
+            size(0),
+            lambda _, values: machine.auto_disk_bytes(values["disk.path"]),
+            "25 % of the free space there, at most 256GiB",
+        ),
+    ]
+    threads: Annotated[int, Rule("Threads for disk I/O.", "4", integer(1, 64))]
+    policy: Annotated[str, Rule("Eviction policy.", "lru", choice("kvstore.eviction:POLICIES"))]
+    deadline_s: Annotated[
+        float, Rule("Longest time one read or write may take before it counts as failed.", "10s", duration(0.01, 3600))
+    ]
+
+
+class Http(msgspec.Struct, frozen=True, kw_only=True):
+    """Status page, metrics and health."""
+
+    address: Annotated[
+        str,
+        Rule("host:port of status page and metrics, on loopback; empty switches them off.",
+             "127.0.0.1:7070", address(loopback_only=True), alias="http"),
+    ]  # fmt: skip
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """What one client may ask for."""
+
+    max_block_bytes: Annotated[int, Rule("Largest block.", "1GiB", size(4096, (1 << 32) - 1))]
+    lease_ttl_s: Annotated[float, Rule("Longest lease or reservation granted.", "30s", duration(0.1, 86_400))]
+
+
+class Log(msgspec.Struct, frozen=True, kw_only=True):
+    """The daemon's log, on stderr."""
+
+    level: Annotated[str, Rule("Least severe level shown.", "info", choice("debug", "info", "warning", "error"))]
+    json: Annotated[
+        bool,
+        Rule("Write one JSON object a line.", "auto", switch, lambda *_: not sys.stderr.isatty(),
+             "on when stderr is not a terminal"),
+    ]  # fmt: skip
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """Every setting of the daemon, each within its rule. Made by `load`."""
+
+    listen: Listen
+    host: Host
+    disk: Disk
+    http: Http
+    limits: Limits
+    log: Log
+    drain_s: Annotated[
+        float, Rule("Longest time a stopping daemon spends on writing to disk.", "10s", duration(0, 3600))
+    ]
+
+
+# -- names -------------------------------------------------------------------------------------------------------------
+
+
+def flag_names(key: str) -> tuple[str, ...]:
+    """Flags of a setting: ``--http-address`` and, where there is a short name, ``--http``."""
+    alias = RULES[key].alias
+    return ("--" + re.sub(r"[._]", "-", key), *([f"--{alias}"] if alias else []))
+
+
+def env_names(key: str) -> tuple[str, ...]:
+    """Environment names of a setting; the first one wins."""
+    alias = RULES[key].alias
+    return (ENV_PREFIX + key.replace(".", "_").upper(), *([ENV_PREFIX + alias.upper()] if alias else []))
+
+
+def _collect() -> tuple[dict[str, type[msgspec.Struct]], dict[str, Rule]]:
+    kinds: dict[str, type[msgspec.Struct]] = {}
+    found: dict[str, Rule] = {}
+    for name, kind in get_type_hints(Settings, include_extras=True).items():
+        if isinstance(kind, type):
+            kinds[name] = kind
+            for field, hint in get_type_hints(kind, include_extras=True).items():
+                found[f"{name}.{field}"] = get_args(hint)[1]
+        else:
+            found[name] = get_args(kind)[1]
+    return kinds, found
+
+
+GROUPS, RULES = _collect()
+"""Type of each group and rule of each setting, by dotted key, in the order above."""
