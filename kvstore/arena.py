@@ -5,42 +5,29 @@ mapping, and sealed against further seals so that a client cannot add one. It be
 life: its file descriptor is the capability, and whoever holds it can read and write everything in it. Slab ids are never
 reused in one life of the daemon, so an extent of a slab that is gone can be refused, not misread.
 
-Slabs are made ahead of need by a background thread that also touches their pages: the first touch of a page costs about
-nine times a warm copy. Free memory is kept as runs of pages, in bins by the power of two of their length, so finding room
+Slabs are made ahead of need and their pages touched in a background thread: the first touch of a page costs about nine
+times a warm copy. Free memory is kept as runs of pages, in bins by the power of two of their length, so finding room
 does not depend on how many blocks there are. A block that fits no single run is given several: an allocation fails only if
 there are fewer free pages than it needs.
 """
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import mmap
 import os
-import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from kvstore.errors import ConfigError, InternalError
+from kvstore.memory import populate
 from kvstore.types import Extent
 
 PAGE_BYTES = 16 * 1024
 """Unit of allocation. A multiple of 4096, so extents are aligned for direct I/O."""
 
-_MADV_POPULATE_WRITE = 23
 _MFD_HUGETLB = 0x0004
 _F_SEAL_SEAL, _F_SEAL_SHRINK, _F_SEAL_GROW = 0x1, 0x2, 0x4
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-def populate(mapping: mmap.mmap) -> bool:
-    """Touch every page of a mapping without holding the interpreter lock; whether the kernel could do it."""
-    anchor = ctypes.c_char.from_buffer(mapping)
-    try:
-        address, length = ctypes.c_void_p(ctypes.addressof(anchor)), ctypes.c_size_t(len(mapping))
-        return _libc.madvise(address, length, _MADV_POPULATE_WRITE) == 0
-    finally:
-        del anchor  # an exported pointer would keep the mapping from being closed
 
 
 class Slab:
@@ -147,7 +134,7 @@ class Arena:
     slab_bytes : int
         Size of a slab, rounded down to pages; also the most that one allocation may span without being split.
     ahead_bytes : int
-        How much untouched-by-blocks memory the background thread keeps ready.
+        How much free memory should be kept touched and ready; `on_low` is called when there is less.
     """
 
     def __init__(self, capacity: int, slab_bytes: int = 64 << 20, ahead_bytes: int = 256 << 20) -> None:
@@ -164,15 +151,16 @@ class Arena:
         self._dropping: dict[int, Slab] = {}
         self._next_id = 1
         self.huge = self._huge_pages_free() >= slab_bytes
-        self._grow_lock = threading.Lock()
+        self._making: set[int] = set()
         self._closed = False
+        self.on_low: Callable[[str], None] = lambda domain: None
 
     # -- what is there -------------------------------------------------------------------------------------------------
 
     @property
     def total(self) -> int:
-        """Bytes of all slabs that exist, dropped ones that clients still hold included."""
-        return (len(self._slabs) + len(self._dropping)) * self.slab_bytes
+        """Bytes of all slabs that exist: also those being made ready, and dropped ones that clients still hold."""
+        return (len(self._slabs) + len(self._making) + len(self._dropping)) * self.slab_bytes
 
     @property
     def dropping(self) -> int:
@@ -208,8 +196,11 @@ class Arena:
         if pages == 0:
             return ()
         state = self._domains.setdefault(domain, _Domain())
+        if self.wants_ahead(domain):
+            self.on_low(domain)
         run = state.find(pages)
-        while run is None and self._grow(domain):
+        # A block larger than a slab is split in any case: for it only the sum counts.
+        while run is None and (state.free < pages or pages * PAGE_BYTES <= self.slab_bytes) and self._grow(domain):
             run = state.find(pages)
         if run is not None:
             return (self._carve(state, run, pages, nbytes),)
@@ -249,7 +240,7 @@ class Arena:
 
     # -- slabs ---------------------------------------------------------------------------------------------------------
 
-    def _grow(self, domain: str, slab: Slab | None = None) -> bool:
+    def _grow(self, domain: str) -> bool:
         """Add a slab to a domain if the budget allows one, else one whose whole memory another domain does not use."""
         if self._closed:
             return False
@@ -257,20 +248,19 @@ class Arena:
             self._reclaim(domain)
             if self.total + self.slab_bytes > self.capacity:
                 return False
-        if slab is None:
-            slab = self.make_slab(domain)
-        state = self._domains.setdefault(domain, _Domain())
+        self._add(self._make_slab(domain))
+        return True
+
+    def _add(self, slab: Slab) -> None:
+        state = self._domains.setdefault(slab.domain, _Domain())
         self._slabs[slab.id] = state.slabs[slab.id] = slab
         self._holders[slab.id] = set()
         state.free += slab.pages
         state.add_run(slab.id, 0, slab.pages)
-        return True
 
-    def make_slab(self, domain: str) -> Slab:
-        """A new slab that is not part of the arena yet."""
-        with self._grow_lock:
-            slab_id = self._next_id
-            self._next_id += 1
+    def _make_slab(self, domain: str) -> Slab:
+        slab_id = self._next_id
+        self._next_id += 1
         if self.huge:
             try:
                 return Slab(slab_id, domain, self.slab_bytes, huge=True)
@@ -279,14 +269,25 @@ class Arena:
         return Slab(slab_id, domain, self.slab_bytes, huge=False)
 
     def wants_ahead(self, domain: str) -> bool:
-        """Whether the background thread should make another slab ready for this domain."""
+        """Whether another slab should be made ready for this domain."""
         state = self._domains.get(domain)
         free = state.free * PAGE_BYTES if state else 0
-        return not self._closed and free < self._ahead and self.total + self.slab_bytes <= self.capacity
+        ahead = free + len(self._making) * self.slab_bytes
+        return not self._closed and ahead < self._ahead and self.total + self.slab_bytes <= self.capacity
 
-    def adopt(self, slab: Slab) -> bool:
-        """Add a slab made ahead; whether there was still room for it in the budget."""
-        return self._grow(slab.domain, slab)
+    def begin_ahead(self, domain: str) -> Slab:
+        """A new slab within the budget, to be populated elsewhere and then given to `finish_ahead`."""
+        slab = self._make_slab(domain)
+        self._making.add(slab.id)
+        return slab
+
+    def finish_ahead(self, slab: Slab) -> None:
+        """Put a slab made ahead to use."""
+        self._making.discard(slab.id)
+        if self._closed:
+            slab.close()
+        else:
+            self._add(slab)
 
     def _reclaim(self, domain: str) -> None:
         """Give up one wholly free slab of another domain. It counts until the last client that holds it lets go."""

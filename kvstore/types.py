@@ -156,9 +156,12 @@ class Hit(NamedTuple):
 
 
 class Miss(NamedTuple):
-    """A block was not handed out, and why."""
+    """A block was not handed out, and why. Falsy, so that ``if block := kv.get(key)`` reads as it should."""
 
     reason: MissReason
+
+    def __bool__(self) -> bool:
+        return False
 
 
 class Stored(NamedTuple):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from kvstore.types import BlockHeader, BlockId, Dropped, Exists, LoadOutcome, Scope, Stored, TierCode
 
@@ -121,6 +122,17 @@ class Tier(ABC):
 
     def scopes(self) -> dict[Scope, tuple[int, int]]:
         """(blocks, bytes) of each scope held here."""
+        return {}
+
+    async def describe(self, scope: Scope, text: bytes) -> None:
+        """Keep a short text beside the blocks of a scope, if this tier can."""
+
+    def descriptions(self) -> dict[Scope, bytes]:
+        """The texts kept by `describe`."""
+        return {}
+
+    def describe_state(self) -> dict[str, Any]:
+        """What else an operator should know of this tier, as plain values."""
         return {}
 
     @abstractmethod

@@ -18,6 +18,12 @@ PREFIX = struct.Struct("<II")
 MAX_HEAD_BYTES = 4 << 20
 """Largest head. 16,384 keys and their answers fit several times."""
 
+FD_REQUEST = struct.Struct("<16sQ")
+"""On the descriptor socket: session token and slab id."""
+
+FD_REPLY = struct.Struct("<Q")
+"""On the descriptor socket: size of the slab, whose descriptor comes along; 0 for a refusal."""
+
 OnHead = Callable[[bytes, int], Sequence[memoryview]]
 """Called with (head, payload length); answers the places, of together that length, where the payload goes."""
 OnFrame = Callable[[], None]

@@ -105,10 +105,10 @@ class Refusal(Message):
 
 
 class LeaseReply(Message):
-    """`expires` is CLOCK_MONOTONIC of the host. Blocks of which nothing is said yet follow in `LeaseNotice`."""
+    """The right lasts `ttl_s` from when the request was sent. The `pending` blocks follow in `LeaseNotice`s."""
 
     lease: int
-    expires: float
+    ttl_s: float
     granted: list[Grant]
     refused: list[Refusal]
     pending: int
@@ -148,7 +148,7 @@ class Offer(Message):
     """A block to be stored: key, payload bytes, and the msgpack of its `kvstore.types.BlockHeader`."""
 
     key: Digest
-    nbytes: Annotated[int, Meta(ge=0, le=1 << 32)]
+    nbytes: Annotated[int, Meta(ge=1, le=1 << 32)]
     header: Annotated[bytes, Meta(max_length=64 * 1024)] = b"\x80"
 
 
@@ -176,10 +176,10 @@ class NoRoom(Message):
 
 
 class ReserveReply(Message):
-    """`expires` is CLOCK_MONOTONIC of the host."""
+    """The right lasts `ttl_s` from when the request was sent."""
 
     reservation: int
-    expires: float
+    ttl_s: float
     rooms: list[Room]
     others: list[NoRoom]
 

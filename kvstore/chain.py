@@ -1,0 +1,234 @@
+"""The tiers as one store: look down, bring up, write behind.
+
+Host memory is on top; below it are zero or more `Tier`s, nearest first. All methods run on the daemon's event loop, so the
+state of the chain changes only between awaits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+
+from kvstore.tiers.base import Tier
+from kvstore.tiers.host import HostBlock, HostTier, encode_header
+from kvstore.types import BlockId, Dropped, DropReason, Exists, Extent, Hit, Miss, MissReason, Scope, Stored, StoreOutcome, TierCode
+from kvstore.writebehind import WriteBehind
+
+log = logging.getLogger("kvstore.chain")
+
+Arrival = Callable[[HostBlock | Miss, TierCode], None]
+"""Told, on the event loop, that a promotion ended. It must acquire the block before it returns, or not at all."""
+
+
+class TierChain:
+    """Host memory over lower tiers.
+
+    Parameters
+    ----------
+    host : HostTier
+        The top.
+    below : list of Tier
+        Nearest first.
+    parallel : int
+        Promotions, and writes per tier, that run at once.
+    """
+
+    def __init__(self, host: HostTier, below: list[Tier], parallel: int = 8) -> None:
+        self.host = host
+        self.below = below
+        self.queues = [WriteBehind(host, tier, parallel) for tier in below]
+        self._parallel = parallel
+        self._arrivals: dict[BlockId, list[Arrival]] = {}
+        self._waiting: deque[BlockId] = deque()
+        self._running = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._forgotten: set[BlockId] = set()
+
+    # -- looking -------------------------------------------------------------------------------------------------------
+
+    def locate(self, scope: Scope, keys: list[bytes], prefix: bool) -> bytes:
+        """Nearest tier of each block as `TierCode` bytes; with `prefix` only up to the first that is nowhere."""
+        out = bytearray()
+        in_host = self.host.blocks(scope)
+        for key in keys:
+            if key in in_host:
+                out.append(TierCode.HOST)
+                continue
+            tier = self.find_below(scope, key)
+            if tier is None and prefix:
+                break
+            out.append(TierCode.ABSENT if tier is None else tier.code)
+        return bytes(out)
+
+    def find_below(self, scope: Scope, key: bytes) -> Tier | None:
+        """The nearest lower tier that says it has the block."""
+        for tier in self.below:
+            if tier.contains(scope, key):
+                return tier
+        return None
+
+    def touch(self, blocks: list[HostBlock]) -> None:
+        """Note a use of blocks of one prompt, in every tier, so that a lower one does not evict what is hot above."""
+        self.host.touch(blocks)
+        for tier in self.below:
+            tier.touch([block.id for block in blocks])
+
+    # -- bringing up ---------------------------------------------------------------------------------------------------
+
+    def promote(self, block: BlockId, arrival: Arrival) -> None:
+        """Bring a block into host memory, once however many ask for it meanwhile, and tell each of them."""
+        if block in self._arrivals:
+            self._arrivals[block].append(arrival)
+            return
+        self._arrivals[block] = [arrival]
+        self._waiting.append(block)
+        if self._running < self._parallel:
+            self._running += 1
+            task = asyncio.get_running_loop().create_task(self._promote_until_empty())
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _promote_until_empty(self) -> None:
+        try:
+            while self._waiting:
+                block = self._waiting.popleft()
+                found: HostBlock | Miss = Miss(MissReason.LOST)
+                code = TierCode.ABSENT
+                try:
+                    found, code = await self._promote(block)
+                except Exception:
+                    log.exception("a promotion failed")
+                finally:
+                    self._forgotten.discard(block)
+                    for arrival in self._arrivals.pop(block):
+                        arrival(found, code)
+        finally:
+            self._running -= 1
+
+    async def _promote(self, block: BlockId) -> tuple[HostBlock | Miss, TierCode]:
+        miss = Miss(MissReason.ABSENT)
+        for tier in self.below:
+            nbytes = tier.size(block)
+            if nbytes is None:
+                continue
+            extents = self.host.allocate(block.scope.domain, nbytes)
+            if extents is None:
+                return Miss(MissReason.NO_SPACE), tier.code
+            kept = False
+            try:
+                outcome = await tier.get(block, self.host.arena.views(extents))
+                if isinstance(outcome, Hit):
+                    present = self.host.get(block)
+                    if present is not None:  # stored afresh meanwhile
+                        return present, TierCode.HOST
+                    if block in self._forgotten:
+                        return Miss(MissReason.ABSENT), tier.code
+                    header_bytes = encode_header(outcome.header)
+                    if not self.host.charge_header(len(header_bytes)):
+                        return Miss(MissReason.NO_SPACE), tier.code
+                    found = HostBlock(block, header_bytes, outcome.header, nbytes, extents)
+                    self.host.insert(found)
+                    self.host.counters.bytes_written += nbytes
+                    kept = True
+                    return found, tier.code
+                miss = outcome
+            finally:
+                if not kept:
+                    self.host.free(extents)
+        return miss, TierCode.ABSENT
+
+    # -- storing -------------------------------------------------------------------------------------------------------
+
+    async def make_room(self, domain: str, nbytes: int, header_bytes: int, deadline: float) -> tuple[Extent, ...] | None:
+        """Memory for a block as `HostTier.allocate`; until the monotonic `deadline`, wait for blocks to become clean."""
+        while True:
+            extents = self.host.allocate(domain, nbytes, header_bytes)
+            left = deadline - time.monotonic()
+            if extents is not None or left <= 0 or not self.dirty_blocks:
+                return extents
+            waits = [asyncio.ensure_future(q.progress(left)) for q in self.queues if q.blocks]
+            _, pending = await asyncio.wait(waits, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            for wait in pending:
+                wait.cancel()
+
+    @property
+    def dirty_blocks(self) -> int:
+        """Blocks that a lower tier has yet to be told of."""
+        return sum(queue.blocks for queue in self.queues)
+
+    def admit(self, block: HostBlock, durable: bool) -> list[asyncio.Future[StoreOutcome]]:
+        """Make a filled block visible and tell the lower tiers of it in the background."""
+        self.host.insert(block)
+        self.host.counters.stored += 1
+        self.host.counters.bytes_written += block.nbytes
+        return [queue.submit(block, durable) for queue in self.queues]
+
+    async def durable(self, writes: list[asyncio.Future[StoreOutcome]]) -> StoreOutcome:
+        """Whether a block admitted as durable became so in at least one tier."""
+        outcomes = await asyncio.gather(*writes)
+        if any(isinstance(outcome, Stored | Exists) for outcome in outcomes):
+            return Stored()
+        return Dropped(DropReason.NOT_DURABLE)
+
+    # -- keeping and forgetting ----------------------------------------------------------------------------------------
+
+    def pin(self, scope: Scope, keys: list[bytes], until: float) -> int:
+        """Pin blocks where they are; how many were found."""
+        count = 0
+        for key in keys:
+            block = BlockId(scope, key)
+            in_host = self.host.get(block)
+            if in_host is not None:
+                in_host.pin_until = until
+            below = [tier.pin(block, until) for tier in self.below]
+            count += in_host is not None or any(below)
+        return count
+
+    async def drop(self, scope: Scope, keys: list[bytes] | None) -> int:
+        """Forget blocks in every tier, also those on their way up or down; how many blocks there were."""
+        if keys is None:
+            return await self._drop_all(scope)
+        count = 0
+        for key in keys:
+            block = BlockId(scope, key)
+            count += await self._drop_one(block)
+        return count
+
+    async def _drop_one(self, block: BlockId) -> bool:
+        in_host = self.host.get(block)
+        if in_host is not None:
+            self.host.remove(in_host)
+        if block in self._arrivals:
+            self._forgotten.add(block)
+        found = in_host is not None
+        for tier in self.below:
+            found |= await tier.drop(block)
+        return found
+
+    async def _drop_all(self, scope: Scope) -> int:
+        keys = set(self.host.blocks(scope))
+        for block in [b for b in self._arrivals if b.scope == scope]:
+            self._forgotten.add(block)
+        count = len(keys)
+        for key in keys:
+            found = self.host.get(BlockId(scope, key))
+            if found is not None:
+                self.host.remove(found)
+        for tier in self.below:
+            count = max(count, await tier.clear(scope))
+        return count
+
+    # -- life ----------------------------------------------------------------------------------------------------------
+
+    async def drain(self, timeout_s: float) -> int:
+        """Write what is queued; how many blocks were left unwritten."""
+        return sum(await asyncio.gather(*(queue.drain(timeout_s) for queue in self.queues)))
+
+    async def close(self) -> None:
+        """Close the lower tiers, then let go of host memory."""
+        for tier in self.below:
+            await tier.close()
+        self.host.arena.close()

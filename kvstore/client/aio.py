@@ -1,0 +1,431 @@
+"""The asyncio face of the client. Operations run concurrently over one connection."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Sequence
+from typing import Any, TypeVar, cast
+
+from kvstore.client.blocks import Buffer, LeasedBlock, Loaded, Room, as_bytes
+from kvstore.client.core import Arrivals, Call, Calls, Core, Effect, Flow, Work, join_keys
+from kvstore.client.mailbox import Mailbox, Pending
+from kvstore.client.sync import Lease, parse_address
+from kvstore.errors import ConnectionLost, DeadlineExceeded, InvalidParams, KVStoreError, LeaseExpired
+from kvstore.keys import PrefixChain, TokenIds
+from kvstore.types import BlockHeader, Dropped, DropReason, Exists, LoadOutcome, Miss, Namespace, StoreOutcome, TierCode
+from kvstore.wire import frame
+from kvstore.wire import messages as m
+
+T = TypeVar("T")
+
+_INLINE_BYTES = 256 * 1024
+"""Copies up to this size run on the loop; a thread would cost more than the copy."""
+
+
+class AsyncReservation:
+    """The right to fill memory, as an async context manager that gives back what was not committed.
+
+    Attributes
+    ----------
+    blocks : list of Room, Exists or Dropped
+        One for each block that was offered.
+    """
+
+    def __init__(
+        self,
+        client: AsyncKVStoreClient,
+        reservation: int,
+        expires: float,
+        epoch: int,
+        blocks: list[Room | Exists | Dropped],
+    ) -> None:
+        self._client = client
+        self._expires = expires
+        self._epoch = epoch
+        self._open = any(isinstance(block, Room) for block in blocks)
+        self.id = reservation
+        self.blocks = blocks
+
+    def valid(self) -> bool:
+        """Whether it can still be committed."""
+        return self._open and self._client.still_valid(self._expires, self._epoch)
+
+    async def commit(self, indexes: Sequence[int] | None = None, *, durable: bool = False) -> list[StoreOutcome]:
+        """Make filled blocks visible and give the others back (see `Reservation.commit`)."""
+        chosen = [b.index for b in self.blocks if isinstance(b, Room)] if indexes is None else list(indexes)
+        done: dict[int, StoreOutcome] = {}
+        if self._open:
+            self._open = False
+            if not self._client.still_valid(self._expires, self._epoch):
+                raise LeaseExpired("the reservation has expired, or its connection is gone; nothing was stored.")
+            done = await self._client.drive(self._client.core.commit(self.id, chosen, durable), None)
+        dropped = Dropped(DropReason.ABORTED)
+        return [done.get(i, dropped) if isinstance(b, Room) else b for i, b in enumerate(self.blocks)]
+
+    def abort(self) -> None:
+        """Give all room back. May be called twice."""
+        if self._open:
+            self._open = False
+            if self._client.core.current(self._epoch):
+                self._client.core.tell("abort", m.Abort(self.id))
+
+    async def __aenter__(self) -> AsyncReservation:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self.abort()
+
+
+class _Wire(asyncio.BufferedProtocol):
+    """Feeds one connection's bytes into its mailbox."""
+
+    def __init__(self, client: AsyncKVStoreClient) -> None:
+        self._client = client
+        self.transport: asyncio.Transport | None = None
+        self.mailbox = Mailbox(self.tell)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self.mailbox.reader.buffer()
+
+    def buffer_updated(self, nbytes: int) -> None:
+        try:
+            self.mailbox.reader.advance(nbytes)
+        except KVStoreError as error:
+            self.mailbox.fail(error)
+            self.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.transport = None
+        self._client.lost(self)
+        self.mailbox.fail(ConnectionLost("the daemon closed the connection."))
+
+    def tell(self, method: str, params: m.Message) -> None:
+        if self.transport is not None:
+            self.transport.write(frame.pack(m.encode_notice(method, params)))
+
+    def send(self, call: Call) -> Pending:
+        if self.transport is None or self.transport.is_closing():
+            raise ConnectionLost("the connection to the daemon is gone.")
+        total = sum(len(part) for part in call.send)
+        pending, data = self.mailbox.call(call.method, call.params, total, call.into)
+        self.transport.write(data)
+        for part in call.send:
+            self.transport.write(part)
+        return pending
+
+    def close(self) -> None:
+        if self.transport is not None:
+            self.transport.close()
+
+
+class AsyncKVStoreClient:
+    """A connection to a kvstore daemon, for asyncio programs. Parameters and operations are those of `KVStoreClient`."""
+
+    def __init__(
+        self,
+        address: str | None = None,
+        *,
+        namespace: Namespace | None = None,
+        token: str | None = None,
+        timeout_s: float = 5.0,
+        name: str = "",
+    ) -> None:
+        self.address = parse_address(address)
+        self.timeout_s = timeout_s
+        self.core = Core(namespace, name, token or os.environ.get("KVSTORE_CLIENT_TOKEN", ""))
+        self.core.tell = self._tell
+        self._wire: _Wire | None = None
+        self._connecting = asyncio.Lock()
+
+    # -- operations ----------------------------------------------------------------------------------------------------
+
+    def keys(self, tokens: TokenIds) -> list[bytes]:
+        """See `KVStoreClient.keys`."""
+        _, namespace = self.core.scope(None)
+        chain = PrefixChain(namespace)
+        chain.extend(tokens)
+        return chain.keys
+
+    async def lookup(
+        self,
+        keys: Sequence[bytes],
+        *,
+        prefix: bool = True,
+        namespace: Namespace | None = None,
+        timeout_s: float | None = None,
+    ) -> list[TierCode]:
+        """See `KVStoreClient.lookup`."""
+        return await self.drive(self.core.lookup(keys, prefix, namespace), timeout_s)
+
+    async def lookup_many(
+        self,
+        queries: Sequence[tuple[Namespace, Sequence[bytes]]],
+        *,
+        prefix: bool = True,
+        timeout_s: float | None = None,
+    ) -> list[list[TierCode]]:
+        """See `KVStoreClient.lookup_many`."""
+        return await self.drive(self.core.lookup_many(queries, prefix), timeout_s)
+
+    async def lease(
+        self,
+        keys: Sequence[bytes],
+        *,
+        namespace: Namespace | None = None,
+        ttl_s: float = 30.0,
+        wait_s: float = 1.0,
+        headers: bool = False,
+    ) -> Lease:
+        """See `KVStoreClient.lease`. The lease is an ordinary context manager: giving it back waits for nothing."""
+        flow = self.core.lease(keys, namespace, ttl_s, wait_s, headers)
+        return Lease(self, *await self.drive(flow, self.timeout_s + wait_s))
+
+    async def read(self, lease: Lease, block: LeasedBlock, into: Buffer) -> None:
+        """See `KVStoreClient.read`."""
+        await self.drive(self.core.fetch(lease.id, block, as_bytes(into, writable=True)), None)
+
+    async def get(self, key: bytes, *, namespace: Namespace | None = None, wait_s: float = 1.0) -> Loaded | Miss:
+        """See `KVStoreClient.get`."""
+        return cast("Loaded | Miss", (await self._get([key], None, namespace, wait_s))[0])
+
+    async def get_many(
+        self, keys: Sequence[bytes], *, namespace: Namespace | None = None, wait_s: float = 1.0
+    ) -> list[Loaded | Miss]:
+        """See `KVStoreClient.get_many`."""
+        return cast("list[Loaded | Miss]", await self._get(keys, None, namespace, wait_s))
+
+    async def get_into(
+        self,
+        keys: Sequence[bytes],
+        buffers: Sequence[Buffer],
+        *,
+        namespace: Namespace | None = None,
+        wait_s: float = 1.0,
+    ) -> list[LoadOutcome]:
+        """See `KVStoreClient.get_into`."""
+        if len(keys) != len(buffers):
+            raise InvalidParams(f"buffers: {len(buffers)} for {len(keys)} keys.", "")
+        return cast("list[LoadOutcome]", await self._get(keys, buffers, namespace, wait_s))
+
+    async def _get(
+        self, keys: Sequence[bytes], into: Sequence[Buffer] | None, namespace: Namespace | None, wait_s: float
+    ) -> list[Any]:
+        flow = self.core.get(keys, into, namespace, wait_s, self.still_valid)
+        return await self.drive(flow, self.timeout_s + wait_s)
+
+    async def reserve(
+        self,
+        offers: Sequence[tuple[bytes, int, BlockHeader]],
+        *,
+        namespace: Namespace | None = None,
+        ttl_s: float = 30.0,
+        wait_s: float = 0.0,
+    ) -> AsyncReservation:
+        """See `KVStoreClient.reserve`."""
+        flow = self.core.reserve(offers, namespace, ttl_s, wait_s)
+        return AsyncReservation(self, *await self.drive(flow, self.timeout_s + wait_s))
+
+    async def put(
+        self,
+        key: bytes,
+        data: Buffer,
+        header: BlockHeader | None = None,
+        *,
+        namespace: Namespace | None = None,
+        wait_s: float = 1.0,
+        durable: bool = False,
+    ) -> StoreOutcome:
+        """See `KVStoreClient.put`."""
+        item = (key, data, header or BlockHeader())
+        return (await self.put_many([item], namespace=namespace, wait_s=wait_s, durable=durable))[0]
+
+    async def put_many(
+        self,
+        items: Sequence[tuple[bytes, Buffer, BlockHeader]],
+        *,
+        namespace: Namespace | None = None,
+        wait_s: float = 1.0,
+        durable: bool = False,
+    ) -> list[StoreOutcome]:
+        """See `KVStoreClient.put_many`."""
+        return await self.drive(self.core.put(items, namespace, wait_s, durable), self.timeout_s + wait_s)
+
+    async def prefetch(self, keys: Sequence[bytes], *, namespace: Namespace | None = None) -> int:
+        """See `KVStoreClient.prefetch`."""
+        joined = join_keys(keys)
+        return await self.drive(self.core.count(namespace, lambda ns: Call("prefetch", m.Prefetch(ns, joined))), None)
+
+    async def pin(self, keys: Sequence[bytes], *, namespace: Namespace | None = None, ttl_s: float = 3600.0) -> int:
+        """See `KVStoreClient.pin`."""
+        joined = join_keys(keys)
+        return await self.drive(self.core.count(namespace, lambda ns: Call("pin", m.Pin(ns, joined, ttl_s))), None)
+
+    async def unpin(self, keys: Sequence[bytes], *, namespace: Namespace | None = None) -> int:
+        """See `KVStoreClient.unpin`."""
+        joined = join_keys(keys)
+        return await self.drive(self.core.count(namespace, lambda ns: Call("unpin", m.Unpin(ns, joined))), None)
+
+    async def drop(self, keys: Sequence[bytes] | None = None, *, namespace: Namespace | None = None) -> int:
+        """See `KVStoreClient.drop`."""
+        joined = None if keys is None else join_keys(keys)
+        return await self.drive(self.core.count(namespace, lambda ns: Call("drop", m.Drop(ns, joined))), None)
+
+    async def stats(self) -> dict[str, Any]:
+        """See `KVStoreClient.stats`."""
+        return await self.drive(self.core.stats(), None)
+
+    # -- connection ----------------------------------------------------------------------------------------------------
+
+    async def connect(self) -> None:
+        """Connect now; raises `Unavailable` if the daemon does not answer."""
+        await self._ensure(time.monotonic() + self.timeout_s)
+
+    @property
+    def boot(self) -> bytes | None:
+        """Changes when the daemon was restarted; None while not connected."""
+        return None if self.core.link is None else self.core.link.boot
+
+    def still_valid(self, expires: float, epoch: int) -> bool:
+        """Whether a right of this connection and local expiry holds."""
+        return time.monotonic() < expires and self.core.current(epoch)
+
+    def end_lease(self, lease: int, epoch: int) -> None:
+        """Release a lease without waiting."""
+        if self._wire is not None:
+            self._wire.mailbox.forget(lease)
+        self.core.release(lease, epoch)
+
+    def lost(self, wire: _Wire) -> None:
+        """Note that a connection ended."""
+        if wire is self._wire:
+            self._wire = None
+            self.core.unlink()
+
+    async def close(self) -> None:
+        """End the connection, and with it all leases and reservations. May be called twice."""
+        if self._wire is not None:
+            self._wire.close()
+            await asyncio.sleep(0)
+
+    async def __aenter__(self) -> AsyncKVStoreClient:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+    # -- driving -------------------------------------------------------------------------------------------------------
+
+    async def drive(self, flow: Flow[T], timeout_s: float | None) -> T:
+        """Run an operation to its end, within a deadline."""
+        deadline = time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)
+        try:
+            await self._ensure(deadline)
+            return await self._run(flow, deadline)
+        finally:
+            flow.close()
+
+    async def _run(self, flow: Flow[T], deadline: float) -> T:
+        try:
+            effect = next(flow)
+            while True:
+                try:
+                    answer = await self._perform(effect, deadline)
+                except KVStoreError as error:
+                    effect = flow.throw(error)
+                else:
+                    effect = flow.send(answer)
+        except StopIteration as stop:
+            return stop.value
+
+    async def _perform(self, effect: Effect, deadline: float) -> Any:
+        if isinstance(effect, Work):
+            if 0 < effect.nbytes <= _INLINE_BYTES:
+                return effect.function()
+            # Shielded: the memory belongs to this operation until the copy has ended, even if it is cancelled.
+            work = asyncio.get_running_loop().run_in_executor(None, effect.function)
+            try:
+                return await asyncio.shield(work)
+            except asyncio.CancelledError:
+                await asyncio.wait([work])
+                raise
+        wire = self._wire
+        if wire is None:
+            raise ConnectionLost("the connection to the daemon is gone.")
+        if isinstance(effect, Call):
+            return await self._wait(wire, wire.send(effect), deadline)
+        if isinstance(effect, Calls):
+            pending = [wire.send(call) for call in effect.calls]
+            return [await self._wait(wire, one, deadline) for one in pending]
+        return await self._await_notice(wire, effect)
+
+    async def _wait(self, wire: _Wire, pending: Pending, deadline: float) -> m.Message:
+        if pending.result is None:
+            arrived = asyncio.get_running_loop().create_future()
+            pending.wake = lambda: None if arrived.done() else arrived.set_result(None)
+            try:
+                await asyncio.wait_for(arrived, max(0.0, deadline - time.monotonic()))
+            except (TimeoutError, asyncio.CancelledError) as error:
+                if pending.result is None and not wire.mailbox.abandon(pending):
+                    wire.close()
+                if isinstance(error, asyncio.CancelledError):
+                    raise
+        if pending.result is None:
+            raise DeadlineExceeded(f"the daemon did not answer {pending.method} in time.")
+        if isinstance(pending.result, KVStoreError):
+            raise pending.result
+        return pending.result
+
+    async def _await_notice(self, wire: _Wire, effect: Arrivals) -> m.LeaseNotice | None:
+        while True:
+            notice = wire.mailbox.notice(effect.lease)
+            if notice is not None:
+                return notice
+            if wire.transport is None:
+                raise ConnectionLost("the daemon closed the connection.")
+            arrived = asyncio.get_running_loop().create_future()
+            wire.mailbox.wake[effect.lease] = lambda f=arrived: None if f.done() else f.set_result(None)
+            try:
+                await asyncio.wait_for(arrived, max(0.0, effect.deadline - time.monotonic()))
+            except TimeoutError:
+                return None
+            finally:
+                wire.mailbox.wake.pop(effect.lease, None)
+
+    async def _ensure(self, deadline: float) -> None:
+        if self._wire is not None:
+            return
+        async with self._connecting:
+            if self._wire is not None:
+                return
+            wire = await self._open(max(0.001, deadline - time.monotonic()))
+            self._wire = wire
+            fd_path = f"{self.address}.fd" if isinstance(self.address, str) else None
+            try:
+                await self._run(self.core.hello(fd_path, self.timeout_s), deadline)
+            except BaseException:
+                wire.close()
+                self._wire = None
+                raise
+
+    async def _open(self, timeout_s: float) -> _Wire:
+        loop = asyncio.get_running_loop()
+        try:
+            if isinstance(self.address, str):
+                connecting = loop.create_unix_connection(lambda: _Wire(self), self.address)
+            else:
+                connecting = loop.create_connection(lambda: _Wire(self), *self.address)
+            _, wire = await asyncio.wait_for(connecting, timeout_s)
+            return wire
+        except TimeoutError:
+            raise DeadlineExceeded(f"no connection to the daemon at {self.address} in time.") from None
+        except OSError as error:
+            raise ConnectionLost(f"no daemon at {self.address} ({error.strerror or error}).") from None
+
+    def _tell(self, method: str, params: m.Message) -> None:
+        if self._wire is not None:
+            self._wire.tell(method, params)

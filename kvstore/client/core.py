@@ -1,0 +1,410 @@
+"""What both faces of the client share: every operation, written once.
+
+An operation is a generator. It yields what it needs of the outside (`Call`, `Calls`, `Arrivals`, `Work`) and is sent the
+answer; `kvstore.client.sync` and `kvstore.client.aio` drive it over a blocking socket and an event loop. So there is no
+second implementation to drift from the first.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar, cast
+
+import msgspec
+
+from kvstore import __version__
+from kvstore.client.blocks import Buffer, LeasedBlock, Loaded, Room, as_bytes, copy_parts
+from kvstore.client.slabs import SlabMap
+from kvstore.errors import InvalidParams, ProtocolError, UnknownNamespace
+from kvstore.keys import namespace_digest
+from kvstore.types import (
+    DIGEST_BYTES,
+    BlockHeader,
+    Dropped,
+    DropReason,
+    Exists,
+    Hit,
+    LoadOutcome,
+    Miss,
+    MissReason,
+    Namespace,
+    Stored,
+    StoreOutcome,
+    TierCode,
+)
+from kvstore.wire import messages as m
+
+T = TypeVar("T")
+_header = msgspec.msgpack.Decoder(BlockHeader)
+_tier = {code.value: code for code in TierCode}
+
+
+class Call(NamedTuple):
+    """Run a verb. `send` is the payload of the request, `into` the places for the payload of the reply."""
+
+    method: str
+    params: m.Message
+    send: Sequence[memoryview] = ()
+    into: Sequence[memoryview] = ()
+
+
+class Calls(NamedTuple):
+    """Run several verbs in one round trip; answered with the list of results."""
+
+    calls: list[Call]
+
+
+class Arrivals(NamedTuple):
+    """Wait for the next notice of a lease; answered with it, or None once the monotonic `deadline` has passed."""
+
+    lease: int
+    deadline: float
+
+
+class Work(NamedTuple):
+    """Run a function that copies `nbytes` of memory, or blocks otherwise (then 0)."""
+
+    function: Callable[[], Any]
+    nbytes: int
+
+
+Effect = Call | Calls | Arrivals | Work
+Flow = Generator[Effect, Any, T]
+
+
+@dataclass(slots=True)
+class Link:
+    """One established connection.
+
+    Attributes
+    ----------
+    epoch : int
+        Rises with every connection; leases and reservations of an earlier one are worthless.
+    slabs : SlabMap or None
+        Shared memory; None for a remote client.
+    """
+
+    epoch: int
+    boot: bytes
+    slabs: SlabMap | None
+    max_block_bytes: int
+    known: set[bytes]
+
+
+class Core:
+    """State and operations of a client.
+
+    Parameters
+    ----------
+    namespace : Namespace or None
+        Used where an operation names none.
+    name : str
+        How the daemon lists this client.
+    token : str
+        Secret for a daemon on another host.
+    """
+
+    def __init__(self, namespace: Namespace | None, name: str, token: str) -> None:
+        self.namespace = namespace
+        self.name = name or f"python/{__version__}"
+        self.token = token
+        self.link: Link | None = None
+        self._epoch = 0
+
+    # -- connection ----------------------------------------------------------------------------------------------------
+
+    def hello(self, fd_path: str | None, timeout_s: float) -> Flow[None]:
+        """Greet the daemon on a fresh connection."""
+        namespaces = [] if self.namespace is None else [self.namespace]
+        hello = m.Hello(m.PROTOCOL_VERSION, self.name, namespaces, self.token)
+        reply: m.HelloReply = yield Call("hello", hello)
+        slabs = None
+        if reply.shared_memory:
+            if fd_path is None:
+                raise ProtocolError("the daemon offers shared memory over TCP.")
+            slabs = SlabMap(fd_path, reply.session, timeout_s)
+        self._epoch += 1
+        known = {namespace_digest(n) for n in namespaces}
+        self.link = Link(self._epoch, reply.boot, slabs, reply.max_block_bytes, known)
+
+    def unlink(self) -> None:
+        """Forget a connection that ended."""
+        if self.link is not None and self.link.slabs is not None:
+            self.link.slabs.close()
+        self.link = None
+
+    def current(self, epoch: int) -> bool:
+        """Whether the connection of that epoch is still the one in use."""
+        return self.link is not None and self.link.epoch == epoch
+
+    def _need_link(self) -> Link:
+        if self.link is None:
+            raise ProtocolError("an operation was begun without a connection.")
+        return self.link
+
+    def scope(self, namespace: Namespace | None) -> tuple[bytes, Namespace]:
+        """Digest and fields of the namespace to use; raises `InvalidParams` if there is none."""
+        chosen = namespace or self.namespace
+        if chosen is None:
+            raise InvalidParams("namespace: none was given, neither here nor when the client was made.", "")
+        return namespace_digest(chosen), chosen
+
+    def in_namespace(self, namespace: Namespace | None, build: Callable[[bytes], Call]) -> Flow[Any]:
+        """Run a verb in a namespace, introducing it first if the daemon may not know it."""
+        digest, fields = self.scope(namespace)
+        link = self._need_link()
+        if digest not in link.known:
+            yield from self._introduce([fields])
+        try:
+            return (yield build(digest))
+        except UnknownNamespace:  # the daemon forgot an idle namespace
+            yield from self._introduce([fields])
+            return (yield build(digest))
+
+    def _introduce(self, namespaces: list[Namespace]) -> Flow[None]:
+        yield Call("hello", m.Hello(m.PROTOCOL_VERSION, self.name, namespaces, self.token))
+        known = self._need_link().known
+        if len(known) > 4096:
+            known.clear()
+        known |= {namespace_digest(n) for n in namespaces}
+
+    # -- looking -------------------------------------------------------------------------------------------------------
+
+    def lookup(self, keys: Sequence[bytes], prefix: bool, namespace: Namespace | None) -> Flow[list[TierCode]]:
+        """Where blocks are."""
+        joined = join_keys(keys)
+        reply: m.LookupReply = yield from self.in_namespace(
+            namespace, lambda ns: Call("lookup", m.Lookup(ns, joined, prefix))
+        )
+        return _codes(reply, len(keys))
+
+    def lookup_many(
+        self, queries: Sequence[tuple[Namespace, Sequence[bytes]]], prefix: bool
+    ) -> Flow[list[list[TierCode]]]:
+        """Several lookups in one round trip."""
+        link = self._need_link()
+        fresh = [ns for ns, _ in queries if namespace_digest(ns) not in link.known]
+        if fresh:
+            yield from self._introduce(fresh)
+        calls = [Call("lookup", m.Lookup(namespace_digest(ns), join_keys(keys), prefix)) for ns, keys in queries]
+        try:
+            replies = yield Calls(calls)
+        except UnknownNamespace:
+            yield from self._introduce([ns for ns, _ in queries])
+            replies = yield Calls(calls)
+        return [_codes(reply, len(keys)) for reply, (_, keys) in zip(replies, queries, strict=True)]
+
+    # -- reading -------------------------------------------------------------------------------------------------------
+
+    def lease(
+        self, keys: Sequence[bytes], namespace: Namespace | None, ttl_s: float, wait_s: float, headers: bool
+    ) -> Flow[tuple[int, float, int, list[LeasedBlock | Miss]]]:
+        """Lease blocks and wait for those on their way: (id, local expiry, epoch, blocks)."""
+        sent = time.monotonic()
+        joined = join_keys(keys)
+        reply: m.LeaseReply = yield from self.in_namespace(
+            namespace, lambda ns: Call("lease", m.Lease(ns, joined, ttl_s, headers))
+        )
+        link = self._need_link()
+        blocks: list[LeasedBlock | Miss] = [Miss(MissReason.DEADLINE)] * len(keys)
+        pending = reply.pending
+        yield from self._settle(link, reply.granted, reply.refused, blocks)
+        while pending:
+            notice: m.LeaseNotice | None = yield Arrivals(reply.lease, sent + wait_s)
+            if notice is None:
+                break
+            yield from self._settle(link, notice.granted, notice.refused, blocks)
+            pending -= len(notice.granted) + len(notice.refused)
+        return reply.lease, sent + reply.ttl_s, link.epoch, blocks
+
+    def _settle(
+        self, link: Link, granted: list[m.Grant], refused: list[m.Refusal], blocks: list[LeasedBlock | Miss]
+    ) -> Flow[None]:
+        yield from self._map(link, [extent for grant in granted for extent in grant.extents])
+        try:
+            for grant in granted:
+                parts = [] if link.slabs is None else link.slabs.parts(grant.extents)
+                if link.slabs is not None and sum(len(p) for p in parts) != grant.nbytes:
+                    raise ProtocolError("a grant's extents do not hold its bytes.")
+                header = _header.decode(grant.header) if grant.header else None
+                blocks[grant.index] = LeasedBlock(grant.index, grant.nbytes, _tier[grant.tier], parts, header)
+            for refusal in refused:
+                blocks[refusal.index] = Miss(MissReason(refusal.reason))
+        except (IndexError, KeyError, ValueError, msgspec.MsgspecError) as error:
+            raise ProtocolError(f"a grant is not understood: {error}.") from None
+
+    @staticmethod
+    def _map(link: Link, extents: list[tuple[int, int, int]]) -> Flow[None]:
+        """Map slabs that are seen for the first time."""
+        slabs = link.slabs
+        if slabs is not None and slabs.missing(extents):
+            yield Work(lambda: slabs.parts(extents), 0)
+
+    def fetch(self, lease: int, block: LeasedBlock, into: memoryview) -> Flow[None]:
+        """Copy a leased block into a buffer of its size."""
+        if block.parts:
+            yield Work(lambda: copy_parts(block.parts, into), block.nbytes)
+        else:
+            yield Call("fetch", m.Fetch(lease, block.index), into=[into])
+
+    def get(
+        self,
+        keys: Sequence[bytes],
+        into: Sequence[Buffer] | None,
+        namespace: Namespace | None,
+        wait_s: float,
+        valid: Callable[[float, int], bool],
+    ) -> Flow[list[Loaded | LoadOutcome]]:
+        """Read whole blocks, into the caller's buffers or new ones. `valid` judges after the copies (expiry, epoch)."""
+        lease, expires, epoch, blocks = yield from self.lease(keys, namespace, 30.0, wait_s, into is None)
+        try:
+            targets: list[memoryview | None] = []
+            for index, block in enumerate(blocks):
+                targets.append(None if isinstance(block, Miss) else _target(block, None if into is None else into[index]))
+            local = [(b.parts, t) for b, t in zip(blocks, targets, strict=True) if t is not None and cast(LeasedBlock, b).parts]
+            if local:
+                yield Work(lambda: [copy_parts(p, t) for p, t in local], sum(len(t) for _, t in local))
+            for block, target in zip(blocks, targets, strict=True):
+                if target is not None and isinstance(block, LeasedBlock) and not block.parts:
+                    yield Call("fetch", m.Fetch(lease, block.index), into=[target])
+            if not valid(expires, epoch):
+                return [Miss(MissReason.LOST)] * len(keys)
+            return [_outcome(b, t, into is None) for b, t in zip(blocks, targets, strict=True)]
+        finally:
+            self.release(lease, epoch)
+
+    def release(self, lease: int, epoch: int) -> None:
+        """End a lease without waiting for an answer; nothing to do if its connection is gone."""
+        if self.current(epoch):
+            self.tell("release", m.Release([lease]))
+
+    def tell(self, method: str, params: m.Message) -> None:
+        """Send a notice; set by the face that owns the connection."""
+        raise NotImplementedError
+
+    # -- writing -------------------------------------------------------------------------------------------------------
+
+    def reserve(
+        self,
+        offers: Sequence[tuple[bytes, int, BlockHeader]],
+        namespace: Namespace | None,
+        ttl_s: float,
+        wait_s: float,
+    ) -> Flow[tuple[int, float, int, list[Room | Exists | Dropped]]]:
+        """Ask for room: (id, local expiry, epoch, blocks)."""
+        sent = time.monotonic()
+        wire = [m.Offer(_key(key), nbytes, msgspec.msgpack.encode(header)) for key, nbytes, header in offers]
+        reply: m.ReserveReply = yield from self.in_namespace(
+            namespace, lambda ns: Call("reserve", m.Reserve(ns, wire, ttl_s, wait_s))
+        )
+        link = self._need_link()
+        yield from self._map(link, [extent for room in reply.rooms for extent in room.extents])
+        blocks: list[Room | Exists | Dropped] = [Dropped(DropReason.UNREACHABLE)] * len(offers)
+        try:
+            for room in reply.rooms:
+                parts = [] if link.slabs is None else link.slabs.parts(room.extents)
+                blocks[room.index] = Room(room.index, offers[room.index][1], parts)
+            for other in reply.others:
+                blocks[other.index] = cast(Any, _status(other.status))
+        except (IndexError, ValueError) as error:
+            raise ProtocolError(f"a reservation is not understood: {error}.") from None
+        return reply.reservation, sent + reply.ttl_s, link.epoch, blocks
+
+    def fill(self, reservation: int, room: Room, data: memoryview) -> Flow[None]:
+        """Copy a block's bytes into its room."""
+        if len(data) != room.nbytes:
+            raise InvalidParams(f"data: {len(data)} bytes were given for a block of {room.nbytes}.", "")
+        if room.parts:
+            yield Work(lambda: room.write(data), room.nbytes)
+        else:
+            yield Call("fill", m.Fill(reservation, room.index), send=[data])
+
+    def commit(self, reservation: int, indexes: Sequence[int], durable: bool) -> Flow[dict[int, StoreOutcome]]:
+        """Make filled blocks visible; what became of each."""
+        reply: m.CommitReply = yield Call("commit", m.Commit(reservation, list(indexes), durable))
+        return {outcome.index: _status(outcome.status) for outcome in reply.outcomes}
+
+    def put(
+        self,
+        items: Sequence[tuple[bytes, Buffer, BlockHeader]],
+        namespace: Namespace | None,
+        wait_s: float,
+        durable: bool,
+    ) -> Flow[list[StoreOutcome]]:
+        """Store whole blocks, as many at a time as there is room for."""
+        data = [as_bytes(buffer) for _, buffer, _ in items]
+        offers = [(key, len(view), header) for (key, _, header), view in zip(items, data, strict=True)]
+        reservation, _, _, blocks = yield from self.reserve(offers, namespace, 30.0, wait_s)
+        rooms = [(index, block) for index, block in enumerate(blocks) if isinstance(block, Room)]
+        local = [(room, data[index]) for index, room in rooms if room.parts]
+        if local:
+            yield Work(lambda: [room.write(view) for room, view in local], sum(room.nbytes for room, _ in local))
+        for index, room in rooms:
+            if not room.parts:
+                yield Call("fill", m.Fill(reservation, index), send=[data[index]])
+        done: dict[int, StoreOutcome] = {}
+        if rooms:
+            done = yield from self.commit(reservation, [index for index, _ in rooms], durable)
+        return [done.get(i, Dropped(DropReason.ABORTED)) if isinstance(b, Room) else b for i, b in enumerate(blocks)]
+
+    # -- keeping and forgetting ----------------------------------------------------------------------------------------
+
+    def count(self, namespace: Namespace | None, build: Callable[[bytes], Call]) -> Flow[int]:
+        """Run a verb that answers with a count."""
+        reply: m.CountReply = yield from self.in_namespace(namespace, build)
+        return reply.count
+
+    def stats(self) -> Flow[dict[str, Any]]:
+        """The daemon's snapshot."""
+        reply: m.StatsReply = yield Call("stats", m.Stats())
+        return reply.snapshot
+
+
+def join_keys(keys: Sequence[bytes]) -> bytes:
+    """Keys as they travel; raises `InvalidParams` if one is not a digest or there are too many."""
+    joined = b"".join(keys)
+    if len(joined) != DIGEST_BYTES * len(keys) or any(len(key) != DIGEST_BYTES for key in keys):
+        raise InvalidParams(f"keys: each must be {DIGEST_BYTES} bytes.", "")
+    if len(keys) > m.MAX_KEYS:
+        raise InvalidParams(f"keys: {len(keys)} are more than the {m.MAX_KEYS} of one request.", "")
+    return joined
+
+
+def _key(key: bytes) -> bytes:
+    join_keys([key])
+    return key
+
+
+def _codes(reply: m.LookupReply, asked: int) -> list[TierCode]:
+    if len(reply.tiers) > asked:
+        raise ProtocolError("a lookup was answered for more keys than it named.")
+    try:
+        return [_tier[code] for code in reply.tiers]
+    except KeyError as error:
+        raise ProtocolError(f"a lookup was answered with the unknown tier {error}.") from None
+
+
+def _status(status: str) -> StoreOutcome:
+    if status == "stored":
+        return Stored()
+    if status == "exists":
+        return Exists()
+    return Dropped(DropReason(status))
+
+
+def _target(block: LeasedBlock, into: Buffer | None) -> memoryview:
+    if into is None:
+        return memoryview(bytearray(block.nbytes))
+    view = as_bytes(into, writable=True)
+    if len(view) != block.nbytes:
+        raise InvalidParams(f"into: a buffer of {len(view)} bytes was given for a block of {block.nbytes}.", "")
+    return view
+
+
+def _outcome(block: LeasedBlock | Miss, target: memoryview | None, keep: bool) -> Loaded | LoadOutcome:
+    if isinstance(block, Miss) or target is None:
+        return block if isinstance(block, Miss) else Miss(MissReason.LOST)
+    header = block.header or BlockHeader()
+    return Loaded(target.obj, header, block.tier) if keep else Hit(header, block.nbytes)  # type: ignore[arg-type]

@@ -1,0 +1,367 @@
+"""Wiring and life of the daemon: build the tiers, listen, say so, drain on a signal, leave nothing behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Awaitable
+from typing import TYPE_CHECKING, Any
+
+import uvloop
+
+from kvstore import __version__
+from kvstore.chain import TierChain
+from kvstore.config import Loaded, split_address
+from kvstore.errors import ConfigError, KVStoreError
+from kvstore.eviction import make_policy
+from kvstore.namespaces import describe_namespace, read_description
+from kvstore.obs.snapshot import snapshot
+from kvstore.service import Service
+from kvstore.sockets import SocketDir
+from kvstore.tiers.base import Tier
+from kvstore.tiers.host import HostTier
+from kvstore.types import Scope
+from kvstore.units import show_size
+from kvstore.wire.fds import FdServer
+from kvstore.wire.server import Listener, Traffic
+
+if TYPE_CHECKING:
+    from kvstore.http import HttpServer
+
+log = logging.getLogger("kvstore.daemon")
+
+_HOUSEKEEPING_S = 1.0
+_PR_SET_DUMPABLE = 4
+
+
+class Daemon:
+    """One running daemon.
+
+    Parameters
+    ----------
+    loaded : Loaded
+        Settings and their origins.
+    """
+
+    def __init__(self, loaded: Loaded) -> None:
+        self.loaded = loaded
+        self.settings = loaded.settings
+        self.started = time.monotonic()
+        self.ready = False
+        self.traffic = Traffic()
+        self._beat = time.monotonic()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._populating = False
+        self._stop = asyncio.Event()
+        self._servers: list[asyncio.Server] = []
+        self._listeners: list[Listener] = []
+        self._http: HttpServer | None = None
+        self._fds: FdServer | None = None
+
+    # -- start ---------------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Recover the tiers and listen.
+
+        Raises
+        ------
+        KVStoreError
+            If something the settings ask for cannot be had.
+        """
+        s = self.settings
+        self._sockets = SocketDir(s.listen.socket)
+        host = HostTier(s.host.bytes, make_policy(s.host.policy), s.host.slab_bytes, s.host.ahead_bytes)
+        host.arena.on_low = self._prepare_memory
+        self.chain = TierChain(host, self._lower_tiers(), parallel=2 * s.disk.threads)
+        for tier in self.chain.below:
+            await tier.start()
+        self.service = Service(
+            self.chain,
+            token=s.listen.token,
+            max_block_bytes=s.limits.max_block_bytes,
+            max_ttl_s=s.limits.lease_ttl_s,
+        )
+        self.service.snapshot = self.snapshot
+        self._restore_namespaces()
+        await self._listen()
+        await self._start_http()
+        self._prepare_memory(f"uid-{os.getuid()}")
+        self._spawn(self._housekeeping())
+        self.ready = True
+
+    def _lower_tiers(self) -> list[Tier]:
+        s = self.settings
+        if not s.disk.bytes:
+            return []
+        from kvstore.tiers.disk import DiskTier
+        from kvstore.tiers.wrappers import Breaker
+
+        disk = DiskTier(s.disk.path, s.disk.bytes, threads=s.disk.threads, policy=s.disk.policy)
+        return [Breaker(disk, deadline_s=s.disk.deadline_s)]
+
+    def _restore_namespaces(self) -> None:
+        """Know the names of what is on disk, and leave a description there of what is new."""
+        for tier in self.chain.below:
+            for scope, text in tier.descriptions().items():
+                namespace = read_description(text)
+                if namespace is not None:
+                    self.service.namespaces.introduce(scope.domain, namespace)
+        self.service.namespaces.on_new = self._describe
+
+    def _describe(self, scope: Scope) -> None:
+        text = describe_namespace(self.service.namespaces.find(scope.domain, scope.ns).fields)
+        for tier in self.chain.below:
+            self._spawn(tier.describe(scope, text))
+
+    async def _listen(self) -> None:
+        s = self.settings.listen
+        uids = set(s.allow_uids) | {os.getuid()}
+        mode = 0o600 if uids == {os.getuid()} else 0o666
+        loop = asyncio.get_running_loop()
+        listener = Listener(self.service, self.traffic, max_connections=s.max_connections, allow_uids=uids)
+        self._listeners.append(listener)
+        fd_socket = self._sockets.bind(".fd", mode)
+        self._fds = FdServer(
+            fd_socket, self.chain.host.arena, self.service.ledger.by_token.get, uids, s.max_connections
+        )
+        self._servers.append(await loop.create_unix_server(listener, sock=self._sockets.bind("", mode), backlog=1024))
+        if s.tcp:
+            await self._listen_tcp(s.tcp)
+
+    async def _listen_tcp(self, address: str) -> None:
+        s = self.settings
+        listener = Listener(
+            self.service,
+            self.traffic,
+            max_connections=s.listen.max_connections,
+            allow_uids=None,
+            max_payload=s.limits.max_block_bytes,
+        )
+        self._listeners.append(listener)
+        try:
+            host, port = split_address(address)
+            server = await asyncio.get_running_loop().create_server(listener, host, port)
+        except OSError as error:
+            raise ConfigError(f"listen.tcp: cannot listen on {address} ({error.strerror or error}).") from None
+        for sock in server.sockets:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._servers.append(server)
+
+    async def _start_http(self) -> None:
+        address = self.settings.http.address
+        if not address:
+            return
+        from kvstore.http import start_http
+
+        host, port = split_address(address)
+        try:
+            self._http = await start_http(self, host, port)
+        except ConfigError as error:
+            if self.loaded.origins["http.address"] != "default":
+                raise
+            # Nobody asked for this very port, so another will do; the banner says which.
+            log.warning("%s Using a free port.", error.cause)
+            self._http = await start_http(self, host, 0)
+
+    # -- work ----------------------------------------------------------------------------------------------------------
+
+    def _spawn(self, work: Awaitable[Any]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _prepare_memory(self, domain: str) -> None:
+        if not self._populating:
+            self._populating = True
+            self._spawn(self._populate(domain))
+
+    async def _populate(self, domain: str) -> None:
+        """Make slabs ready ahead of need; touching them happens in a thread."""
+        arena = self.chain.host.arena
+        try:
+            while arena.wants_ahead(domain):
+                slab = arena.begin_ahead(domain)
+                try:
+                    await asyncio.to_thread(slab.populate)
+                finally:
+                    arena.finish_ahead(slab)
+        finally:
+            self._populating = False
+
+    async def _housekeeping(self) -> None:
+        while True:
+            await asyncio.sleep(_HOUSEKEEPING_S)
+            self._beat = time.monotonic()
+            self.service.ledger.expire()
+
+    # -- what others ask of the daemon (kvstore.http.Source) -----------------------------------------------------------
+
+    def snapshot(self) -> dict[str, Any]:
+        """Everything there is to show."""
+        return snapshot(self.service, self.traffic, self.started, self.ready)
+
+    def readiness(self) -> tuple[bool, str]:
+        """Whether work can be done, and a sentence."""
+        if self.service.draining:
+            return False, "shutting down"
+        if not self.ready:
+            return False, "starting"
+        blocks = {tier.name: tier.usage().blocks for tier in self.chain.below}
+        return True, "ready" + "".join(f"; {name}: {count} blocks" for name, count in blocks.items())
+
+    def liveness(self) -> bool:
+        """Whether the loop is turning."""
+        return time.monotonic() - self._beat < 5 * _HOUSEKEEPING_S
+
+    def config_rows(self) -> list[tuple[str, str, str]]:
+        """Settings with their origin, secrets masked."""
+        return [(row.key, row.value, row.origin) for row in self.loaded.rows()]
+
+    # -- end -----------------------------------------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """Ask the daemon to end."""
+        self._stop.set()
+
+    async def wait(self) -> None:
+        """Return once somebody asked the daemon to end."""
+        await self._stop.wait()
+
+    async def close(self) -> int:
+        """Drain and let go of everything; how many blocks were not written to disk."""
+        self.ready = False
+        left = 0
+        if hasattr(self, "service"):
+            self.service.draining = True
+            left = await self.chain.drain(self.settings.drain_s)
+        for server in self._servers:
+            server.close()
+        for listener in self._listeners:
+            listener.close_all()
+        if self._fds is not None:
+            self._fds.close()
+        if self._http is not None:
+            await self._http.close()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if hasattr(self, "chain"):
+            await self.chain.close()
+        if hasattr(self, "_sockets"):
+            self._sockets.close()
+        return left
+
+    def banner(self) -> str:
+        """Where it listens and what it may use."""
+        s = self.settings
+        arena = self.chain.host.arena
+        pages = "huge pages" if arena.huge else "4 KiB pages"
+        lines = [
+            f"kvstore {__version__} is ready ({time.monotonic() - self.started:.2f} s)",
+            f"  socket   {s.listen.socket}",
+        ]
+        if s.listen.tcp:
+            lines.append(f"  tcp      {s.listen.tcp}  (with a token)")
+        lines.append(f"  memory   up to {show_size(s.host.bytes)} in shared memory ({pages})")
+        for tier in self.chain.below:
+            state, usage = tier.describe_state(), tier.usage()
+            how = "direct I/O" if state.get("direct_io", True) else f"buffered I/O: {state.get('direct_io_reason')}"
+            lines.append(
+                f"  {tier.name:<8} up to {show_size(usage.capacity)} in {state.get('path', '?')} ({how}), "
+                f"{usage.blocks} blocks found"
+            )
+        if not self.chain.below:
+            lines.append("  disk     off: what memory cannot hold is forgotten")
+        lines.append(f"  status   {self._http.url if self._http else 'off'}")
+        lines.append('  vLLM     --kv-transfer-config \'{"kv_connector":"KVStoreConnector","kv_role":"kv_both",')
+        lines.append('             "kv_load_failure_policy":"recompute"}\'')
+        lines.append("Ctrl-C to stop.")
+        return "\n".join(lines)
+
+
+async def _main(loaded: Loaded) -> int:
+    daemon = Daemon(loaded)
+    loop = asyncio.get_running_loop()
+    try:
+        await daemon.start()
+    except BaseException:
+        await daemon.close()
+        raise
+    signals = 0
+
+    def interrupted() -> None:
+        nonlocal signals
+        signals += 1
+        if signals > 1:
+            os._exit(130)  # asked twice: now, with whatever is left unwritten
+        daemon.stop()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, interrupted)
+    print(daemon.banner(), flush=True)
+    _notify_systemd("READY=1")
+    await daemon.wait()
+    _notify_systemd("STOPPING=1")
+    queued = daemon.chain.dirty_blocks
+    print(f"\nStopping: writing {queued} blocks to disk." if queued else "\nStopping.", flush=True)
+    left = await daemon.close()
+    print(f"{left} blocks were not written in time." if left else "Everything is on disk. Bye.", flush=True)
+    return 0
+
+
+def run(loaded: Loaded) -> int:
+    """Run a daemon until it is told to end; its exit status."""
+    _set_up_logging(loaded)
+    # What is in memory are people's prompts: no core dumps of them.
+    ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+    with contextlib.suppress(KeyboardInterrupt):
+        return uvloop.run(_main(loaded))
+    return 130
+
+
+class _JsonFormatter(logging.Formatter):
+    """One JSON object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        error = record.exc_info[1] if record.exc_info else None
+        entry = {
+            "time": self.formatTime(record),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if isinstance(error, KVStoreError):
+            entry["code"] = error.code
+        if record.exc_info:
+            entry["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(entry)
+
+
+def _set_up_logging(loaded: Loaded) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    plain = logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+    handler.setFormatter(_JsonFormatter() if loaded.settings.log.json else plain)
+    root = logging.getLogger("kvstore")
+    root.handlers[:] = [handler]
+    root.setLevel(loaded.settings.log.level.upper())
+    root.propagate = False
+
+
+def _notify_systemd(state: str) -> None:
+    """Tell a supervisor of type ``notify`` what we are doing, if there is one."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+        sock.connect("\0" + address[1:] if address[0] == "@" else address)
+        sock.sendall(state.encode())
+
+

@@ -1,0 +1,104 @@
+"""One picture of the daemon as plain values: what `stats`, the CLI, the status page and the metrics all show."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from kvstore import __version__
+from kvstore.tiers.base import TierCounters
+from kvstore.types import Scope, TierCode
+
+if TYPE_CHECKING:
+    from kvstore.service import Service
+    from kvstore.tiers.base import Tier
+    from kvstore.wire.server import Traffic
+
+
+def snapshot(service: Service, traffic: Traffic, started: float, ready: bool) -> dict[str, Any]:
+    """The daemon now. Sizes in bytes, times in seconds, everything else counts since start unless it says otherwise."""
+    chain = service.chain
+    return {
+        "boot": service.boot.hex(),
+        "version": __version__,
+        "pid": os.getpid(),
+        "uptime_s": time.monotonic() - started,
+        "ready": ready,
+        "draining": service.draining,
+        "sessions": len(service.ledger.sessions),
+        "clients": sorted({s.name for s in service.ledger.sessions.values() if s.name})[:64],
+        "leases": len(service.ledger.leases),
+        "leases_expired": service.ledger.expired,
+        "reservations": len(service.ledger.reservations),
+        "tiers": {"host": _host(service), **{tier.name: lower_tier(tier) for tier in chain.below}},
+        "queue": {"blocks": chain.dirty_blocks, "bytes": sum(queue.bytes for queue in chain.queues)},
+        "namespaces": _namespaces(service),
+        "requests": {
+            verb: {"count": s.count, "errors": s.errors, "seconds": s.seconds} for verb, s in traffic.verbs.items()
+        },
+        "errors": dict(traffic.errors),
+        "refused_connections": traffic.refused_connections,
+        "asked_blocks": service.asked,
+        "hit_blocks": {TierCode(code).name.lower(): n for code, n in service.hit.items()},
+        "missed": dict(service.missed),
+        "not_stored": dict(service.refused),
+    }
+
+
+def _counters(counters: TierCounters) -> dict[str, Any]:
+    return {name: getattr(counters, name) for name in TierCounters.__slots__}
+
+
+def _host(service: Service) -> dict[str, Any]:
+    host = service.host
+    usage = host.usage()
+    return _counters(host.counters) | {
+        "capacity": usage.capacity,
+        "used": usage.used,
+        "blocks": usage.blocks,
+        "slabs": host.arena.total // host.arena.slab_bytes,
+        "dropping_bytes": host.arena.dropping,
+        "index_bytes": host.index_bytes,
+        "huge_pages": host.arena.huge,
+        **host.breakdown(),
+    }
+
+
+def lower_tier(tier: Tier) -> dict[str, Any]:
+    """A tier below the host: counters, usage, and what else it has to say of itself."""
+    usage = tier.usage()
+    return _counters(tier.counters) | {
+        "capacity": usage.capacity,
+        "used": usage.used,
+        "blocks": usage.blocks,
+        **tier.describe_state(),
+    }
+
+
+def _namespaces(service: Service) -> list[dict[str, Any]]:
+    held: dict[Scope, dict[str, tuple[int, int]]] = {}
+    for name, scopes in _by_tier(service):
+        for scope, counts in scopes.items():
+            held.setdefault(scope, {})[name] = counts
+    out: list[dict[str, Any]] = []
+    for record in service.namespaces:
+        tiers = held.pop(record.scope, {})
+        out.append(record.to_json() | _held(tiers))
+    for scope, tiers in held.items():  # on disk since before this start, and not introduced again yet
+        out.append({"digest": scope.ns.hex(), "domain": scope.domain} | _held(tiers))
+    return sorted(out, key=lambda ns: -sum(ns["bytes"].values()))[:256]
+
+
+def _by_tier(service: Service) -> Iterable[tuple[str, dict[Scope, tuple[int, int]]]]:
+    yield "host", service.host.scopes()
+    for tier in service.chain.below:
+        yield tier.name, tier.scopes()
+
+
+def _held(tiers: dict[str, tuple[int, int]]) -> dict[str, Any]:
+    return {
+        "blocks": {name: blocks for name, (blocks, _) in tiers.items()},
+        "bytes": {name: nbytes for name, (_, nbytes) in tiers.items()},
+    }

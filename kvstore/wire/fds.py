@@ -1,0 +1,106 @@
+"""Hand slab descriptors to clients.
+
+Event loops cannot receive or send descriptors, so this is a socket of its own beside the main one: the client sends its
+session token (16 bytes, from `hello`) and a slab id (u64 LE); the answer is the slab's size (u64 LE) with its descriptor
+attached, or size 0 and none if the slab is not of the session's trust domain. Needed once a slab and client.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from kvstore.wire.frame import FD_REPLY, FD_REQUEST
+from kvstore.wire.server import peer_uid
+
+if TYPE_CHECKING:
+    from kvstore.arena import Arena
+    from kvstore.leases import Session
+
+class FdServer:
+    """Serves descriptors on a listening Unix socket.
+
+    Parameters
+    ----------
+    sock : socket.socket
+        Bound, listening and non-blocking.
+    arena : Arena
+        Owner of the slabs.
+    find_session : callable
+        Session of a token, or None.
+    allow_uids : set of int
+        Who may connect.
+    max_connections : int
+        Further ones are closed at once.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        arena: Arena,
+        find_session: Callable[[bytes], Session | None],
+        allow_uids: set[int],
+        max_connections: int,
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._sock = sock
+        self._arena = arena
+        self._find_session = find_session
+        self._allow_uids = allow_uids
+        self._max = max_connections
+        self._peers: dict[socket.socket, bytearray] = {}
+        self._loop.add_reader(sock.fileno(), self._accept)
+
+    def _accept(self) -> None:
+        try:
+            peer, _ = self._sock.accept()
+        except OSError:  # the peer is gone already, or we are out of descriptors: it will ask again
+            return
+        if len(self._peers) >= self._max or peer_uid(peer) not in self._allow_uids:
+            peer.close()
+            return
+        peer.setblocking(False)
+        self._peers[peer] = bytearray()
+        self._loop.add_reader(peer.fileno(), self._read, peer)
+
+    def _read(self, peer: socket.socket) -> None:
+        received = self._peers[peer]
+        try:
+            data = peer.recv(FD_REQUEST.size - len(received))
+            if not data:
+                self._end(peer)
+                return
+            received += data
+            if len(received) == FD_REQUEST.size:
+                token, slab_id = FD_REQUEST.unpack(received)
+                received.clear()
+                self._answer(peer, token, slab_id)
+        except BlockingIOError:
+            return
+        except OSError:
+            self._end(peer)
+
+    def _answer(self, peer: socket.socket, token: bytes, slab_id: int) -> None:
+        session = self._find_session(token)
+        slab = self._arena.slab(slab_id)
+        if session is None or session.remote or slab is None or slab.domain != session.domain:
+            peer.send(FD_REPLY.pack(0))
+            return
+        socket.send_fds(peer, [FD_REPLY.pack(slab.nbytes)], [slab.fd])
+        self._arena.hold(slab_id, session.id)
+
+    def _end(self, peer: socket.socket) -> None:
+        self._loop.remove_reader(peer.fileno())
+        del self._peers[peer]
+        peer.close()
+
+    def close(self) -> None:
+        """Stop serving."""
+        with contextlib.suppress(ValueError, OSError):
+            self._loop.remove_reader(self._sock.fileno())
+        for peer in list(self._peers):
+            self._end(peer)
+        self._sock.close()

@@ -1,0 +1,117 @@
+"""Tell the lower tiers of new blocks, later and in the background.
+
+A block in this queue is still in host memory and still a hit; it is merely `dirty`, which keeps it from being evicted. The
+queue needs no bound of its own: what it holds is memory of the host tier, which is bounded. When that runs out of clean
+blocks a store waits for this queue if its caller allows, or is dropped, and says so. An engine never waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+
+from kvstore.tiers.base import Tier
+from kvstore.tiers.host import HostBlock, HostTier
+from kvstore.types import Dropped, DropReason, Exists, Stored, StoreOutcome
+
+log = logging.getLogger("kvstore.writebehind")
+
+
+class WriteBehind:
+    """Queue of one lower tier.
+
+    Parameters
+    ----------
+    host : HostTier
+        Owner of the blocks' memory.
+    tier : Tier
+        Where they go.
+    writers : int
+        Blocks written at once.
+    """
+
+    def __init__(self, host: HostTier, tier: Tier, writers: int) -> None:
+        self.tier = tier
+        self._host = host
+        self._queue: deque[tuple[HostBlock, bool, asyncio.Future[StoreOutcome]]] = deque()
+        self._busy = 0
+        self._writers = writers
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._waiters: list[asyncio.Future[None]] = []
+        self.bytes = 0
+
+    @property
+    def blocks(self) -> int:
+        """Blocks waiting or being written."""
+        return len(self._queue) + self._busy
+
+    def submit(self, block: HostBlock, durable: bool = False) -> asyncio.Future[StoreOutcome]:
+        """Queue a block; durable ones first. The future says what became of it, and is never cancelled from here."""
+        done: asyncio.Future[StoreOutcome] = asyncio.get_running_loop().create_future()
+        block.dirty += 1
+        self.bytes += block.nbytes
+        if durable:
+            self._queue.appendleft((block, True, done))
+        else:
+            self._queue.append((block, False, done))
+        if self._busy < self._writers:
+            self._busy += 1
+            task = asyncio.get_running_loop().create_task(self._write_until_empty())
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        return done
+
+    async def _write_until_empty(self) -> None:
+        try:
+            while self._queue:
+                block, durable, done = self._queue.popleft()
+                outcome = await self._write(block, durable)
+                self.bytes -= block.nbytes
+                self._host.clean(block)
+                if not done.done():
+                    done.set_result(outcome)
+                self._progress()
+        finally:
+            self._busy -= 1
+            self._progress()
+
+    async def _write(self, block: HostBlock, durable: bool) -> StoreOutcome:
+        if block.gone:  # dropped while it waited
+            return Dropped(DropReason.ABORTED)
+        try:
+            payload = self._host.arena.views(block.extents)
+            outcome = await self.tier.put(block.id, block.header, payload, block.nbytes, durable=durable)
+        except Exception:
+            log.exception("tier %s: a put raised", self.tier.name)
+            return Dropped(DropReason.IO_ERROR)
+        if block.gone and isinstance(outcome, Stored | Exists):
+            # Dropped while it was written: it must not come back.
+            await self.tier.drop(block.id)
+            return Dropped(DropReason.ABORTED)
+        return outcome
+
+    def _progress(self) -> None:
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    async def progress(self, timeout_s: float) -> bool:
+        """Wait until a block has been written; whether one was within the time. At once False if nothing is queued."""
+        if not self.blocks:
+            return False
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        try:
+            await asyncio.wait_for(waiter, timeout_s)
+        except TimeoutError:
+            return False
+        return True
+
+    async def drain(self, timeout_s: float) -> int:
+        """Wait until everything is written; how many blocks were not within the time."""
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        while self.blocks and (left := deadline - asyncio.get_running_loop().time()) > 0:
+            await self.progress(left)
+        return self.blocks
