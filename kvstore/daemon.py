@@ -29,7 +29,7 @@ from kvstore.sockets import SocketDir
 from kvstore.tiers.base import Tier
 from kvstore.tiers.host import HostTier
 from kvstore.types import Scope
-from kvstore.units import show_size
+from kvstore.rules import show_size
 from kvstore.wire.fds import FdServer
 from kvstore.wire.server import Listener, Traffic
 
@@ -313,7 +313,7 @@ async def _main(loaded: Loaded) -> int:
     queued = daemon.chain.dirty_blocks
     print(f"\nStopping: writing {queued} blocks to disk." if queued else "\nStopping.", flush=True)
     left = await daemon.close()
-    print(f"{left} blocks were not written in time." if left else "Everything is on disk. Bye.", flush=True)
+    print(f"{left} blocks were not written in time." if left else "Bye.", flush=True)
     return 0
 
 
