@@ -2,13 +2,13 @@
 
 A slab is one anonymous memory file, sealed against shrinking and growing so that no reader can be killed by a truncated
 mapping, and sealed against further seals so that a client cannot add one. It belongs to one trust domain for its whole
-life: its file descriptor is the capability, and whoever holds it can read and write everything in it. Slab ids are never
-reused in one life of the daemon, so an extent of a slab that is gone can be refused, not misread.
+life: its file descriptor is the capability, and whoever holds it can read and write everything in it. Slab ids are
+never reused in one life of the daemon, so an extent of a slab that is gone can be refused, not misread.
 
 Slabs are made ahead of need and their pages touched in a background thread: the first touch of a page costs about nine
 times a warm copy. Free memory is kept as runs of pages, in bins by the power of two of their length, so finding room
-does not depend on how many blocks there are. A block that fits no single run is given several: an allocation fails only if
-there are fewer free pages than it needs.
+does not depend on how many blocks there are. A block that fits no single run is given several: an allocation fails
+only if there are fewer free pages than it needs.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class _Domain:
         return length
 
     def find(self, pages: int) -> tuple[int, int] | None:
-        """A run of at least `pages`: first from bins where every run fits, then by looking through the one bin below."""
+        """A run of at least `pages`: from a bin where every run fits, else by looking through the bin below it."""
         exact = pages.bit_length() - 1
         first = exact if pages == 1 << exact else exact + 1
         for size in range(first, len(self.bins)):

@@ -1,7 +1,7 @@
 """The tiers as one store: look down, bring up, write behind.
 
-Host memory is on top; below it are zero or more `Tier`s, nearest first. All methods run on the daemon's event loop, so the
-state of the chain changes only between awaits.
+Host memory is on top; below it are zero or more `Tier`s, nearest first. All methods run on the daemon's event loop, so
+the state of the chain changes only between awaits.
 """
 
 from __future__ import annotations
@@ -14,7 +14,20 @@ from collections.abc import Callable
 
 from kvstore.tiers.base import Tier
 from kvstore.tiers.host import HostBlock, HostTier, encode_header
-from kvstore.types import BlockId, Dropped, DropReason, Exists, Extent, Hit, Miss, MissReason, Scope, Stored, StoreOutcome, TierCode
+from kvstore.types import (
+    BlockId,
+    Dropped,
+    DropReason,
+    Exists,
+    Extent,
+    Hit,
+    Miss,
+    MissReason,
+    Scope,
+    Stored,
+    StoreOutcome,
+    TierCode,
+)
 from kvstore.writebehind import WriteBehind
 
 log = logging.getLogger("kvstore.chain")
@@ -71,7 +84,7 @@ class TierChain:
         return None
 
     def touch(self, blocks: list[HostBlock]) -> None:
-        """Note a use of blocks of one prompt, in every tier, so that a lower one does not evict what is hot above."""
+        """Note a use of one prompt's blocks in every tier, so that a lower one does not evict what is hot above."""
         self.host.touch(blocks)
         for tier in self.below:
             tier.touch([block.id for block in blocks])
@@ -142,8 +155,10 @@ class TierChain:
 
     # -- storing -------------------------------------------------------------------------------------------------------
 
-    async def make_room(self, domain: str, nbytes: int, header_bytes: int, deadline: float) -> tuple[Extent, ...] | None:
-        """Memory for a block as `HostTier.allocate`; until the monotonic `deadline`, wait for blocks to become clean."""
+    async def make_room(
+        self, domain: str, nbytes: int, header_bytes: int, deadline: float
+    ) -> tuple[Extent, ...] | None:
+        """Memory as of `HostTier.allocate`; until the monotonic `deadline`, wait for blocks to become clean."""
         while True:
             extents = self.host.allocate(domain, nbytes, header_bytes)
             left = deadline - time.monotonic()

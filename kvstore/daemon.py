@@ -24,12 +24,12 @@ from kvstore.errors import ConfigError, KVStoreError
 from kvstore.eviction import make_policy
 from kvstore.namespaces import describe_namespace, read_description
 from kvstore.obs.snapshot import snapshot
+from kvstore.rules import show_size
 from kvstore.service import Service
 from kvstore.sockets import SocketDir
 from kvstore.tiers.base import Tier
 from kvstore.tiers.host import HostTier
 from kvstore.types import Scope
-from kvstore.rules import show_size
 from kvstore.wire.fds import FdServer
 from kvstore.wire.server import Listener, Traffic
 
@@ -363,5 +363,3 @@ def _notify_systemd(state: str) -> None:
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
         sock.connect("\0" + address[1:] if address[0] == "@" else address)
         sock.sendall(state.encode())
-
-

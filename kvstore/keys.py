@@ -10,6 +10,7 @@ import hashlib
 import struct
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,7 +59,7 @@ def as_token_array(tokens: TokenIds) -> NDArray[np.int32]:
         if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
             raise InvalidParams(f"tokens: expected a 1-d integer array, got {tokens.ndim}-d {tokens.dtype}.", "")
         if tokens.dtype == np.dtype("<i4"):
-            return np.ascontiguousarray(tokens)
+            return cast("NDArray[np.int32]", np.ascontiguousarray(tokens))
         wide = tokens
         if wide.size and (int(wide.min()) < 0 or int(wide.max()) > 0x7FFFFFFF):
             raise InvalidParams("tokens: an id does not fit into a non-negative int32.", "")
@@ -109,7 +110,7 @@ class PrefixChain:
         size = self.block_tokens
         full = len(new) // size
         step = size * 4
-        data = memoryview(new).cast("B")
+        data = memoryview(cast("bytes", new)).cast("B")
         sha256 = hashlib.sha256
         parent = self.keys[-1] if self.keys else self.root
         fresh: list[bytes] = []

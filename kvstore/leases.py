@@ -1,7 +1,7 @@
 """Who may read or fill which memory, until when: sessions, leases, reservations.
 
-A session is one connection. Leases and reservations belong to it and end with it. Each has an id, an owner and an expiry;
-nothing is counted anonymously, so nothing can be released twice or by somebody else.
+A session is one connection. Leases and reservations belong to it and end with it. Each has an id, an owner and an
+expiry; nothing is counted anonymously, so nothing can be released twice or by somebody else.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ def describe_namespace(namespace: Namespace) -> bytes:
 
 
 def read_description(text: bytes) -> Namespace | None:
-    """The namespace a description is of; None if it is not one. A description names blocks, it never identifies them."""
+    """The namespace a description is of, or None. A description names blocks, it never identifies them."""
     try:
         return msgspec.json.decode(text, type=Namespace)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):

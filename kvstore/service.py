@@ -1,7 +1,8 @@
 """The verbs: what a client may ask of the daemon, and nothing else.
 
-One instance serves all connections. A verb gets its session and its decoded, typed parameters and returns a typed result;
-those that wait return an awaitable. All state lives on the event loop, so a verb sees a consistent world between awaits.
+One instance serves all connections. A verb gets its session and its decoded, typed parameters and returns a typed
+result; those that wait return an awaitable. All state lives on the event loop, so a verb sees a consistent world
+between awaits.
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ class Service:
         Longest lease or reservation.
     """
 
-    def __init__(self, chain: TierChain, *, token: str = "", max_block_bytes: int = 1 << 30, max_ttl_s: float = 300) -> None:
+    def __init__(
+        self, chain: TierChain, *, token: str = "", max_block_bytes: int = 1 << 30, max_ttl_s: float = 300
+    ) -> None:
         self.chain = chain
         self.host = chain.host
         self.ledger = Ledger(chain.host)
@@ -361,7 +364,7 @@ class Service:
         """A snapshot; `kvstore.obs.snapshot` makes it."""
         return m.StatsReply(self.snapshot())
 
-    snapshot: Callable[[], dict[str, Any]] = staticmethod(lambda: {})
+    snapshot: Callable[[], dict[str, Any]] = staticmethod(dict)
     """Set by the daemon, which knows what else there is to tell."""
 
     # -- helpers -------------------------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """Tell the lower tiers of new blocks, later and in the background.
 
-A block in this queue is still in host memory and still a hit; it is merely `dirty`, which keeps it from being evicted. The
-queue needs no bound of its own: what it holds is memory of the host tier, which is bounded. When that runs out of clean
-blocks a store waits for this queue if its caller allows, or is dropped, and says so. An engine never waits.
+A block in this queue is still in host memory and still a hit; it is merely `dirty`, which keeps it from being
+evicted. The queue needs no bound of its own: what it holds is memory of the host tier, which is bounded. When that
+runs out of clean blocks a store waits for this queue if its caller allows, or is dropped, and says so. An engine
+never waits.
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ class _Wire(asyncio.BufferedProtocol):
 
 
 class AsyncKVStoreClient:
-    """A connection to a kvstore daemon, for asyncio programs. Parameters and operations are those of `KVStoreClient`."""
+    """A connection to a daemon, for asyncio programs. Parameters and operations are those of `KVStoreClient`."""
 
     def __init__(
         self,

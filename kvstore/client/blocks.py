@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -26,7 +26,7 @@ def as_bytes(buffer: Buffer, writable: bool = False) -> memoryview:
     if isinstance(buffer, np.ndarray) and buffer.flags.c_contiguous:
         buffer = buffer.reshape(-1).view(np.uint8)  # also dtypes that the buffer protocol does not know
     try:
-        view = memoryview(buffer).cast("B")
+        view = memoryview(cast("bytes", buffer)).cast("B")
     except (TypeError, ValueError) as error:
         raise InvalidParams(f"buffer: not contiguous memory ({error}).", "") from None
     if writable and view.readonly:

@@ -1,8 +1,8 @@
 """What both faces of the client share: every operation, written once.
 
-An operation is a generator. It yields what it needs of the outside (`Call`, `Calls`, `Arrivals`, `Work`) and is sent the
-answer; `kvstore.client.sync` and `kvstore.client.aio` drive it over a blocking socket and an event loop. So there is no
-second implementation to drift from the first.
+An operation is a generator. It yields what it needs of the outside (`Call`, `Calls`, `Arrivals`, `Work`) and is sent
+the answer; `kvstore.client.sync` and `kvstore.client.aio` drive it over a blocking socket and an event loop. So there
+is no second implementation to drift from the first.
 """
 
 from __future__ import annotations
@@ -262,8 +262,13 @@ class Core:
         try:
             targets: list[memoryview | None] = []
             for index, block in enumerate(blocks):
-                targets.append(None if isinstance(block, Miss) else _target(block, None if into is None else into[index]))
-            local = [(b.parts, t) for b, t in zip(blocks, targets, strict=True) if t is not None and cast(LeasedBlock, b).parts]
+                into_one = None if into is None else into[index]
+                targets.append(None if isinstance(block, Miss) else _target(block, into_one))
+            local = [
+                (block.parts, target)
+                for block, target in zip(blocks, targets, strict=True)
+                if target is not None and isinstance(block, LeasedBlock) and block.parts
+            ]
             if local:
                 yield Work(lambda: [copy_parts(p, t) for p, t in local], sum(len(t) for _, t in local))
             for block, target in zip(blocks, targets, strict=True):

@@ -72,7 +72,7 @@ class Tier(ABC):
     code: TierCode
     counters: TierCounters
 
-    async def start(self) -> None:
+    async def start(self) -> None:  # noqa: B027 - most have nothing to recover
         """Recover what is there. Raises `DirectoryUnusable` or `TierDown` where the tier cannot be used at all."""
 
     @abstractmethod
@@ -110,7 +110,7 @@ class Tier(ABC):
 
     @abstractmethod
     def touch(self, blocks: Iterable[BlockId]) -> None:
-        """Note that these blocks were used in a tier above, so that they are not evicted first. Unknown ones are fine."""
+        """Note that these blocks were used in a tier above, so that they do not leave first. Unknown ones are fine."""
 
     @abstractmethod
     def pin(self, block: BlockId, until: float) -> bool:
@@ -124,7 +124,7 @@ class Tier(ABC):
         """(blocks, bytes) of each scope held here."""
         return {}
 
-    async def describe(self, scope: Scope, text: bytes) -> None:
+    async def describe(self, scope: Scope, text: bytes) -> None:  # noqa: B027 - a kindness, not a duty
         """Keep a short text beside the blocks of a scope, if this tier can."""
 
     def descriptions(self) -> dict[Scope, bytes]:

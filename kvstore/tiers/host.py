@@ -1,7 +1,8 @@
-"""The host tier: blocks in the arena, lent in place. Always there, and the only tier a client reads and writes directly.
+"""The host tier: blocks in the arena, lent in place. Always there, and the only tier a client reads and writes
+directly.
 
-It is not a `Tier`: the tiers below keep copies of bytes, this one owns the memory that clients map. Allocation evicts on
-demand, least valuable first, and only what nobody reads, nobody pinned and no lower tier is still being told of.
+It is not a `Tier`: the tiers below keep copies of bytes, this one owns the memory that clients map. Allocation evicts
+on demand, least valuable first, and only what nobody reads, nobody pinned and no lower tier is still being told of.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ class HostBlock:
 
     __slots__ = ("dirty", "extents", "gone", "header", "header_bytes", "id", "nbytes", "pin_until", "refs")
 
-    def __init__(self, block: BlockId, header_bytes: bytes, header: BlockHeader, nbytes: int, extents: tuple[Extent, ...]):
+    def __init__(
+        self, block: BlockId, header_bytes: bytes, header: BlockHeader, nbytes: int, extents: tuple[Extent, ...]
+    ):
         self.id = block
         self.header = header
         self.header_bytes = header_bytes

@@ -1,8 +1,9 @@
 """Hand slab descriptors to clients.
 
 Event loops cannot receive or send descriptors, so this is a socket of its own beside the main one: the client sends its
-session token (16 bytes, from `hello`) and a slab id (u64 LE); the answer is the slab's size (u64 LE) with its descriptor
-attached, or size 0 and none if the slab is not of the session's trust domain. Needed once a slab and client.
+session token (16 bytes, from `hello`) and a slab id (u64 LE); the answer is the slab's size (u64 LE) with its
+descriptor attached, or size 0 and none if the slab is not of the session's trust domain. Needed once a slab and
+client.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from kvstore.wire.server import peer_uid
 if TYPE_CHECKING:
     from kvstore.arena import Arena
     from kvstore.leases import Session
+
 
 class FdServer:
     """Serves descriptors on a listening Unix socket.

@@ -2,9 +2,10 @@
 
     | head length: u32 LE | payload length: u32 LE | head: msgpack | payload: raw bytes |
 
-`FrameReader` is the only parser. It does no I/O: the owner asks it where the next bytes go (`buffer`), puts them there and
-says how many came (`advance`). Lengths are checked before anything is allocated. A payload is never buffered: when the
-head is complete, the owner is asked where the payload goes and it is received straight into that place.
+`FrameReader` is the only parser. It does no I/O: the owner asks it where the next bytes go (`buffer`), puts them
+there and says how many came (`advance`). Lengths are checked before anything is allocated. A payload is never
+buffered: when the head is complete, the owner is asked where the payload goes and it is received straight into that
+place.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ class FrameReader:
         Larger payloads raise `FrameTooLarge`; 0 on connections with shared memory.
     """
 
-    def __init__(self, on_head: OnHead, on_frame: OnFrame, max_head: int = MAX_HEAD_BYTES, max_payload: int = 0) -> None:
+    def __init__(
+        self, on_head: OnHead, on_frame: OnFrame, max_head: int = MAX_HEAD_BYTES, max_payload: int = 0
+    ) -> None:
         self._on_head = on_head
         self._on_frame = on_frame
         self.max_head = max_head

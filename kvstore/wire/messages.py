@@ -1,9 +1,9 @@
 """Every message of the protocol, typed. `docs/protocol.md` is generated from this file.
 
-Request ``[0, id, method, params]``, reply ``[1, id, error, result]``, notice ``[2, method, params]``. Params and results are
-arrays in field order. Decoding refuses unknown methods, wrong types, missing and surplus fields. msgpack is decoded by
-msgspec straight into these types, so a hostile message is refused at its first wrong byte, before anything is built from
-it; extension types are refused everywhere.
+Request ``[0, id, method, params]``, reply ``[1, id, error, result]``, notice ``[2, method, params]``. Params and
+results are arrays in field order. Decoding refuses unknown methods, wrong types, missing and surplus fields. msgpack
+is decoded by msgspec straight into these types, so a hostile message is refused at its first wrong byte, before
+anything is built from it; extension types are refused everywhere.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Indexes = Annotated[list[Annotated[int, Meta(ge=0, le=MAX_KEYS)]], Meta(max_leng
 Seconds = Annotated[float, Meta(ge=0.0, le=86_400.0)]
 
 
-class Message(Struct, array_like=True, forbid_unknown_fields=True, frozen=True):
+class Message(Struct, array_like=True, forbid_unknown_fields=True):
     """Base of params and results."""
 
 
@@ -61,7 +61,8 @@ class HelloReply(Message):
     max_keys: int
 
 
-# -- looking and reading ------------------------------------------------------------------------------------------------
+# -- looking and reading
+# ------------------------------------------------------------------------------------------------
 
 
 class Lookup(Message):

@@ -1,8 +1,8 @@
 """Connections: bytes to verbs and back.
 
-One `Connection` per client, on a Unix socket (shared memory, identified by its uid) or on TCP (token, payloads in frames).
-A peer that breaks the protocol loses its connection and nothing else happens. A peer that does not read its answers is not
-read from, so it cannot make the daemon hold more than a bounded amount for it.
+One `Connection` per client, on a Unix socket (shared memory, identified by its uid) or on TCP (token, payloads in
+frames). A peer that breaks the protocol loses its connection and nothing else happens. A peer that does not read its
+answers is not read from, so it cannot make the daemon hold more than a bounded amount for it.
 """
 
 from __future__ import annotations
