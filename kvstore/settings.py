@@ -193,6 +193,21 @@ def env_names(key: str) -> tuple[str, ...]:
     return (ENV_PREFIX + key.replace(".", "_").upper(), *([ENV_PREFIX + alias.upper()] if alias else []))
 
 
+def written_as(key: str) -> str:
+    """How a setting's value is written, in a word: ``SIZE``, ``DURATION``, ``PATH``, ``HOST:PORT``, ..."""
+    group, _, name = key.rpartition(".")
+    kind = get_type_hints(GROUPS[group] if group else Settings)[name]
+    if key.endswith("_s"):
+        return "DURATION"
+    if key.endswith("bytes"):
+        return "SIZE"
+    if kind in (Path, Path | None):
+        return "PATH"
+    if key in ("listen.tcp", "http.address"):
+        return "HOST:PORT"
+    return {bool: "true|false", int: "N", tuple[int, ...]: "UID,UID", Secret: "SECRET"}.get(kind, "WORD")
+
+
 def _collect() -> tuple[dict[str, type[msgspec.Struct]], dict[str, Rule]]:
     kinds: dict[str, type[msgspec.Struct]] = {}
     found: dict[str, Rule] = {}

@@ -1,0 +1,33 @@
+"""The table of commands."""
+
+from __future__ import annotations
+
+from cyclopts import App
+
+from kvstore import __version__
+from kvstore.cli.check import check
+from kvstore.cli.configuration import config_show
+from kvstore.cli.doctor import doctor
+from kvstore.cli.serve import serve
+from kvstore.cli.status import status, top
+from kvstore.cli.version import version
+
+app = App(
+    name="kvstore",
+    version=f"kvstore {__version__}",
+    help="Keep the attention keys and values that LLM engines computed, and hand them back at memory speed.",
+    help_epilogue="Exit codes: 0 done, 1 something is wrong, 2 command line or setting, 3 daemon not reachable.",
+    help_format="plaintext",
+)
+app["--version"].show = True
+
+config = App(name="config", help="What the settings are and where they come from.")
+config.command(config_show, name="show")
+
+app.command(serve)
+app.command(status)
+app.command(top)
+app.command(check)
+app.command(config)
+app.command(doctor)
+app.command(version)
