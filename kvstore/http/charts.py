@@ -1,0 +1,138 @@
+"""The curves of the dashboard: history in, SVG path data and one readout for each bar out.
+
+Bars instead of lines, because a line would draw a value where nothing was asked. A bar of the hit-rate chart is as high as
+the chart whenever something was asked: the coloured part was served, by tier, and the pale part was missed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from kvstore.http.numbers import NOTHING, bytes_per_second, compact, percent
+from kvstore.obs.history import History, Span
+
+BARS = 90
+BAR_S = 10.0
+WIDTH, HEIGHT = 900, 160
+"""Size of the drawing's coordinates; the page stretches it to its own width."""
+GAP = 1.5
+
+
+@dataclass(slots=True)
+class Chart:
+    """What the page needs to draw one chart.
+
+    Attributes
+    ----------
+    paths : dict
+        Path data by series.
+    readouts : list of str
+        One line for each bar, oldest first.
+    labels : dict
+        Text of the axes and the description for those who do not see it.
+    """
+
+    paths: dict[str, str] = field(default_factory=dict)
+    readouts: list[str] = field(default_factory=list)
+    labels: dict[str, str] = field(default_factory=dict)
+
+
+def hit_chart(history: History, tiers: list[str]) -> Chart:
+    """Share of the asked blocks that was served, stacked by tier."""
+    spans = history.buckets(BAR_S, BARS)
+    bars: dict[str, list[str]] = {name: [] for name in ("missed", *tiers)}
+    readouts = []
+    for i, span in enumerate(spans):
+        asked = span.grown.get("asked", 0.0) if span else 0.0
+        if span and asked > 0:
+            bars["missed"].append(_bar(i, 0, HEIGHT))
+            floor = HEIGHT * 1.0
+            for tier in tiers:
+                height = min(floor, HEIGHT * span.grown.get(f"hit.{tier}", 0.0) / asked)
+                floor -= height
+                bars[tier].append(_bar(i, floor, height))
+        readouts.append(f"{_ago(i)}: {_hits_of(span, tiers)}")
+    chart = Chart({name: "".join(parts) for name, parts in bars.items()}, readouts)
+    minute = history.last(60)
+    chart.labels["about"] = (
+        f"Hit rate by tier over the last {_minutes()} minutes. Last minute: {_hits_of(minute, tiers)}."
+    )
+    return chart
+
+
+def traffic_chart(history: History) -> Chart:
+    """Bytes a second read from host memory, upwards, and written to it, downwards."""
+    spans = history.buckets(BAR_S, BARS)
+    pairs = [(span.rate("read.host"), span.rate("written.host")) if span else (0.0, 0.0) for span in spans]
+    top = _nice(max((max(pair) for pair in pairs), default=0.0))
+    middle = HEIGHT / 2
+    out, into = [], []
+    for i, (read, written) in enumerate(pairs):
+        if read > 0:
+            out.append(_bar(i, middle - middle * read / top, middle * read / top))
+        if written > 0:
+            into.append(_bar(i, middle, middle * written / top))
+    readouts = [
+        f"{_ago(i)}: {bytes_per_second(read)} read, {bytes_per_second(written)} written"
+        if span
+        else f"{_ago(i)}: not running yet"
+        for i, (span, (read, written)) in enumerate(zip(spans, pairs, strict=True))
+    ]
+    chart = Chart({"out": "".join(out), "in": "".join(into)}, readouts)
+    busy = any(map(any, pairs))
+    chart.labels["top"] = bytes_per_second(top) if busy else NOTHING
+    chart.labels["low"] = chart.labels["top"]
+    chart.labels["about"] = f"Bytes a second over the last {_minutes()} minutes. " + (readouts[-1] if readouts else "")
+    return chart
+
+
+def by_minute(history: History, tiers: list[str]) -> list[list[str]]:
+    """The hit-rate chart as rows, newest minute first: when, asked, the share of each tier, missed."""
+    rows = []
+    for i, span in enumerate(reversed(history.buckets(60.0, round(BARS * BAR_S / 60)))):
+        if span is None or span.grown.get("asked", 0.0) <= 0:
+            continue
+        asked = span.grown["asked"]
+        hits = [span.grown.get(f"hit.{tier}", 0.0) for tier in tiers]
+        when = "this minute" if i == 0 else f"{i} min ago"
+        rows.append([when, compact(asked), *(percent(hit, asked) for hit in hits), percent(asked - sum(hits), asked)])
+    return rows
+
+
+def _hits_of(span: Span | None, tiers: list[str]) -> str:
+    if span is None:
+        return "not running yet"
+    asked = span.grown.get("asked", 0.0)
+    if asked <= 0:
+        return "nothing asked"
+    shares = [f"{tier} {percent(span.grown.get(f'hit.{tier}', 0.0), asked)}" for tier in tiers]
+    return f"{', '.join(shares)} of {compact(asked)} blocks"
+
+
+def _bar(index: int, top: float, height: float) -> str:
+    step = WIDTH / BARS
+    return f"M{index * step + GAP / 2:g} {top:.1f}h{step - GAP:g}v{height:.1f}h{GAP - step:g}z" if height > 0 else ""
+
+
+def _ago(index: int) -> str:
+    seconds = round((BARS - 1 - index) * BAR_S)
+    if seconds == 0:
+        return "now"
+    return f"{seconds} s ago" if seconds < 60 else f"{seconds // 60} min {seconds % 60:02d} s ago"
+
+
+def _minutes() -> int:
+    return round(BARS * BAR_S / 60)
+
+
+def _nice(value: float) -> float:
+    """The next 1, 2 or 5 times a power of ten KiB, so that the scale rarely jumps."""
+    step = 1024.0
+    while value > step:
+        for factor in (2, 5, 10):
+            if value <= step * factor:
+                return step * factor
+        step *= 10
+        if step % (1024**2 * 1000) == 0:
+            step = step * 1024 / 1000
+    return step

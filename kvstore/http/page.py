@@ -1,0 +1,182 @@
+"""The dashboard as HTML: `dashboard/index.html` with the values of a view in it.
+
+The template holds the words and the order of things; ``{{kind:id}}`` marks what changes. Everything that comes from the
+daemon goes through `html.escape`, here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from html import escape
+from importlib.resources import files
+
+from kvstore.http.charts import HEIGHT, WIDTH
+from kvstore.http.view import View
+
+_MARK = re.compile(r"\{\{(\w+)(?::(\w+))?\}\}")
+
+Setting = tuple[str, str, str]
+
+# Columns of a table: a title, and `#` before it where the cells are numbers. `{tiers}` stands for one column a tier.
+_TABLES: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "minutes": (
+        "Hit rate by minute",
+        "Nothing was asked in the last 15 minutes.",
+        ("When", "#Asked", "{tiers}", "#Missed"),
+    ),
+    "namespaces": (
+        "Namespaces, largest first",
+        "No engine has introduced itself yet.",
+        ("Model", "Kind", "Digest", "Domain", "Kept", "#Stored", "#Asked", "#Hit rate"),
+    ),
+    "verbs": ("Requests by verb, since start", "No request yet.", ("Verb", "#Count", "#Errors", "#Mean time")),
+    "errors": (
+        "Errors sent to clients",
+        "No error was sent to any client.",
+        ("Code", "Name", "#Count", "What to do"),
+    ),
+    "drops": (
+        "Blocks that were not stored",
+        "Every offered block was stored.",
+        ("Tier", "Reason", "#Blocks", "What it means"),
+    ),
+    "missed": (
+        "Blocks that were asked for and not handed out",
+        "No block was missed.",
+        ("Reason", "#Blocks", "What it means"),
+    ),
+    "breakers": (
+        "Health of the tiers",
+        "No tier below host memory.",
+        ("Tier", "Breaker", "#For", "#Failures", "#Quarantined", "Why"),
+    ),
+    "config": ("Settings", "No settings to show.", ("Setting", "Value", "From")),
+}
+_TIER_PARTS = (
+    ("used", "used"),
+    ("leased", "leased to readers"),
+    ("dirty", "not yet written below"),
+    ("pinned", "pinned"),
+    ("dropping", "waiting for clients to let go"),
+    ("free", "free"),
+)
+_CHARTS = {"hits": "hit", "traffic": "bytes"}
+_ASSETS = {"app.js": "text/javascript", "style.css": "text/css"}
+
+
+def load_assets() -> dict[str, tuple[bytes, str]]:
+    """Bytes and type of the files that the page needs, by name."""
+    folder = files("kvstore.http").joinpath("dashboard")
+    return {name: (folder.joinpath(name).read_bytes(), kind) for name, kind in _ASSETS.items()}
+
+
+def load_template() -> str:
+    """The page before anything is filled in."""
+    return files("kvstore.http").joinpath("dashboard", "index.html").read_text("utf-8")
+
+
+def render(template: str, view: View, tiers: list[str], settings: list[Setting]) -> str:
+    """The page, complete without JavaScript."""
+    view.rows["config"] = [list(setting) for setting in settings]
+    fill: dict[str, Callable[[str], str]] = {
+        "text": lambda name: _text(view, name),
+        "table": lambda name: _table(view, name, tiers),
+        "chart": lambda name: _chart(view, name, tiers if name == "hits" else ["out", "in"]),
+        "hidden": lambda name: "" if view.shown.get(name, True) else " hidden",
+        "tiers": lambda _: "".join(_tier(view, tier) for tier in tiers),
+        "legend": lambda _: "".join(_legend(tier, f"served from {tier}") for tier in tiers),
+        "boot": lambda _: escape(view.boot),
+    }
+    return _MARK.sub(lambda mark: fill[mark[1]](mark[2] or ""), template)
+
+
+def _text(view: View, name: str) -> str:
+    mood = view.mood.get(name)
+    shown = "" if view.shown.get(name, True) else " hidden"
+    moody = f' data-mood="{mood}"' if mood else ""
+    return f'<span id="{escape(name)}"{moody}{shown}>{escape(view.text.get(name, ""))}</span>'
+
+
+def _table(view: View, name: str, tiers: list[str]) -> str:
+    title, empty, columns = _TABLES[name]
+    heads = [part for column in columns for part in ([f"#{t}" for t in tiers] if column == "{tiers}" else [column])]
+    return _plain_table(name, title, empty, heads, view.rows.get(name, []))
+
+
+def _plain_table(name: str, title: str, empty: str, heads: list[str], rows: list[list[str]]) -> str:
+    kinds = ["num" if head.startswith("#") else "" for head in heads]
+    titles = [head.lstrip("#") for head in heads]
+    head = "".join(f'<th scope="col"{_class(k)}>{escape(t)}</th>' for k, t in zip(kinds, titles, strict=True))
+    body = "".join(_row(row, kinds, titles) for row in rows)
+    if not rows:
+        body = f'<tr class="none"><td colspan="{len(heads)}">{escape(empty)}</td></tr>'
+    return (
+        f'<table id="{escape(name)}" data-empty="{escape(empty)}"><caption>{escape(title)}</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    )
+
+
+def _row(row: list[str], kinds: list[str], titles: list[str]) -> str:
+    cells = zip(row, kinds, titles, strict=False)
+    return "<tr>" + "".join(f'<td{_class(k)} data-label="{escape(t)}">{escape(c)}</td>' for c, k, t in cells) + "</tr>"
+
+
+def _class(kind: str) -> str:
+    return f' class="{kind}"' if kind else ""
+
+
+def _chart(view: View, name: str, series: list[str]) -> str:
+    order = ["missed", *series] if name == "hits" else series
+    paths = "".join(
+        f'<path id="{escape(f"{name}_{each}")}" class="fill-{_colour(each)}" '
+        f'd="{escape(view.paths.get(f"{name}_{each}", ""))}"/>'
+        for each in order
+    )
+    lines = "".join(
+        f'<path class="grid" d="M0 {y}H{WIDTH}"/>'
+        for y in ((0.5, HEIGHT / 2, HEIGHT - 0.5) if name == "hits" else (HEIGHT / 2,))
+    )
+    about = escape(view.text.get(f"{name}_about", ""))
+    return (
+        f'<div class="plot" data-chart="{name}" tabindex="0" role="group" aria-describedby="{name}_about">'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" aria-hidden="true">{paths}{lines}'
+        f'<path class="cursor" d=""/></svg></div><span id="{name}_about" class="unseen">{about}</span>'
+    )
+
+
+def _legend(series: str, words: str) -> str:
+    return f'<li><i class="swatch swatch-{_colour(series)}"></i>{escape(words)}</li>'
+
+
+def _colour(series: str) -> str:
+    return series if series in ("gpu", "host", "disk", "redis", "missed", "out", "in") else "other"
+
+
+def _tier(view: View, tier: str) -> str:
+    bars = "".join(_bar(view, tier, name, words) for name, words in _TIER_PARTS)
+    events = _plain_table(
+        f"{tier}_events",
+        f"Blocks in {tier}, since start",
+        "Nothing yet.",
+        ["What", "#Blocks"],
+        view.rows[f"{tier}_events"],
+    )
+    return (
+        f'<article class="card tier"><h3><i class="swatch swatch-{_colour(tier)}"></i>{escape(tier)}</h3>'
+        f'<p class="about">{_text(view, f"{tier}_about")}</p><dl class="bars">{bars}</dl>'
+        f'<p class="about">Now: {_text(view, f"{tier}_rates")}</p>{events}</article>'
+    )
+
+
+def _bar(view: View, tier: str, name: str, words: str) -> str:
+    key = f"{tier}_{name}"
+    shown = "" if view.shown.get(f"{key}_row", True) else " hidden"
+    fill = "free" if name == "free" else _colour(tier)
+    return (
+        f'<div id="{escape(key)}_row" class="part part-{name}"{shown}><dt>{words}</dt>'
+        f'<dd class="track"><svg viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true">'
+        f'<rect class="rail" width="100" height="10"/>'
+        f'<rect id="{escape(key)}_bar" class="fill-{fill}" width="{view.bars[f"{key}_bar"]:g}" height="10"/></svg></dd>'
+        f'<dd class="num">{_text(view, key)}</dd><dd class="num share">{_text(view, f"{key}_share")}</dd></div>'
+    )
