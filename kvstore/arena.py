@@ -75,8 +75,8 @@ class Slab:
         """Let go of the daemon's mapping and descriptor. The memory returns when the last client has let go too."""
         if self.fd < 0:
             return
-        self.view.release()
         try:
+            self.view.release()
             self._map.close()
         except BufferError:  # an I/O thread still holds a part of it; the mapping goes with that reference
             pass

@@ -53,7 +53,7 @@ class Daemon:
 
     def __init__(self, loaded: Loaded) -> None:
         self.loaded = loaded
-        self.settings = loaded.settings
+        self._settings = loaded.settings
         self.started = time.monotonic()
         self.ready = False
         self.traffic = Traffic()
@@ -76,7 +76,7 @@ class Daemon:
         KVStoreError
             If something the settings ask for cannot be had.
         """
-        s = self.settings
+        s = self._settings
         self._sockets = SocketDir(s.listen.socket)
         host = HostTier(s.host.bytes, make_policy(s.host.policy), s.host.slab_bytes, s.host.ahead_bytes)
         host.arena.on_low = self._prepare_memory
@@ -85,7 +85,7 @@ class Daemon:
             await tier.start()
         self.service = Service(
             self.chain,
-            token=s.listen.token,
+            token=s.listen.token.reveal(),
             max_block_bytes=s.limits.max_block_bytes,
             max_ttl_s=s.limits.lease_ttl_s,
         )
@@ -98,7 +98,7 @@ class Daemon:
         self.ready = True
 
     def _lower_tiers(self) -> list[Tier]:
-        s = self.settings
+        s = self._settings
         if not s.disk.bytes:
             return []
         from kvstore.tiers.disk import DiskTier
@@ -122,7 +122,7 @@ class Daemon:
             self._spawn(tier.describe(scope, text))
 
     async def _listen(self) -> None:
-        s = self.settings.listen
+        s = self._settings.listen
         uids = set(s.allow_uids) | {os.getuid()}
         mode = 0o600 if uids == {os.getuid()} else 0o666
         loop = asyncio.get_running_loop()
@@ -137,7 +137,7 @@ class Daemon:
             await self._listen_tcp(s.tcp)
 
     async def _listen_tcp(self, address: str) -> None:
-        s = self.settings
+        s = self._settings
         listener = Listener(
             self.service,
             self.traffic,
@@ -156,7 +156,7 @@ class Daemon:
         self._servers.append(server)
 
     async def _start_http(self) -> None:
-        address = self.settings.http.address
+        address = self._settings.http.address
         if not address:
             return
         from kvstore.http import start_http
@@ -221,7 +221,7 @@ class Daemon:
         """Whether the loop is turning."""
         return time.monotonic() - self._beat < 5 * _HOUSEKEEPING_S
 
-    def config_rows(self) -> list[tuple[str, str, str]]:
+    def settings(self) -> list[tuple[str, str, str]]:
         """Settings with their origin, secrets masked."""
         return [(row.key, row.value, row.origin) for row in self.loaded.rows()]
 
@@ -241,7 +241,7 @@ class Daemon:
         left = 0
         if hasattr(self, "service"):
             self.service.draining = True
-            left = await self.chain.drain(self.settings.drain_s)
+            left = await self.chain.drain(self._settings.drain_s)
         for server in self._servers:
             server.close()
         for listener in self._listeners:
@@ -261,7 +261,7 @@ class Daemon:
 
     def banner(self) -> str:
         """Where it listens and what it may use."""
-        s = self.settings
+        s = self._settings
         arena = self.chain.host.arena
         pages = "huge pages" if arena.huge else "4 KiB pages"
         lines = [

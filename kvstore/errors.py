@@ -115,7 +115,7 @@ class AuthenticationFailed(AccessError):
     """No token, or a wrong one, on a connection that needs one."""
 
     code = "KV301"
-    default_remedy = "Pass the daemon's token (KVSTORE_TOKEN)."
+    default_remedy = "Pass the daemon's token (KVSTORE_CLIENT_TOKEN, or `token=`)."
     http_status = 401
 
 

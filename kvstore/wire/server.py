@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import os
 import socket
 import struct
 import time
@@ -131,7 +132,8 @@ class Connection(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         listener = self._listener
-        uid = 0 if listener.remote else peer_uid(transport.get_extra_info("socket"))
+        # A remote client shows the operator's token, so it belongs to the operator's trust domain.
+        uid = os.getuid() if listener.remote else peer_uid(transport.get_extra_info("socket"))
         if len(listener.connections) >= listener.max_connections or (
             listener.allow_uids is not None and uid not in listener.allow_uids
         ):
@@ -139,8 +141,7 @@ class Connection(asyncio.BufferedProtocol):
             self._transport.abort()
             return
         listener.connections.add(self)
-        domain = "remote" if listener.remote else f"uid-{uid}"
-        self._session = self._service.ledger.open(domain, listener.remote, self._notify)
+        self._session = self._service.ledger.open(f"uid-{uid}", listener.remote, self._notify)
         self._deadline = self._loop.call_later(HANDSHAKE_S, self._check_handshake)
 
     def _check_handshake(self) -> None:
