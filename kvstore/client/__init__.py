@@ -1,8 +1,9 @@
 """Talk to a kvstore daemon: blocking (`KVStoreClient`) or with asyncio (`AsyncKVStoreClient`)."""
 
-from kvstore.client.aio import AsyncKVStoreClient, AsyncReservation
+from kvstore.client.aio import AsyncKVStoreClient
 from kvstore.client.blocks import LeasedBlock, Loaded, Room
-from kvstore.client.sync import KVStoreClient, Lease, Reservation
+from kvstore.client.handles import AsyncReservation, Lease, Reservation
+from kvstore.client.sync import KVStoreClient
 
 __all__ = [
     "AsyncKVStoreClient",

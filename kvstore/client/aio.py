@@ -8,13 +8,14 @@ import time
 from collections.abc import Sequence
 from typing import Any, TypeVar, cast
 
-from kvstore.client.blocks import Buffer, LeasedBlock, Loaded, Room, as_bytes
+from kvstore.client.address import parse_address
+from kvstore.client.blocks import Buffer, LeasedBlock, Loaded, as_bytes
 from kvstore.client.core import Arrivals, Call, Calls, Core, Effect, Flow, Work, join_keys
+from kvstore.client.handles import AsyncReservation, Lease
 from kvstore.client.mailbox import Mailbox, Pending
-from kvstore.client.sync import Lease, parse_address
-from kvstore.errors import ConnectionLost, DeadlineExceeded, InvalidParams, KVStoreError, LeaseExpired
+from kvstore.errors import ConnectionLost, DeadlineExceeded, InvalidParams, KVStoreError
 from kvstore.keys import PrefixChain, TokenIds
-from kvstore.types import BlockHeader, Dropped, DropReason, Exists, LoadOutcome, Miss, Namespace, StoreOutcome, TierCode
+from kvstore.types import BlockHeader, LoadOutcome, Miss, Namespace, StoreOutcome, TierCode
 from kvstore.wire import frame
 from kvstore.wire import messages as m
 
@@ -22,60 +23,6 @@ T = TypeVar("T")
 
 _INLINE_BYTES = 256 * 1024
 """Copies up to this size run on the loop; a thread would cost more than the copy."""
-
-
-class AsyncReservation:
-    """The right to fill memory, as an async context manager that gives back what was not committed.
-
-    Attributes
-    ----------
-    blocks : list of Room, Exists or Dropped
-        One for each block that was offered.
-    """
-
-    def __init__(
-        self,
-        client: AsyncKVStoreClient,
-        reservation: int,
-        expires: float,
-        epoch: int,
-        blocks: list[Room | Exists | Dropped],
-    ) -> None:
-        self._client = client
-        self._expires = expires
-        self._epoch = epoch
-        self._open = any(isinstance(block, Room) for block in blocks)
-        self.id = reservation
-        self.blocks = blocks
-
-    def valid(self) -> bool:
-        """Whether it can still be committed."""
-        return self._open and self._client.still_valid(self._expires, self._epoch)
-
-    async def commit(self, indexes: Sequence[int] | None = None, *, durable: bool = False) -> list[StoreOutcome]:
-        """Make filled blocks visible and give the others back (see `Reservation.commit`)."""
-        chosen = [b.index for b in self.blocks if isinstance(b, Room)] if indexes is None else list(indexes)
-        done: dict[int, StoreOutcome] = {}
-        if self._open:
-            self._open = False
-            if not self._client.still_valid(self._expires, self._epoch):
-                raise LeaseExpired("the reservation has expired, or its connection is gone; nothing was stored.")
-            done = await self._client.drive(self._client.core.commit(self.id, chosen, durable), None)
-        dropped = Dropped(DropReason.ABORTED)
-        return [done.get(i, dropped) if isinstance(b, Room) else b for i, b in enumerate(self.blocks)]
-
-    def abort(self) -> None:
-        """Give all room back. May be called twice."""
-        if self._open:
-            self._open = False
-            if self._client.core.current(self._epoch):
-                self._client.core.tell("abort", m.Abort(self.id))
-
-    async def __aenter__(self) -> AsyncReservation:
-        return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        self.abort()
 
 
 class _Wire(asyncio.BufferedProtocol):

@@ -11,132 +11,18 @@ import time
 from collections.abc import Sequence
 from typing import Any, TypeVar, cast
 
-from kvstore import machine
-from kvstore.client.blocks import Buffer, LeasedBlock, Loaded, Room, as_bytes
+from kvstore.client.address import parse_address
+from kvstore.client.blocks import Buffer, LeasedBlock, Loaded, as_bytes
 from kvstore.client.core import Arrivals, Call, Calls, Core, Effect, Flow, Work, join_keys
+from kvstore.client.handles import Lease, Reservation
 from kvstore.client.mailbox import Mailbox, Pending
-from kvstore.errors import ConnectionLost, DeadlineExceeded, InvalidParams, KVStoreError, LeaseExpired
+from kvstore.errors import ConnectionLost, DeadlineExceeded, InvalidParams, KVStoreError
 from kvstore.keys import PrefixChain, TokenIds
-from kvstore.types import BlockHeader, Dropped, DropReason, Exists, LoadOutcome, Miss, Namespace, StoreOutcome, TierCode
+from kvstore.types import BlockHeader, LoadOutcome, Miss, Namespace, StoreOutcome, TierCode
 from kvstore.wire import frame
 from kvstore.wire import messages as m
 
 T = TypeVar("T")
-
-
-def parse_address(address: str | None) -> tuple[str, int] | str:
-    """A Unix socket's path, or (host, port) for ``tcp://host:port``. Default: KVSTORE_ADDRESS, else the user's daemon.
-
-    Raises
-    ------
-    InvalidParams
-        If it is neither.
-    """
-    text = address or os.environ.get("KVSTORE_CLIENT_ADDRESS") or str(machine.default_socket(os.environ))
-    if not text.startswith("tcp://"):
-        return text.removeprefix("unix:")
-    host, _, port = text.removeprefix("tcp://").rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise InvalidParams(f"address: {text!r} is not tcp://host:port.", "")
-    return host.strip("[]"), int(port)
-
-
-class Lease:
-    """The right to read blocks in shared memory, as a context manager that releases it.
-
-    Attributes
-    ----------
-    blocks : list of LeasedBlock or Miss
-        One for each key that was asked for.
-    """
-
-    def __init__(
-        self, client: KVStoreClient | Any, lease: int, expires: float, epoch: int, blocks: list[LeasedBlock | Miss]
-    ) -> None:
-        self._client = client
-        self._epoch = epoch
-        self._expires = expires
-        self.id = lease
-        self.blocks = blocks
-        self._released = False
-
-    def valid(self) -> bool:
-        """Whether the right still held just now. Ask after reading: what was read before is then good."""
-        return not self._released and self._client.still_valid(self._expires, self._epoch)
-
-    def release(self) -> None:
-        """Give the right back. May be called twice."""
-        if not self._released:
-            self._released = True
-            self._client.end_lease(self.id, self._epoch)
-
-    def __enter__(self) -> Lease:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.release()
-
-
-class Reservation:
-    """The right to fill memory, as a context manager that gives back what was not committed.
-
-    Attributes
-    ----------
-    blocks : list of Room, Exists or Dropped
-        One for each block that was offered.
-    """
-
-    def __init__(
-        self, client: KVStoreClient, reservation: int, expires: float, epoch: int, blocks: list[Room | Exists | Dropped]
-    ) -> None:
-        self._client = client
-        self._expires = expires
-        self._epoch = epoch
-        self._open = any(isinstance(block, Room) for block in blocks)
-        self.id = reservation
-        self.blocks = blocks
-
-    def valid(self) -> bool:
-        """Whether it can still be committed."""
-        return self._open and self._client.still_valid(self._expires, self._epoch)
-
-    def commit(self, indexes: Sequence[int] | None = None, *, durable: bool = False) -> list[StoreOutcome]:
-        """Make filled blocks visible and give the others back.
-
-        Parameters
-        ----------
-        indexes : sequence of int, optional
-            Which blocks were filled; all that have room if not given.
-        durable : bool
-            Wait until they would survive a loss of power.
-
-        Returns
-        -------
-        list of StoreOutcome
-            One for each block that was offered.
-        """
-        chosen = [b.index for b in self.blocks if isinstance(b, Room)] if indexes is None else list(indexes)
-        done: dict[int, StoreOutcome] = {}
-        if self._open:
-            self._open = False
-            if not self._client.still_valid(self._expires, self._epoch):
-                raise LeaseExpired("the reservation has expired, or its connection is gone; nothing was stored.")
-            done = self._client.drive(self._client.core.commit(self.id, chosen, durable), None)
-        dropped = Dropped(DropReason.ABORTED)
-        return [done.get(i, dropped) if isinstance(b, Room) else b for i, b in enumerate(self.blocks)]
-
-    def abort(self) -> None:
-        """Give all room back. May be called twice."""
-        if self._open:
-            self._open = False
-            if self._client.core.current(self._epoch):
-                self._client.core.tell("abort", m.Abort(self.id))
-
-    def __enter__(self) -> Reservation:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.abort()
 
 
 class KVStoreClient:
