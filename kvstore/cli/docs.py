@@ -1,4 +1,4 @@
-"""Pages of the docs that are made from code: ``python -m kvstore.cli.docs`` writes them, a test says when they are old."""
+"""Pages of the docs made from code. ``python -m kvstore.cli.docs`` writes them; a test says when one is old."""
 
 from __future__ import annotations
 

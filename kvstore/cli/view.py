@@ -36,7 +36,7 @@ def render(now: Snapshot, before: Snapshot | None = None, seconds: float = 1.0) 
     """
     if before is not None and before.get("boot") != now.get("boot"):
         before = None  # restarted in between: its counters began anew
-    parts: list[RenderableType] = [*_head(now), Text(), _tiers(now, before, seconds)]
+    parts: list[RenderableType] = [*_head(now), Text(), _space(now), Text(), _counts(now, before, seconds)]
     for table in (_namespaces(now), _requests(now, before, seconds), _trouble(now)):
         if table is not None:
             parts += [Text(), table]
@@ -66,25 +66,40 @@ def _head(now: Snapshot) -> Iterator[RenderableType]:
     )
     words = (("sessions", "session"), ("leases", "lease"), ("reservations", "reservation"))
     yield Text(", ".join([*(_many(count(now, key), word) for key, word in words), waiting]))
+    asked, hits = count(now, "asked_blocks"), sum(numbers(now, "hit_blocks").values())
+    if asked > 0:
+        yield Text(f"{_whole(hits)} of {_whole(asked)} blocks asked for were here ({100 * hits / asked:.1f} %)")
 
 
-def _tiers(now: Snapshot, before: Snapshot | None, seconds: float) -> Table:
-    heads = ["Tier", "", "Used", "Of", "Blocks", "Hits", "Misses", "Stored", "Evicted", "Dropped", "Damaged"]
-    table = _table(*heads, *(["Read/s", "Written/s"] if before is not None else []), "State", left=2)
-    for name, state in part(now, "tiers").items():
-        if not isinstance(state, Mapping):
-            continue
+def _space(now: Snapshot) -> Table:
+    """What each tier holds of what it may."""
+    table = _table("Tier", "", "Used", "Of", "Blocks", "State", left=2)
+    for name, state in _states(now):
         used, capacity = number(state, "used"), number(state, "capacity")
-        row: list[RenderableType] = [Text(clean(name), "bold"), _bar(used, capacity), _size(used), _size(capacity)]
-        row += [_number(number(state, key)) for key in ("blocks", "hits", "misses", "stored", "evicted")]
+        blocks = _number(number(state, "blocks"))
+        table.add_row(Text(name, "bold"), _bar(used, capacity), _size(used), _size(capacity), blocks, _state(state))
+    return table
+
+
+def _counts(now: Snapshot, before: Snapshot | None, seconds: float) -> Table:
+    """What happened in each tier since start, and with an earlier snapshot how fast its bytes move."""
+    heads = ["Hits", "Misses", "Stored", "Evicted", "Dropped", "Damaged"]
+    table = _table("Tier", *heads, *(["Read", "Written"] if before is not None else []))
+    for name, state in _states(now):
+        row: list[RenderableType] = [Text(name, "bold")]
+        row += [_number(number(state, key)) for key in ("hits", "misses", "stored", "evicted")]
         row += [_number(sum(numbers(state, "dropped").values()), "yellow"), _number(number(state, "corrupt"), "red")]
         if before is not None:
             old = part(before, "tiers", name)
             for key in ("bytes_read", "bytes_written"):
-                rate = max(0.0, count(state, key) - count(old, key)) / seconds if key in state else None
-                row.append(_NOTHING if rate is None else Text(f"{format_size(rate)}/s"))
-        table.add_row(*row, _state(state))
+                rate = max(0.0, count(state, key) - count(old, key)) / seconds
+                row.append(Text(f"{format_size(rate)}/s"))
+        table.add_row(*row)
     return table
+
+
+def _states(now: Snapshot) -> list[tuple[str, Mapping[str, Any]]]:
+    return [(clean(name), state) for name, state in part(now, "tiers").items() if isinstance(state, Mapping)]
 
 
 def _state(state: Mapping[str, Any]) -> Text:
@@ -182,7 +197,7 @@ def _table(*heads: str, left: int = 1) -> Table:
 def _bar(used: float | None, capacity: float | None) -> RenderableType:
     if not capacity:
         return Text()
-    return ProgressBar(total=capacity, completed=min(used or 0, capacity), width=16, finished_style="yellow")
+    return ProgressBar(total=capacity, completed=min(used or 0, capacity), width=10, finished_style="yellow")
 
 
 def _size(value: float | None) -> Text:

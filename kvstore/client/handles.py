@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from kvstore.client.blocks import LeasedBlock, Room
 from kvstore.errors import LeaseExpired
@@ -13,6 +13,8 @@ from kvstore.wire import messages as m
 if TYPE_CHECKING:
     from kvstore.client.aio import AsyncKVStoreClient
     from kvstore.client.sync import KVStoreClient
+
+C = TypeVar("C", "KVStoreClient", "AsyncKVStoreClient")
 
 
 class Lease:
@@ -56,12 +58,13 @@ class Lease:
         self.release()
 
 
-class _Rooms:
+class _Rooms(Generic[C]):
     """What both kinds of reservation share."""
 
-    _client: KVStoreClient | AsyncKVStoreClient
-
-    def __init__(self, reservation: int, expires: float, epoch: int, blocks: list[Room | Exists | Dropped]) -> None:
+    def __init__(
+        self, client: C, reservation: int, expires: float, epoch: int, blocks: list[Room | Exists | Dropped]
+    ) -> None:
+        self._client = client
         self._expires = expires
         self._epoch = epoch
         self._open = any(isinstance(block, Room) for block in blocks)
@@ -83,17 +86,22 @@ class _Rooms:
         """The indexes to commit, which is possible once; none if there is nothing to commit."""
         if not self._open:
             return []
-        self._open = False
-        if not self._client.still_valid(self._expires, self._epoch):
+        rooms = [block.index for block in self.blocks if isinstance(block, Room)]
+        chosen = rooms if indexes is None else list(indexes)
+        valid = self.valid()
+        if not chosen or not valid:
+            self.abort()
+        if not valid:
             raise LeaseExpired("the reservation has expired, or its connection is gone; nothing was stored.")
-        return [b.index for b in self.blocks if isinstance(b, Room)] if indexes is None else list(indexes)
+        self._open = False
+        return chosen
 
     def _outcomes(self, done: dict[int, StoreOutcome]) -> list[StoreOutcome]:
         dropped = Dropped(DropReason.ABORTED)
         return [done.get(i, dropped) if isinstance(b, Room) else b for i, b in enumerate(self.blocks)]
 
 
-class Reservation(_Rooms):
+class Reservation(_Rooms["KVStoreClient"]):
     """The right to fill memory, as a context manager that gives back what was not committed.
 
     Attributes
@@ -101,12 +109,6 @@ class Reservation(_Rooms):
     blocks : list of Room, Exists or Dropped
         One for each block that was offered.
     """
-
-    def __init__(
-        self, client: KVStoreClient, reservation: int, expires: float, epoch: int, blocks: list[Room | Exists | Dropped]
-    ) -> None:
-        super().__init__(reservation, expires, epoch, blocks)
-        self._client: KVStoreClient = client
 
     def commit(self, indexes: Sequence[int] | None = None, *, durable: bool = False) -> list[StoreOutcome]:
         """Make filled blocks visible and give the others back.
@@ -140,19 +142,8 @@ class Reservation(_Rooms):
         self.abort()
 
 
-class AsyncReservation(_Rooms):
+class AsyncReservation(_Rooms["AsyncKVStoreClient"]):
     """A `Reservation` for asyncio programs."""
-
-    def __init__(
-        self,
-        client: AsyncKVStoreClient,
-        reservation: int,
-        expires: float,
-        epoch: int,
-        blocks: list[Room | Exists | Dropped],
-    ) -> None:
-        super().__init__(reservation, expires, epoch, blocks)
-        self._client: AsyncKVStoreClient = client
 
     async def commit(self, indexes: Sequence[int] | None = None, *, durable: bool = False) -> list[StoreOutcome]:
         """See `Reservation.commit`."""

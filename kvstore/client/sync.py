@@ -366,11 +366,9 @@ class KVStoreClient:
         return True
 
     def _tell(self, method: str, params: m.Message) -> None:
-        sock = self._socket
-        if sock is None:
-            return
-        with contextlib.suppress(KVStoreError):
-            self._write(frame.pack(m.encode_notice(method, params)), time.monotonic() + self.timeout_s)
+        with self._lock, contextlib.suppress(KVStoreError):
+            if self._socket is not None:
+                self._write(frame.pack(m.encode_notice(method, params)), time.monotonic() + self.timeout_s)
 
 
 def _connect(address: tuple[str, int] | str, timeout_s: float) -> socket.socket:

@@ -1,7 +1,7 @@
 """The curves of the dashboard: history in, SVG path data and one readout for each bar out.
 
-Bars instead of lines, because a line would draw a value where nothing was asked. A bar of the hit-rate chart is as high as
-the chart whenever something was asked: the coloured part was served, by tier, and the pale part was missed.
+Bars instead of lines, because a line would draw a value where nothing was asked. A bar of the hit-rate chart is as high
+as the chart whenever something was asked: the coloured part was served, by tier, and the pale part was missed.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ _TABLES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "drops": (
         "Blocks that were not stored",
         "Every offered block was stored.",
-        ("Tier", "Reason", "#Blocks", "What it means"),
+        ("Where", "Reason", "#Blocks", "What it means"),
     ),
     "missed": (
         "Blocks that were asked for and not handed out",
@@ -58,10 +58,11 @@ _TIER_PARTS = (
     ("leased", "leased to readers"),
     ("dirty", "not yet written below"),
     ("pinned", "pinned"),
+    ("writing", "lent for writing"),
+    ("quarantined", "quarantined"),
     ("dropping", "waiting for clients to let go"),
     ("free", "free"),
 )
-_CHARTS = {"hits": "hit", "traffic": "bytes"}
 _ASSETS = {"app.js": "text/javascript", "style.css": "text/css"}
 
 

@@ -1,7 +1,7 @@
 """The HTTP face: what the daemon tells about itself, read-only.
 
-`ROUTES` is all there is; a path is looked up by exact match, so there is nothing to traverse. The daemon is known only as a
-`Source`. Nothing executes, nothing is proxied, and no environment is shown.
+`ROUTES` is all there is; a path is looked up by exact match, so there is nothing to traverse. The daemon is known only
+as a `Source`. Nothing executes, nothing is proxied, and no environment is shown.
 """
 
 from __future__ import annotations

@@ -121,6 +121,7 @@ def _tiles(view: View, snapshot: Snapshot, history: History, tiers: list[str]) -
         if asked > 0
         else "nothing asked in the last minute"
     )
+    view.shown["tokens_card"] = number(snapshot, "hit_tokens") is not None
     text["tokens"] = compact(count(snapshot, "hit_tokens"))
     text["tokens_note"] = f"{per_second(recent.rate('tokens'))} now"
     hits = sum(numbers(snapshot, "hit_blocks").values())
@@ -160,6 +161,8 @@ def _tier(view: View, tier: str, state: Mapping[str, Any], recent: Span) -> None
         "leased": number(state, "leased_bytes"),
         "dirty": number(state, "dirty_bytes"),
         "pinned": number(state, "pinned_bytes"),
+        "writing": number(state, "writing_bytes"),
+        "quarantined": number(state, "quarantined_bytes") or None,
         "dropping": number(state, "dropping_bytes"),
         "free": max(0.0, capacity - used) if free is None and sized else free,
     }
@@ -171,7 +174,8 @@ def _tier(view: View, tier: str, state: Mapping[str, Any], recent: Span) -> None
         view.bars[f"{key}_bar"] = round(min(100.0, 100 * (value or 0) / capacity), 2) if capacity > 0 else 0.0
     view.text[f"{tier}_about"] = " · ".join(_about(state))
     view.text[f"{tier}_rates"] = (
-        f"{bytes_per_second(recent.rate(f'read.{tier}'))} read, {bytes_per_second(recent.rate(f'written.{tier}'))} written"
+        f"{bytes_per_second(recent.rate(f'read.{tier}'))} read, "
+        f"{bytes_per_second(recent.rate(f'written.{tier}'))} written"
     )
     view.rows[f"{tier}_events"] = [
         [title, whole(value)]
@@ -247,6 +251,9 @@ def _verbs(view: View, snapshot: Snapshot) -> None:
 
 def _trouble(view: View, snapshot: Snapshot, tiers: list[str]) -> None:
     states = {tier: part(snapshot, "tiers", tier) for tier in tiers}
+    # A block that was there already is no trouble, though it was not stored either.
+    offered = {reason: times for reason, times in numbers(snapshot, "not_stored").items() if reason != "exists"}
+    dropped = {"any": offered} | {tier: numbers(state, "dropped") for tier, state in states.items()}
     view.rows["errors"] = [
         [code, name, whole(times), remedy]
         for code, times in sorted(numbers(snapshot, "errors").items())
@@ -255,8 +262,8 @@ def _trouble(view: View, snapshot: Snapshot, tiers: list[str]) -> None:
     ]
     view.rows["drops"] = [
         [tier, reason.replace("_", " "), whole(times), DROPS.get(reason, UNKNOWN_REASON)]
-        for tier, state in states.items()
-        for reason, times in numbers(state, "dropped").items()
+        for tier, reasons in dropped.items()
+        for reason, times in reasons.items()
         if times > 0
     ]
     view.rows["missed"] = [

@@ -1,6 +1,7 @@
-"""What the daemon tells about itself. Everything here reads the one snapshot that the daemon makes; nothing counts twice.
+"""What the daemon tells about itself. All of it reads the one snapshot that the daemon makes; nothing counts twice.
 
-The functions below take numbers out of a snapshot, `metrics` is the table of Prometheus metrics, `history` the last minutes.
+The functions below take numbers out of a snapshot, `metrics` is the table of Prometheus metrics, `history` the last
+minutes.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The last minutes: counters sampled once a second, so that a page that was just opened can already show a curve.
 
-Kept are the counters as they were, not differences of them: a late sample then stretches its interval and loses nothing.
+Kept are the counters as they were, not differences of them: a late sample then stretches its interval and loses
+nothing.
 """
 
 from __future__ import annotations

@@ -26,87 +26,89 @@ MAX_NAMESPACES = 64
 MAX_LABEL = 120
 """Characters of a label value that came from a user, such as a model name."""
 BREAKER_STATES = ("closed", "half_open", "open")
+_NS = ("domain", "ns")
+_ABOUT = ("model", "dtype", "tp_rank", "tp_size", "lora")
 
 Labels = tuple[str, ...]
 Sample = tuple[Labels, Any]
-Read = Callable[[Snapshot], Iterable[Sample]]
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How the values of a metric are taken out of a snapshot.
+
+    Attributes
+    ----------
+    labels : tuple of str
+        Label names, in the order in which `samples` gives their values.
+    source : str
+        Where in the snapshot the values stand, for the docs.
+    samples : callable
+        Gives (label values, value) of a snapshot. A histogram's value is (buckets, sum).
+    """
+
+    labels: Labels
+    source: str
+    samples: Callable[[Snapshot], Iterable[Sample]]
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One metric.
-
-    Attributes
-    ----------
-    name : str
-        Full name as exposed, with ``_total`` on counters.
-    type : str
-        ``gauge``, ``counter`` or ``histogram``.
-    help : str
-        One sentence, shown by Prometheus and in the docs.
-    labels : tuple of str
-        Label names, in the order in which `read` gives their values.
-    read : callable
-        Takes (label values, value) out of a snapshot. A histogram's value is (buckets, sum).
-    source : str
-        Where in the snapshot the value stands, for the docs.
-    """
+    """One metric: its full name (``_total`` on counters), type (gauge, counter or histogram), help and reading."""
 
     name: str
     type: str
     help: str
-    labels: Labels
-    read: Read
-    source: str
+    reading: Reading
 
 
 # -- ways to read ------------------------------------------------------------------------------------------------------
 
 
-def _one(*path: str) -> tuple[Read, str]:
+def _one(*path: str) -> Reading:
     """A single number without labels; absent from the exposition where the snapshot has none."""
 
-    def read(snapshot: Snapshot) -> Iterator[Sample]:
+    def samples(snapshot: Snapshot) -> Iterator[Sample]:
         value = number(snapshot, *path)
         if value is not None:
             yield (), value
 
-    return read, ".".join(path)
+    return Reading((), ".".join(path), samples)
 
 
-def _each(*path: str) -> tuple[Read, str]:
+def _each(name: str, label: str) -> Reading:
     """A mapping of label value to number."""
 
-    def read(snapshot: Snapshot) -> Iterator[Sample]:
-        for label, value in numbers(snapshot, *path).items():
-            yield (label,), value
+    def samples(snapshot: Snapshot) -> Iterator[Sample]:
+        for each, value in numbers(snapshot, name).items():
+            yield (each,), value
 
-    return read, ".".join(path) + ".*"
+    return Reading((label,), f"{name}.*", samples)
 
 
-def _tiers(*path: str) -> tuple[Read, str]:
+def _tiers(*path: str) -> Reading:
     """The same number of each tier that has it."""
 
-    def read(snapshot: Snapshot) -> Iterator[Sample]:
+    def samples(snapshot: Snapshot) -> Iterator[Sample]:
         for tier, state in part(snapshot, "tiers").items():
             value = number(state, *path)
             if value is not None:
                 yield (tier,), value
 
-    return read, "tiers.*." + ".".join(path)
+    return Reading(("tier",), "tiers.*." + ".".join(path), samples)
 
 
-def _tiers_split(fields: dict[str, str]) -> tuple[Read, str]:
+def _tiers_split(label: str, fields: dict[str, str]) -> Reading:
     """Several numbers of each tier, told apart by a second label; `fields` maps its values to names in the snapshot."""
 
-    def read(snapshot: Snapshot) -> Iterator[Sample]:
+    def samples(snapshot: Snapshot) -> Iterator[Sample]:
         for tier, state in part(snapshot, "tiers").items():
-            for label, name in fields.items():
+            for each, name in fields.items():
                 value = number(state, name)
                 if value is not None:
-                    yield (tier, label), value
+                    yield (tier, each), value
 
-    return read, "tiers.*.{" + ",".join(fields.values()) + "}"
+    return Reading(("tier", label), "tiers.*.{" + ",".join(fields.values()) + "}", samples)
 
 
 def _dropped(snapshot: Snapshot) -> Iterator[Sample]:
@@ -164,34 +166,34 @@ def _owner(snapshot: Snapshot) -> Callable[[Mapping[str, Any]], Labels]:
     return lambda namespace: (_short(namespace.get("domain", "")), _digest(namespace))
 
 
-def _spaces(name: str) -> tuple[Read, str]:
+def _spaces(name: str) -> Reading:
     """A number of each namespace."""
 
-    def read(snapshot: Snapshot) -> Iterator[Sample]:
+    def samples(snapshot: Snapshot) -> Iterator[Sample]:
         owner = _owner(snapshot)
         for each in namespaces(snapshot):
             yield owner(each), count(each, name)
 
-    return read, f"namespaces[].{name}"
+    return Reading(_NS, f"namespaces[].{name}", samples)
 
 
-def _spaces_by_tier(name: str) -> tuple[Read, str]:
+def _spaces_by_tier(name: str) -> Reading:
     """A number of each namespace and tier."""
 
-    def read(snapshot: Snapshot) -> Iterator[Sample]:
+    def samples(snapshot: Snapshot) -> Iterator[Sample]:
         owner = _owner(snapshot)
         for each in namespaces(snapshot):
             for tier, value in numbers(each, name).items():
                 yield (*owner(each), tier), value
 
-    return read, f"namespaces[].{name}.*"
+    return Reading((*_NS, "tier"), f"namespaces[].{name}.*", samples)
 
 
 def _space_info(snapshot: Snapshot) -> Iterator[Sample]:
     if len(namespaces(snapshot)) <= MAX_NAMESPACES:
         owner = _owner(snapshot)
         for each in namespaces(snapshot):
-            about = (_short(each.get(name, "")) for name in ("model", "dtype", "tp_rank", "tp_size", "lora"))
+            about = (_short(each.get(name, "")) for name in _ABOUT)
             yield (*owner(each), *about), 1
 
 
@@ -207,7 +209,10 @@ _STATES = {
     "leased": "leased_bytes",
     "dirty": "dirty_bytes",
     "pinned": "pinned_bytes",
+    "writing": "writing_bytes",
     "dropping": "dropping_bytes",
+    "index": "index_bytes",
+    "quarantined": "quarantined_bytes",
 }
 _EVENTS = {
     "hit": "hits",
@@ -217,138 +222,80 @@ _EVENTS = {
     "evicted": "evicted",
     "corrupt": "corrupt",
 }
-_NS = ("domain", "ns")
+
+
+def _gauge(name: str, reading: Reading, text: str) -> Row:
+    return Row(f"kvstore_{name}", "gauge", text, reading)
+
+
+def _counter(name: str, reading: Reading, text: str) -> Row:
+    return Row(f"kvstore_{name}_total", "counter", text, reading)
+
 
 TABLE: tuple[Row, ...] = (
-    Row("kvstore_build_info", "gauge", "Always 1; the version is in the label.", ("version",), _version, "version"),
-    Row("kvstore_uptime_seconds", "gauge", "Time since the daemon started.", (), *_one("uptime_s")),
-    Row("kvstore_ready", "gauge", "1 when the daemon serves, 0 while it starts or drains.", (), *_one("ready")),
-    Row("kvstore_draining", "gauge", "1 while the daemon finishes before it stops.", (), *_one("draining")),
-    Row("kvstore_sessions", "gauge", "Connected clients.", (), *_one("sessions")),
-    Row("kvstore_leases", "gauge", "Rights to read that are held now.", (), *_one("leases")),
-    Row("kvstore_reservations", "gauge", "Rights to fill that are held now.", (), *_one("reservations")),
-    Row("kvstore_requests_total", "counter", "Requests answered.", ("verb", "outcome"), _outcomes, "requests.*"),
+    _gauge("build_info", Reading(("version",), "version", _version), "Always 1; the version is in the label."),
+    _gauge("uptime_seconds", _one("uptime_s"), "Time since the daemon started."),
+    _gauge("ready", _one("ready"), "1 when the daemon serves, 0 while it starts or drains."),
+    _gauge("draining", _one("draining"), "1 while the daemon finishes before it stops."),
+    _gauge("sessions", _one("sessions"), "Connected clients."),
+    _gauge("leases", _one("leases"), "Rights to read that are held now."),
+    _gauge("reservations", _one("reservations"), "Rights to fill that are held now."),
+    _counter("expired_leases", _one("leases_expired"), "Leases and reservations that ran out of time."),
+    _counter("refused_connections", _one("refused_connections"), "Connections refused before their first request."),
+    _counter("requests", Reading(("verb", "outcome"), "requests.*.{count,errors}", _outcomes), "Requests answered."),
     Row(
         "kvstore_request_seconds",
         "histogram",
         "Time from a request's arrival to its reply.",
-        ("verb",),
-        _latencies,
-        "requests.*.{seconds,count,buckets}",
+        Reading(("verb",), "requests.*.{seconds,count,buckets}", _latencies),
     ),
-    Row("kvstore_errors_total", "counter", "Errors sent to clients, by code.", ("code",), *_each("errors")),
-    Row("kvstore_asked_blocks_total", "counter", "Blocks that clients asked for.", (), *_one("asked_blocks")),
-    Row(
-        "kvstore_hit_blocks_total",
-        "counter",
-        "Blocks handed out, by the tier they were found in.",
-        ("tier",),
-        *_each("hit_blocks"),
+    _counter("errors", _each("errors", "code"), "Errors sent to clients, by code."),
+    _counter("asked_blocks", _one("asked_blocks"), "Blocks that clients asked for."),
+    _counter("hit_blocks", _each("hit_blocks", "tier"), "Blocks handed out, by the tier they were found in."),
+    _counter("missed_blocks", _each("missed", "reason"), "Blocks asked for and not handed out, by reason."),
+    _counter("hit_tokens", _one("hit_tokens"), "Tokens in blocks handed out."),
+    _counter("unstored_blocks", _each("not_stored", "reason"), "Blocks offered and not taken, by reason."),
+    _gauge("tier_capacity_bytes", _tiers("capacity"), "Byte budget of a tier."),
+    _gauge(
+        "tier_bytes",
+        _tiers_split("state", _STATES),
+        "Bytes of a tier by state. States such as leased, dirty and pinned are parts of used and overlap: do not add.",
     ),
-    Row(
-        "kvstore_missed_blocks_total",
-        "counter",
-        "Blocks asked for and not handed out, by reason.",
-        ("reason",),
-        *_each("missed"),
-    ),
-    Row("kvstore_hit_tokens_total", "counter", "Tokens in blocks handed out.", (), *_one("hit_tokens")),
-    Row("kvstore_tier_capacity_bytes", "gauge", "Byte budget of a tier.", ("tier",), *_tiers("capacity")),
-    Row(
-        "kvstore_tier_bytes",
-        "gauge",
-        "Bytes of a tier by state. Leased, dirty and pinned are parts of used and may overlap: do not add them up.",
-        ("tier", "state"),
-        *_tiers_split(_STATES),
-    ),
-    Row("kvstore_tier_blocks", "gauge", "Blocks in a tier.", ("tier",), *_tiers("blocks")),
-    Row("kvstore_tier_slabs", "gauge", "Memory slabs of a tier.", ("tier",), *_tiers("slabs")),
-    Row(
-        "kvstore_tier_huge_pages",
-        "gauge",
-        "1 when the tier's memory is in huge pages.",
-        ("tier",),
-        *_tiers("huge_pages"),
-    ),
-    Row(
-        "kvstore_tier_direct_io",
-        "gauge",
-        "1 when the tier reads and writes with O_DIRECT.",
-        ("tier",),
-        *_tiers("direct_io"),
-    ),
-    Row(
-        "kvstore_tier_events_total",
-        "counter",
-        "What happened to blocks in a tier.",
-        ("tier", "event"),
-        *_tiers_split(_EVENTS),
-    ),
-    Row(
-        "kvstore_tier_dropped_blocks_total",
-        "counter",
+    _gauge("tier_blocks", _tiers("blocks"), "Blocks in a tier."),
+    _gauge("tier_slabs", _tiers("slabs"), "Memory slabs of a tier."),
+    _gauge("tier_huge_pages", _tiers("huge_pages"), "1 when the tier's memory is in huge pages."),
+    _gauge("tier_direct_io", _tiers("direct_io"), "1 when the tier reads and writes with O_DIRECT."),
+    _gauge("tier_recovered_blocks", _tiers("recovered_blocks"), "Blocks of a tier that were found again at start."),
+    _gauge("tier_recover_seconds", _tiers("recover_s"), "Time that a tier took at start to find its blocks again."),
+    _counter("tier_events", _tiers_split("event", _EVENTS), "What happened to blocks in a tier."),
+    _counter(
+        "tier_dropped_blocks",
+        Reading(("tier", "reason"), "tiers.*.dropped.*", _dropped),
         "Blocks offered to a tier and not stored, by reason.",
-        ("tier", "reason"),
-        _dropped,
-        "tiers.*.dropped.*",
     ),
-    Row(
-        "kvstore_tier_read_bytes_total", "counter", "Payload bytes read from a tier.", ("tier",), *_tiers("bytes_read")
-    ),
-    Row(
-        "kvstore_tier_written_bytes_total",
-        "counter",
-        "Payload bytes written to a tier.",
-        ("tier",),
-        *_tiers("bytes_written"),
-    ),
-    Row("kvstore_tier_read_seconds_total", "counter", "Time spent reading from a tier.", ("tier",), *_tiers("read_s")),
-    Row("kvstore_tier_write_seconds_total", "counter", "Time spent writing to a tier.", ("tier",), *_tiers("write_s")),
-    Row(
-        "kvstore_breaker_state",
-        "gauge",
+    _counter("tier_read_bytes", _tiers("bytes_read"), "Payload bytes read from a tier."),
+    _counter("tier_written_bytes", _tiers("bytes_written"), "Payload bytes written to a tier."),
+    _counter("tier_read_seconds", _tiers("read_s"), "Time spent reading from a tier."),
+    _counter("tier_write_seconds", _tiers("write_s"), "Time spent writing to a tier."),
+    _gauge(
+        "breaker_state",
+        Reading(("tier", "state"), "tiers.*.breaker.state", _breakers),
         "1 for the state that a tier's circuit breaker is in, 0 for the others.",
-        ("tier", "state"),
-        _breakers,
-        "tiers.*.breaker.state",
     ),
-    Row(
-        "kvstore_breaker_failures",
-        "gauge",
-        "Failures that a tier's circuit breaker has counted.",
-        ("tier",),
-        *_tiers("breaker", "failures"),
-    ),
-    Row("kvstore_write_behind_blocks", "gauge", "Blocks on their way to lower tiers.", (), *_one("queue", "blocks")),
-    Row("kvstore_write_behind_bytes", "gauge", "Bytes on their way to lower tiers.", (), *_one("queue", "bytes")),
-    Row("kvstore_namespaces", "gauge", "Namespaces known.", (), _space_count, "namespaces"),
-    Row(
-        "kvstore_namespace_info",
-        "gauge",
+    _gauge("breaker_failures", _tiers("breaker", "failures"), "Failures that a tier's circuit breaker has counted."),
+    _gauge("write_behind_blocks", _one("queue", "blocks"), "Blocks on their way to lower tiers."),
+    _gauge("write_behind_bytes", _one("queue", "bytes"), "Bytes on their way to lower tiers."),
+    _gauge("namespaces", Reading((), "namespaces", _space_count), "Namespaces known."),
+    _gauge(
+        "namespace_info",
+        Reading((*_NS, *_ABOUT), "namespaces[]", _space_info),
         f"Always 1; joins a namespace to its model. Absent above {MAX_NAMESPACES} namespaces.",
-        (*_NS, "model", "dtype", "tp_rank", "tp_size", "lora"),
-        _space_info,
-        "namespaces[]",
     ),
-    Row(
-        "kvstore_namespace_blocks",
-        "gauge",
-        "Blocks of a namespace in a tier.",
-        (*_NS, "tier"),
-        *_spaces_by_tier("blocks"),
-    ),
-    Row(
-        "kvstore_namespace_bytes", "gauge", "Bytes of a namespace in a tier.", (*_NS, "tier"), *_spaces_by_tier("bytes")
-    ),
-    Row("kvstore_namespace_asked_blocks_total", "counter", "Blocks asked for in a namespace.", _NS, *_spaces("asked")),
-    Row(
-        "kvstore_namespace_hit_blocks_total",
-        "counter",
-        "Blocks handed out in a namespace, by the tier they were found in.",
-        (*_NS, "tier"),
-        *_spaces_by_tier("hit"),
-    ),
-    Row("kvstore_namespace_stored_blocks_total", "counter", "Blocks stored in a namespace.", _NS, *_spaces("stored")),
+    _gauge("namespace_blocks", _spaces_by_tier("blocks"), "Blocks of a namespace in a tier."),
+    _gauge("namespace_bytes", _spaces_by_tier("bytes"), "Bytes of a namespace in a tier."),
+    _counter("namespace_asked_blocks", _spaces("asked"), "Blocks asked for in a namespace."),
+    _counter("namespace_hit_blocks", _spaces_by_tier("hit"), "Blocks handed out in a namespace, by tier."),
+    _counter("namespace_stored_blocks", _spaces("stored"), "Blocks stored in a namespace."),
 )
 
 
@@ -381,18 +328,18 @@ def expose(snapshot: Snapshot) -> bytes:
 
 def _family(row: Row, snapshot: Snapshot) -> Metric:
     if row.type == "histogram":
-        histogram = HistogramMetricFamily(row.name, row.help, labels=row.labels)
-        for labels, (buckets, total) in row.read(snapshot):
+        histogram = HistogramMetricFamily(row.name, row.help, labels=row.reading.labels)
+        for labels, (buckets, total) in row.reading.samples(snapshot):
             histogram.add_metric([_short(value) for value in labels], buckets=buckets, sum_value=total)
         return histogram
-    # Two sources of one series (namespaces summed, or digests with the same head) are added: Prometheus refuses doubles.
-    # An info series says 1 however often it was named.
+    # Two sources of one series (namespaces summed, or digests with the same head) are added, since Prometheus refuses
+    # doubles. An info series says 1 however often it was named.
     sums: dict[Labels, float] = {}
-    for labels, value in row.read(snapshot):
+    for labels, value in row.reading.samples(snapshot):
         key = tuple(_short(value) for value in labels)
         sums[key] = 1 if row.name.endswith("_info") else sums.get(key, 0) + value
     family = (CounterMetricFamily if row.type == "counter" else GaugeMetricFamily)(
-        row.name, row.help, labels=row.labels
+        row.name, row.help, labels=row.reading.labels
     )
     for key, value in sums.items():
         family.add_metric(list(key), float(value))
@@ -404,8 +351,8 @@ def markdown() -> str:
     lines = [
         "# Metrics",
         "",
-        "Generated from the table in `kvstore/obs/metrics.py`; do not edit. `GET /metrics` gives these in Prometheus' text",
-        "format, all numbers of one scrape from one instant. The last column names the field of `GET /v1/stats` that a",
+        "Generated from the table in `kvstore/obs/metrics.py`; do not edit. `GET /metrics` gives these in Prometheus'",
+        "text format, all numbers of one scrape from one instant. The last column names the field of `GET /v1/stats` that a",
         "metric is read from.",
         "",
         "Ratios are not exported. The hit rate of the last five minutes by tier is",
@@ -418,8 +365,8 @@ def markdown() -> str:
         "|---|---|---|---|---|",
     ]
     for row in TABLE:
-        labels = ", ".join(f"`{label}`" for label in row.labels) or " "
-        lines.append(f"| `{row.name}` | {row.type} | {labels} | {row.help} | `{row.source}` |")
+        labels = ", ".join(f"`{label}`" for label in row.reading.labels) or " "
+        lines.append(f"| `{row.name}` | {row.type} | {labels} | {row.help} | `{row.reading.source}` |")
     return "\n".join(lines) + "\n"
 
 
