@@ -126,13 +126,9 @@ def _minutes() -> int:
 
 
 def _nice(value: float) -> float:
-    """The next 1, 2 or 5 times a power of ten KiB, so that the scale rarely jumps."""
-    step = 1024.0
-    while value > step:
-        for factor in (2, 5, 10):
-            if value <= step * factor:
-                return step * factor
-        step *= 10
-        if step % (1024**2 * 1000) == 0:
-            step = step * 1024 / 1000
-    return step
+    """The next round size a scale can end at: 1, 2, 5, 10 … 500 of a unit, so that it rarely jumps."""
+    for unit in (1 << 10, 1 << 20, 1 << 30, 1 << 40):
+        for factor in (1, 2, 5, 10, 20, 50, 100, 200, 500):
+            if value <= unit * factor:
+                return float(unit * factor)
+    return value

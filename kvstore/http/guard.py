@@ -63,8 +63,8 @@ def host_allowed(header: str, bound: str) -> bool:
     """Whether a Host header names this server.
 
     A page on another site can make its own name resolve to 127.0.0.1 and then read whatever answers there; but the
-    browser still sends that name. So a name must be ``localhost`` or the address we were bound to. Where we are bound to every
-    address, any literal address will do: it needs no resolving, so nobody can have redirected it.
+    browser still sends that name. So a name must be ``localhost`` or the address we were bound to. Where we are bound
+    to every address, any literal address will do: it needs no resolving, so nobody can have redirected it.
     """
     name = _host_of(header)
     if name is None:

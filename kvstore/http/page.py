@@ -12,7 +12,7 @@ from html import escape
 from importlib.resources import files
 
 from kvstore.http.charts import HEIGHT, WIDTH
-from kvstore.http.view import View
+from kvstore.http.view import EVENTS, View
 
 _MARK = re.compile(r"\{\{(\w+)(?::(\w+))?\}\}")
 
@@ -156,17 +156,12 @@ def _colour(series: str) -> str:
 
 def _tier(view: View, tier: str) -> str:
     bars = "".join(_bar(view, tier, name, words) for name, words in _TIER_PARTS)
-    events = _plain_table(
-        f"{tier}_events",
-        f"Blocks in {tier}, since start",
-        "Nothing yet.",
-        ["What", "#Blocks"],
-        view.rows[f"{tier}_events"],
-    )
+    name, heads = f"{tier}_events", [f"#{words}" for words in EVENTS.values()]
+    events = _plain_table(name, "Blocks, since start", "Nothing yet.", heads, view.rows[name])
     return (
         f'<article class="card tier"><h3><i class="swatch swatch-{_colour(tier)}"></i>{escape(tier)}</h3>'
         f'<p class="about">{_text(view, f"{tier}_about")}</p><dl class="bars">{bars}</dl>'
-        f'<p class="about">Now: {_text(view, f"{tier}_rates")}</p>{events}</article>'
+        f'<p class="about">Now: {_text(view, f"{tier}_rates")}</p><div class="sheet">{events}</div></article>'
     )
 
 

@@ -21,6 +21,15 @@ from kvstore.units import format_duration, format_size
 MAX_ROWS = 100
 """Rows of a table; the largest namespaces are shown, the rest is counted."""
 TIER_ORDER = ("gpu", "host", "disk", "redis")
+EVENTS = {
+    "hits": "hits",
+    "misses": "misses",
+    "stored": "stored",
+    "exists": "already there",
+    "evicted": "evicted",
+    "corrupt": "damaged",
+}
+"""What is counted of blocks in a tier, and the words for it."""
 RECENT_S = 10.0
 """Window of the rates that are shown as 'now'."""
 
@@ -104,7 +113,7 @@ def _head(view: View, snapshot: Snapshot, ready: tuple[bool, str]) -> None:
     view.text["state"], view.mood["state"] = state, mood
     view.text["version"] = _text(snapshot.get("version", ""))
     uptime = number(snapshot, "uptime_s")
-    view.text["uptime"] = NOTHING if uptime is None else format_duration(uptime)
+    view.text["uptime"] = NOTHING if uptime is None else format_duration(int(uptime))
     view.text["pid"] = _text(snapshot.get("pid", NOTHING))
     view.text["boot"] = view.boot[:12] or NOTHING
     view.shown["empty"] = count(snapshot, "asked_blocks") == 0
@@ -135,7 +144,7 @@ def _tiles(view: View, snapshot: Snapshot, history: History, tiers: list[str]) -
     text["in_note"] = f"{format_size(count(host, 'bytes_written'))} in all"
     queued = count(snapshot, "queue", "blocks")
     text["queue"] = format_size(count(snapshot, "queue", "bytes")) if queued else "empty"
-    text["queue_note"] = f"{whole(queued)} blocks on their way to disk" if queued else "everything is written"
+    text["queue_note"] = f"{whole(queued)} blocks on their way to disk" if queued else "nothing waits"
     text["sessions"] = whole(count(snapshot, "sessions"))
     text["sessions_note"] = f"{_many(count(snapshot, 'leases'), 'lease')}, " + _many(
         count(snapshot, "reservations"), "reservation"
@@ -177,18 +186,7 @@ def _tier(view: View, tier: str, state: Mapping[str, Any], recent: Span) -> None
         f"{bytes_per_second(recent.rate(f'read.{tier}'))} read, "
         f"{bytes_per_second(recent.rate(f'written.{tier}'))} written"
     )
-    view.rows[f"{tier}_events"] = [
-        [title, whole(value)]
-        for title, name in (
-            ("hits", "hits"),
-            ("misses", "misses"),
-            ("stored", "stored"),
-            ("already there", "exists"),
-            ("evicted", "evicted"),
-            ("damaged", "corrupt"),
-        )
-        if (value := number(state, name)) is not None
-    ]
+    view.rows[f"{tier}_events"] = [[whole(count(state, name)) for name in EVENTS]]
 
 
 def _about(state: Mapping[str, Any]) -> Iterator[str]:
@@ -253,9 +251,9 @@ def _trouble(view: View, snapshot: Snapshot, tiers: list[str]) -> None:
     states = {tier: part(snapshot, "tiers", tier) for tier in tiers}
     # A block that was there already is no trouble, though it was not stored either.
     offered = {reason: times for reason, times in numbers(snapshot, "not_stored").items() if reason != "exists"}
-    dropped = {"any": offered} | {tier: numbers(state, "dropped") for tier, state in states.items()}
+    dropped = {"request": offered} | {tier: numbers(state, "dropped") for tier, state in states.items()}
     view.rows["errors"] = [
-        [code, name, whole(times), remedy]
+        [code, name, whole(times), remedy.replace("`", "")]
         for code, times in sorted(numbers(snapshot, "errors").items())
         if times > 0
         for name, remedy in [error_words(code)]
