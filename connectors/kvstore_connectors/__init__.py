@@ -1,0 +1,1 @@
+"""Connectors: how inference engines reach kvstore. Each engine's modules are imported only inside its own package."""

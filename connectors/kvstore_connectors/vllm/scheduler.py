@@ -1,0 +1,371 @@
+"""The connector's side in vLLM's scheduler: what is promised to the engine, and what is to be stored.
+
+Nothing here waits for the daemon for longer than a fraction of a millisecond.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from kvstore.types import Namespace, TierCode
+from kvstore_connectors.base import Tally, report_defect
+from kvstore_connectors.vllm.identity import Scope, request_namespace, request_scope
+from kvstore_connectors.vllm.jobs import ConnectorMeta, LoadJob, Report, SaveBlock, SaveJob
+from kvstore_connectors.vllm.lookups import Lookups, Query
+
+FIRST_WAIT_S = 0.0003
+"""Most lookups are answered within this time, so that a request need not wait for another scheduling round."""
+
+IDLE_WAIT_S = 0.001
+"""Pause of a step that has nothing but unanswered lookups; without it the engine's loop would spin."""
+
+ANSWER_LIFE_S = 10.0
+"""An answer older than this is asked for again: a request may wait long for its turn."""
+
+
+@dataclass(slots=True)
+class Tracked:
+    """What is known of a request from its arrival to its end.
+
+    Attributes
+    ----------
+    query : Query or None
+        The lookup of its blocks.
+    n_local : int
+        Tokens that the engine had by itself when it last asked.
+    loading : list of int
+        Engine blocks of the last load, to recognise it when blocks are reported as failed.
+    engine_ids : list of int
+        The request's block table.
+    computed : int
+        Tokens that the engine had computed when the last step was planned.
+    saved : int
+        kvstore blocks from the start that need no save.
+    present : int
+        Blocks, bitwise, that the daemon was known to have.
+    given_up : bool
+        A load failed: this request computes for itself.
+    private : bool
+        Its KV may stem from weights that are gone: it is not stored.
+    sources : list of TierCode
+        Where the blocks of the last promise are.
+    """
+
+    request: Any
+    scope: Scope
+    query: Query | None = None
+    n_local: int = 0
+    loading: list[int] = field(default_factory=list)
+    engine_ids: list[int] = field(default_factory=list)
+    computed: int = -1
+    saved: int = 0
+    present: int = 0
+    given_up: bool = False
+    private: bool = False
+    sources: list[TierCode] = field(default_factory=list)
+
+
+class SchedulerSide:
+    """Decides what is loaded and stored.
+
+    Parameters
+    ----------
+    lookups : Lookups
+    tally : Tally
+    engine_block : int
+        Tokens in an engine block, each of which has a hash.
+    block_tokens : int
+        Tokens in a kvstore block.
+    async_load, may_load, may_save : bool
+    """
+
+    def __init__(
+        self,
+        lookups: Lookups,
+        tally: Tally,
+        engine_block: int,
+        block_tokens: int,
+        *,
+        async_load: bool = True,
+        may_load: bool = True,
+        may_save: bool = True,
+    ) -> None:
+        self._lookups = lookups
+        self._tally = tally
+        self._engine_block = engine_block
+        self._block_tokens = block_tokens
+        self._ratio = block_tokens // engine_block
+        self._async = async_load
+        self._may_load = may_load
+        self._may_save = may_save
+        self._ranks: list[Namespace] = []
+        self._requests: dict[str, Tracked] = {}
+        self._promised: dict[str, tuple[int, int]] = {}
+        """First token and number of tokens of loads that were promised in this step."""
+        self._epoch = ""
+        self._step = 0
+        self._unconfirmed: dict[int, int] = {}
+        """Steps with synchronous loads, and how many ranks have not said how they went."""
+
+    def know_ranks(self, namespaces: Sequence[Namespace]) -> None:
+        """The workers' namespaces, one for each rank. Before they are known nothing is looked up."""
+        self._ranks = list(namespaces)
+
+    # -- what can be loaded --------------------------------------------------------------------------------------------
+
+    def arrived(self, request: Any) -> None:
+        """A request is new: look its blocks up before anybody asks."""
+        tracked = self._track(request)
+        if tracked.query is None and self._wants_lookup(tracked):
+            self._ask(tracked)
+
+    def matched(self, request: Any, n_local: int) -> tuple[int | None, bool]:
+        """Tokens that can be loaded beyond the `n_local` that the engine has, and whether that runs beside the batch.
+
+        (None, False) means: ask again.
+        """
+        tracked = self._track(request)
+        tracked.n_local, tracked.sources = n_local, []
+        if not self._wants_lookup(tracked):
+            return 0, False
+        tiers = self._answer(tracked)
+        if tiers is None:
+            return None, False
+        first = n_local // self._block_tokens
+        found = _leading(tiers, first)
+        # One token is left to compute: its result is the next token.
+        end = min((first + found) * self._block_tokens, request.num_tokens - 1)
+        count = end - n_local
+        if found == 0 or count <= 0:
+            return 0, False
+        tracked.sources = tiers[first : first + found]
+        return count, self._async
+
+    def _wants_lookup(self, tracked: Tracked) -> bool:
+        request = tracked.request
+        return (
+            self._may_load
+            and bool(self._ranks)
+            and not tracked.given_up
+            and not getattr(request, "skip_reading_prefix_cache", False)
+            and len(request.block_hashes) >= self._ratio
+        )
+
+    def _answer(self, tracked: Tracked) -> list[TierCode] | None:
+        """Tiers of the request's blocks; empty for a miss, None while unknown."""
+        query, now = tracked.query, time.monotonic()
+        if query is None or len(query.hashes) < self._full_hashes(tracked) or self._outdated(query, now):
+            query = self._ask(tracked)
+            self._lookups.wait(query, FIRST_WAIT_S)
+        if not query.finished:
+            if now < query.deadline:
+                return None
+            if not query.late:
+                query.late = True
+                self._tally.add("lookup_late")
+            return []
+        return query.tiers or []
+
+    @staticmethod
+    def _outdated(query: Query, now: float) -> bool:
+        return query.finished and now - query.asked > ANSWER_LIFE_S
+
+    def _ask(self, tracked: Tracked) -> Query:
+        request = tracked.request
+        hashes = [
+            bytes(request.block_hashes[i]) for i in range(self._ratio - 1, len(request.block_hashes), self._ratio)
+        ]
+        namespaces = [request_namespace(rank, tracked.scope) for rank in self._ranks]
+        tracked.query = self._lookups.submit(namespaces, hashes)
+        self._tally.add("lookups")
+        self._tally.add("asked_tokens", len(hashes) * self._block_tokens)
+        return tracked.query
+
+    def _full_hashes(self, tracked: Tracked) -> int:
+        return len(tracked.request.block_hashes) // self._ratio
+
+    # -- what was promised ---------------------------------------------------------------------------------------------
+
+    def allocated(self, request: Any, engine_ids: list[int], n_external: int) -> None:
+        """The engine took a promise up (`n_external` > 0) and allocated blocks for it."""
+        tracked = self._track(request)
+        tracked.engine_ids = list(engine_ids)
+        if n_external > 0:
+            self._promised[request.request_id] = (tracked.n_local, n_external)
+
+    def sources(self, request: Any, n_external: int) -> dict[TierCode, int]:
+        """How many of the promised tokens come from which tier; they add up to `n_external`."""
+        tracked = self._track(request)
+        out: dict[TierCode, int] = {}
+        place = tracked.n_local
+        end = place + n_external
+        for index, tier in enumerate(tracked.sources, start=place // self._block_tokens):
+            stop = min((index + 1) * self._block_tokens, end)
+            if stop > place:
+                out[tier] = out.get(tier, 0) + stop - place
+                place = stop
+        return out
+
+    def _load_job(self, name: str, tracked: Tracked, start: int, count: int) -> LoadJob:
+        first, last = start // self._engine_block, -(-(start + count) // self._engine_block)
+        tracked.loading = tracked.engine_ids[first:last]
+        job = LoadJob(name, tracked.scope, [], 0, tracked.loading, count, self._async)
+        try:
+            block = start // self._block_tokens
+            end = -(-(start + count) // self._block_tokens)
+            hashes = tracked.request.block_hashes
+            job.skip = first - block * self._ratio
+            job.hashes = [bytes(hashes[(i + 1) * self._ratio - 1]) for i in range(block, end)]
+            for tier, tokens in self.sources(tracked.request, count).items():
+                self._tally.add(f"hit_tokens_{tier.name.lower()}", tokens)
+            for i in range(block, end):
+                tracked.present |= 1 << i
+        except Exception:  # the promise was made: it has to end as a failed load, not as silence
+            job.hashes = []
+            report_defect("planning a load")
+        return job
+
+    # -- each step -----------------------------------------------------------------------------------------------------
+
+    def plan(self, output: Any) -> ConnectorMeta:
+        """The workers' part in a step: loads that were promised, blocks that become full."""
+        self._step += 1
+        meta = ConnectorMeta(step=self._step, idle=not output.total_num_scheduled_tokens)
+        promised, self._promised = self._promised, {}
+        for name, (start, count) in promised.items():
+            meta.loads.append(self._load_job(name, self._requests[name], start, count))
+        if meta.loads and not self._async:
+            self._unconfirmed[self._step] = len(self._ranks)
+        try:
+            self._plan_saves(meta, output)
+        except Exception:  # the loads have to reach the workers whatever happens here
+            meta.saves = []
+            report_defect("planning saves")
+        if meta.idle and not meta.loads:
+            self._rest()
+        return meta
+
+    def _follow_tables(self, output: Any) -> None:
+        for new in output.scheduled_new_reqs:
+            tracked = self._requests.get(new.req_id)
+            if tracked is not None:
+                tracked.engine_ids = list(new.block_ids[0])
+        cached = output.scheduled_cached_reqs
+        resumed = getattr(cached, "resumed_req_ids", ())
+        for name, new_ids in zip(cached.req_ids, cached.new_block_ids, strict=True):
+            tracked = self._requests.get(name)
+            if tracked is None or new_ids is None:
+                continue
+            if name in resumed:
+                tracked.engine_ids = list(new_ids[0])
+            else:
+                tracked.engine_ids.extend(new_ids[0])
+
+    def _plan_saves(self, meta: ConnectorMeta, output: Any) -> None:
+        self._follow_tables(output)
+        for name, count in output.num_scheduled_tokens.items():
+            tracked = self._requests.get(name)
+            if tracked is None or tracked.private or not self._may_save:
+                continue
+            self._follow_progress(tracked)
+            # While a synchronous load is not confirmed by every rank, KV computed on top of it may be wrong: on other
+            # ranks too, and for other requests that share its blocks. Nothing is stored until then; it is made up for.
+            if not self._unconfirmed:
+                blocks = self._fresh_blocks(name, tracked, count, output)
+                if blocks:
+                    meta.saves.append(SaveJob(name, tracked.scope, blocks))
+
+    def _follow_progress(self, tracked: Tracked) -> None:
+        computed = tracked.request.num_computed_tokens
+        if tracked.computed < 0:
+            tracked.saved = computed // self._block_tokens  # what lies before is the engine's own or was loaded
+        elif computed < tracked.computed:  # resumed, or sent back after a failed load
+            tracked.saved = min(tracked.saved, computed // self._block_tokens)
+        tracked.computed = computed
+
+    def _fresh_blocks(self, name: str, tracked: Tracked, count: int, output: Any) -> list[SaveBlock]:
+        """Blocks that are full after this step and are not known to be stored."""
+        full = min((tracked.computed + count) // self._block_tokens, self._full_hashes(tracked))
+        if full <= tracked.saved:
+            return []
+        table = self._table(name, tracked, output)
+        blocks = []
+        for index in range(tracked.saved, full):
+            ids = table[index * self._ratio : (index + 1) * self._ratio]
+            if not tracked.present >> index & 1 and len(ids) == self._ratio:
+                blocks.append(self._save_block(tracked.request, index, ids))
+        tracked.saved = full
+        return blocks
+
+    def _save_block(self, request: Any, index: int, ids: list[int]) -> SaveBlock:
+        size, hashes = self._block_tokens, request.block_hashes
+        tokens = np.array(request.all_token_ids[index * size : (index + 1) * size], dtype="<i4").tobytes()
+        parent = bytes(hashes[index * self._ratio - 1]) if index else b""
+        return SaveBlock(bytes(hashes[(index + 1) * self._ratio - 1]), parent, index * size, tokens, list(ids))
+
+    @staticmethod
+    def _table(name: str, tracked: Tracked, output: Any) -> list[int]:
+        """The request's block table: the engine's word where it gives it (0.32), else what was followed."""
+        state = getattr(output, "kv_connector_block_state", None)
+        if state is not None:
+            known = state.get_block_ids(name)
+            if known is not None:
+                return list(known[0])
+        return tracked.engine_ids
+
+    def _rest(self) -> None:
+        """Nothing to compute: wait a moment for a lookup instead of spinning."""
+        open_queries = [t.query for t in self._requests.values() if t.query is not None and not t.query.finished]
+        if open_queries:
+            self._lookups.wait_any(open_queries, IDLE_WAIT_S)
+
+    def failed(self, engine_ids: set[int]) -> None:
+        """Blocks were reported as not loaded: their requests compute for themselves, and store again."""
+        for tracked in self._requests.values():
+            if tracked.loading and not engine_ids.isdisjoint(tracked.loading):
+                tracked.given_up = True
+                tracked.present = 0
+                tracked.loading = []
+
+    def confirmed(self, report: Report) -> None:
+        """Workers have been through the synchronous loads of some steps; failures among them are known by now."""
+        for step, ranks in report.steps.items():
+            left = self._unconfirmed.get(step, 0) - ranks
+            if left > 0:
+                self._unconfirmed[step] = left
+            else:
+                self._unconfirmed.pop(step, None)
+
+    def reset(self) -> None:
+        """The engine's caches were reset, perhaps since its weights changed: share nothing with what was before."""
+        self._epoch = os.urandom(16).hex()
+        for tracked in self._requests.values():
+            tracked.scope = tracked.scope._replace(epoch=self._epoch)
+            tracked.query, tracked.private = None, True
+
+    def finished(self, request: Any) -> None:
+        """A request has ended."""
+        self._requests.pop(request.request_id, None)
+
+    def _track(self, request: Any) -> Tracked:
+        tracked = self._requests.get(request.request_id)
+        if tracked is None:
+            tracked = Tracked(request, request_scope(request, self._epoch))
+            self._requests[request.request_id] = tracked
+        return tracked
+
+
+def _leading(tiers: Sequence[TierCode], first: int) -> int:
+    """Blocks present from `first` on without a gap."""
+    count = 0
+    for tier in tiers[first:]:
+        if tier == TierCode.ABSENT:
+            break
+        count += 1
+    return count

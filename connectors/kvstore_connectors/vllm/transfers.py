@@ -1,0 +1,215 @@
+"""Moving blocks between the engine's pages and the daemon's memory: one function to load, one to store.
+
+Loading copies first and asks afterwards whether the lease was valid all the time: bytes of a lease that ran out are
+worth nothing, and the engine recomputes them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from kvstore.client import LeasedBlock, Room
+from kvstore.errors import InternalError
+from kvstore.keys import derived_key, namespace_digest
+from kvstore.types import BlockHeader, Exists, Miss, MissReason, Namespace, Stored
+from kvstore_connectors.base import Link, Tally
+from kvstore_connectors.vllm.identity import request_namespace
+from kvstore_connectors.vllm.jobs import LoadJob, SaveBlock, SaveJob
+from kvstore_connectors.vllm.pages import Bytes, DevicePages, Pages
+
+LEASE_BLOCKS = 16
+"""Blocks leased at a time: bounds what a load pins in the daemon's memory."""
+
+ROUND_S = 0.1
+"""Longest wait for blocks on their way up from a lower tier. Then the daemon is asked again, and has to answer."""
+
+TTL_S = 30.0
+
+
+def keys_of(namespace: Namespace, hashes: Sequence[bytes]) -> list[bytes]:
+    """Keys of blocks, given vLLM's hash of each."""
+    digest = namespace_digest(namespace)
+    return [derived_key(digest, engine_hash) for engine_hash in hashes]
+
+
+class Transfers:
+    """Loads and stores for one rank.
+
+    Parameters
+    ----------
+    pages : Pages
+    namespace : Namespace
+        Of this rank.
+    tally : Tally
+    load_deadline_s : float
+    """
+
+    def __init__(self, pages: Pages, namespace: Namespace, tally: Tally, load_deadline_s: float) -> None:
+        self._pages = pages
+        self._namespace = namespace
+        self._tally = tally
+        self._load_deadline_s = load_deadline_s
+
+    # -- loading -------------------------------------------------------------------------------------------------------
+
+    def load(self, link: Link, job: LoadJob, after: Any = None, stop: Callable[[], bool] = lambda: False) -> set[int]:
+        """Do what can be done of a load; returns the engine blocks that were not filled.
+
+        Those are everything from the first block on that could not be had: KV behind a hole is of no use.
+        """
+        begun = time.monotonic()
+        deadline = begun + self._load_deadline_s
+        namespace = request_namespace(self._namespace, job.scope)
+        keys = keys_of(namespace, job.hashes)
+        done = 0
+        while done < len(keys) and time.monotonic() < deadline and not stop():
+            some = partial(
+                self._load_some, job=job, namespace=namespace, keys=keys, first=done, after=after, deadline=deadline
+            )
+            answer = link.run("load", some)
+            if answer is None:
+                break
+            count, reason = answer
+            done += count
+            # Blocks on their way up from a lower tier are worth another round; anything else is final.
+            if reason is not None and reason is not MissReason.DEADLINE:
+                break
+        failed = set(job.engine_ids[self._filled(job, done) :]) if done < len(keys) or not keys else set()
+        self._count_load(job, done, failed, begun)
+        return failed
+
+    def _filled(self, job: LoadJob, blocks: int) -> int:
+        """Engine blocks that are filled once that many blocks are loaded."""
+        return max(blocks * self._pages.per_block - job.skip, 0) if blocks else 0
+
+    def _load_some(
+        self,
+        client: Any,
+        job: LoadJob,
+        namespace: Namespace,
+        keys: list[bytes],
+        first: int,
+        after: Any,
+        deadline: float,
+    ) -> tuple[int, MissReason | None]:
+        """Load up to `LEASE_BLOCKS` blocks from `first` on: how many, and why no more."""
+        wanted = keys[first : first + LEASE_BLOCKS]
+        wait_s = max(min(ROUND_S, deadline - time.monotonic()), 0.0)
+        with client.lease(wanted, namespace=namespace, ttl_s=TTL_S, wait_s=wait_s) as lease:
+            reason, copied = None, 0
+            for block in lease.blocks:
+                if isinstance(block, Miss):
+                    reason = block.reason
+                    break
+                if block.nbytes != self._pages.nbytes:
+                    self._tally.add("load_wrong_size")
+                    reason = MissReason.CORRUPT
+                    break
+                self._copy_in(block, job, first + copied, after)
+                copied += 1
+            if copied and not lease.valid():
+                self._tally.add("load_expired")
+                return 0, MissReason.LOST
+        if reason is MissReason.CORRUPT:
+            self._tally.add("load_corrupt")
+        elif reason is not None and reason is not MissReason.DEADLINE:
+            self._tally.add("load_missing")
+        return copied, reason
+
+    def _copy_in(self, block: Any, job: LoadJob, index: int, after: Any) -> None:
+        begin = self._filled(job, index)
+        end = min(self._filled(job, index + 1), len(job.engine_ids))
+        skip = job.skip if index == 0 else 0
+        if not 0 < end - begin <= self._pages.per_block - skip:
+            raise InternalError(
+                f"a load of {len(job.engine_ids)} engine blocks does not fit its {len(job.hashes)} blocks."
+            )
+        self._pages.load(contiguous(block), skip, job.engine_ids[begin:end], after)
+
+    def _count_load(self, job: LoadJob, done: int, failed: set[int], begun: float) -> None:
+        self._tally.add("load_seconds", time.monotonic() - begun)
+        if done:
+            self._tally.add("loaded_blocks", done)
+            self._tally.add("loaded_bytes", done * self._pages.nbytes)
+        if failed:
+            self._tally.add("load_failures")
+            self._tally.add("recomputed_tokens", min(len(failed) * self._pages.engine_block, job.tokens))
+
+    # -- storing -------------------------------------------------------------------------------------------------------
+
+    def save(self, link: Link, jobs: Sequence[SaveJob]) -> None:
+        """Store blocks straight from the engine's pages; returns when they are copied."""
+        begun = time.monotonic()
+        for job in jobs:
+            namespace = request_namespace(self._namespace, job.scope)
+            fill = [(block, _from_pages(self._pages, block)) for block in job.blocks]
+            self.store(link, namespace, fill)
+        self._tally.add("save_seconds", time.monotonic() - begun)
+
+    def store(
+        self, link: Link, namespace: Namespace, blocks: Sequence[tuple[SaveBlock, Callable[[Bytes], None]]]
+    ) -> None:
+        """Store blocks of one request, each given with the function that writes its bytes."""
+        stored = link.run("save", lambda client: self._store(client, namespace, blocks))
+        if stored is None:
+            self._tally.add("save_unreachable", len(blocks))
+
+    def _store(
+        self, client: Any, namespace: Namespace, blocks: Sequence[tuple[SaveBlock, Callable[[Bytes], None]]]
+    ) -> bool:
+        digest = namespace_digest(namespace)
+        offers = []
+        for block, _ in blocks:
+            parent = derived_key(digest, block.parent) if block.parent else b""
+            header = BlockHeader(parent=parent, tokens=block.tokens, position=block.position)
+            offers.append((derived_key(digest, block.hash), self._pages.nbytes, header))
+        with client.reserve(offers, namespace=namespace, ttl_s=TTL_S, wait_s=0.0) as reservation:
+            filled = []
+            for index, answer in enumerate(reservation.blocks):
+                if isinstance(answer, Room):
+                    fill_room(answer, blocks[index][1])
+                    filled.append(index)
+            outcomes = reservation.commit(filled)
+        for outcome in outcomes:
+            self._count_outcome(outcome)
+        return True
+
+    def _count_outcome(self, outcome: Any) -> None:
+        if isinstance(outcome, Stored):
+            self._tally.add("saved_blocks")
+            self._tally.add("saved_bytes", self._pages.nbytes)
+        else:
+            self._tally.add("save_exists" if isinstance(outcome, Exists) else "save_dropped")
+
+
+def contiguous(block: LeasedBlock) -> Bytes:
+    """A leased block's bytes in one piece: in place, or copied together if it lies in several parts."""
+    if block.array is not None:
+        return block.array
+    whole = np.empty(block.nbytes, dtype=np.uint8)
+    block.copy_into(whole)
+    return whole
+
+
+def fill_room(room: Room, write: Callable[[Bytes], None]) -> None:
+    """Write a block into its room: in place, or through a copy if the room lies in several parts."""
+    if room.array is not None:
+        write(room.array)
+        return
+    whole = np.empty(room.nbytes, dtype=np.uint8)
+    write(whole)
+    room.write(whole)
+
+
+def _from_pages(pages: Pages, block: SaveBlock) -> Callable[[Bytes], None]:
+    return lambda into: pages.save(block.engine_ids, into)
+
+
+def from_stage(pages: DevicePages, staged: Any) -> Callable[[Bytes], None]:
+    """The function that writes a staged block."""
+    return lambda into: pages.save_staged(staged, into)

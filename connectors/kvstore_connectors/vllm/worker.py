@@ -1,0 +1,328 @@
+"""The connector's side in a vLLM worker: the page layout, the links to the daemon, and the threads that copy."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from kvstore.errors import ConfigError
+from kvstore.types import Namespace
+from kvstore_connectors.base import Breaker, Link, Tally, report_defect
+from kvstore_connectors.vllm.identity import rank_namespace, request_namespace
+from kvstore_connectors.vllm.jobs import ConnectorMeta, Handshake, LoadJob, Report, SaveBlock, SaveJob
+from kvstore_connectors.vllm.layout import PageViews, layer_cache, learn, write_op
+from kvstore_connectors.vllm.pages import DevicePages, Pages, make_pages
+from kvstore_connectors.vllm.transfers import Transfers, from_stage
+
+IDLE_WAIT_S = 0.001
+"""Pause of a step that has nothing but running loads; without it the engine's loop would spin."""
+
+START_WAIT_S = 1.0
+"""Time that the start of an engine waits for the daemon."""
+
+
+LOAD_TIMEOUT_S = 0.1
+"""Time the daemon has for an answer while loading, beyond the wait it was asked for."""
+
+
+class Loader:
+    """The thread that loads beside the running batch.
+
+    Parameters
+    ----------
+    load : callable
+        Loads a job and returns the engine blocks that failed; given the job and the event it has to wait for.
+    """
+
+    def __init__(self, load: Callable[[LoadJob, Any, Callable[[], bool]], set[int]]) -> None:
+        self._load = load
+        self._jobs: deque[tuple[LoadJob, Any]] = deque()
+        self._change = threading.Condition()
+        self._finished: set[str] = set()
+        self._failed: set[int] = set()
+        self._open = 0
+        self._stopped = False
+        self._thread = threading.Thread(target=self._serve, name="kvstore-load", daemon=True)
+        self._thread.start()
+
+    def submit(self, job: LoadJob, after: Any) -> None:
+        """Load a job; it will be reported by `take` exactly once."""
+        with self._change:
+            self._open += 1
+            self._jobs.append((job, after))
+            self._change.notify_all()
+
+    def take(self, wait_s: float = 0.0) -> tuple[set[str], set[int]]:
+        """Requests whose loads ended since the last call, and engine blocks that failed; may wait for the first."""
+        with self._change:
+            if self._open and not self._finished and wait_s > 0:
+                self._change.wait_for(lambda: self._finished or self._stopped, wait_s)
+            finished, self._finished = self._finished, set()
+            failed, self._failed = self._failed, set()
+        return finished, failed
+
+    def close(self) -> None:
+        """End the thread after the load it is at."""
+        with self._change:
+            self._stopped = True
+            self._change.notify_all()
+        self._thread.join(timeout=2.0)
+
+    def _serve(self) -> None:
+        while True:
+            with self._change:
+                self._change.wait_for(lambda: self._jobs or self._stopped)
+                if self._stopped:
+                    return
+                job, after = self._jobs.popleft()
+            try:
+                failed = self._load(job, after, lambda: self._stopped)
+            except Exception:  # the engine waits for this request: it has to hear of its end
+                report_defect("loading")
+                failed = set(job.engine_ids)
+            with self._change:
+                # In one step, so that no request is reported as finished before its failures are.
+                self._failed |= failed
+                self._finished.add(job.request)
+                self._open -= 1
+                self._change.notify_all()
+
+
+class Saver:
+    """The thread that brings staged blocks from a device to the daemon; the engine's thread only gathers them."""
+
+    def __init__(self, pages: DevicePages, store: Callable[..., None], tally: Tally) -> None:
+        self._pages = pages
+        self._store = store
+        self._tally = tally
+        self._jobs: deque[tuple[SaveJob, list[tuple[SaveBlock, Any]]]] = deque()
+        self._change = threading.Condition()
+        self._stopped = False
+        self._thread = threading.Thread(target=self._serve, name="kvstore-save", daemon=True)
+        self._thread.start()
+
+    def submit(self, job: SaveJob) -> None:
+        """Gather a job's blocks on the engine's stream; what finds no staging memory is dropped."""
+        staged = []
+        for block in job.blocks:
+            buffer = self._pages.stage(block.engine_ids)
+            if buffer is None:
+                self._tally.add("save_dropped", len(job.blocks) - len(staged))
+                break
+            staged.append((block, buffer))
+        if staged:
+            with self._change:
+                self._jobs.append((job, staged))
+                self._change.notify_all()
+
+    def close(self) -> None:
+        """End the thread; what is still staged is dropped."""
+        with self._change:
+            self._stopped = True
+            self._change.notify_all()
+        self._thread.join(timeout=2.0)
+
+    def _serve(self) -> None:
+        while True:
+            with self._change:
+                self._change.wait_for(lambda: self._jobs or self._stopped)
+                if self._stopped:
+                    return
+                job, staged = self._jobs.popleft()
+            try:
+                self._store(job.scope, [(block, from_stage(self._pages, buffer)) for block, buffer in staged])
+            except Exception:
+                report_defect("saving")
+            finally:
+                for _, buffer in staged:
+                    self._pages.unstage(buffer)
+
+
+class WorkerSide:
+    """Loads and stores for one rank.
+
+    Parameters
+    ----------
+    vllm_config : vllm.config.VllmConfig
+    spec : vllm.v1.kv_cache_interface.AttentionSpec
+        Of the one group of layers.
+    num_blocks : int
+        Blocks in the engine's cache.
+    block_tokens : int
+    open_client : callable
+        Makes a client, given the purpose and its time limit in seconds.
+    config : ConnectorConfig
+    """
+
+    def __init__(
+        self, vllm_config: Any, spec: Any, num_blocks: int, block_tokens: int, open_client: Any, config: Any
+    ) -> None:
+        self._vllm_config = vllm_config
+        self._spec = spec
+        self._num_blocks = num_blocks
+        self._block_tokens = block_tokens
+        self._config = config
+        self.tally = Tally()
+        self._breaker = Breaker("kvstore worker", self.tally)
+        self._load_link = Link(lambda: open_client("load", LOAD_TIMEOUT_S), self._breaker, self.tally)
+        self._save_link = Link(lambda: open_client("save", config.save_deadline_ms / 1e3), self._breaker, self.tally)
+        self._pages: Pages | None = None
+        self._transfers: Transfers | None = None
+        self._namespace: Namespace | None = None
+        self._loader: Loader | None = None
+        self._saver: Saver | None = None
+        self._failed: set[int] = set()
+        self._report = Report()
+        self._sync_failed = False
+
+    # -- start ---------------------------------------------------------------------------------------------------------
+
+    def register(self, caches: dict[str, Any], rank: tuple[int, int]) -> None:
+        """Learn where KV lies and connect.
+
+        Raises
+        ------
+        ConfigError
+            If this cache can not be stored.
+        """
+        layers, page_tokens = self._learn(caches)
+        pages = make_pages(layers, self._block_tokens, self._spec.block_size, page_tokens)
+        attention = "mla" if type(self._spec).__name__.startswith("MLA") else "full"
+        self._namespace = rank_namespace(
+            self._vllm_config,
+            layout=pages.layout,
+            dtype=str(pages.dtype).removeprefix("torch."),
+            layers=len(layers),
+            kv_heads=self._spec.num_kv_heads,
+            head_dim=self._spec.head_size,
+            block_tokens=self._block_tokens,
+            attention=attention,
+            rank=rank,
+            tenant=self._config.tenant,
+            weights=self._config.weights_digest,
+        )
+        self._pages = pages
+        transfers = Transfers(pages, self._namespace, self.tally, self._config.load_deadline_ms / 1e3)
+        self._transfers = transfers
+        if self._config.async_load:
+            self._loader = Loader(lambda job, after, stop: transfers.load(self._load_link, job, after, stop))
+        if isinstance(pages, DevicePages):
+            self._saver = Saver(pages, self._store_staged, self.tally)
+        self._breaker.start(START_WAIT_S)
+
+    def _learn(self, caches: dict[str, Any]) -> tuple[list[PageViews], int]:
+        context = self._vllm_config.compilation_config.static_forward_context
+        producer = f"{_version()}/{self._spec.dtype}"
+        known: dict[Any, PageViews] = {}
+        layers: list[PageViews] = []
+        seen: set[tuple[int, Any]] = set()
+        page_tokens = self._spec.block_size
+        for name, registered in caches.items():
+            if not isinstance(registered, torch.Tensor):
+                raise ConfigError(f"vllm: layer {name} keeps a cache that is not one tensor.", _REMEDY)
+            layer = context.get(name)
+            cache = layer_cache(layer, registered)
+            if (cache.data_ptr(), cache.stride()) in seen:
+                continue  # layers that share their KV with an earlier one
+            seen.add((cache.data_ptr(), cache.stride()))
+            if cache.shape[0] % self._num_blocks:
+                raise ConfigError(
+                    f"vllm: the cache of layer {name} has an unknown shape {tuple(cache.shape)}.", _REMEDY
+                )
+            page_tokens = self._spec.block_size * self._num_blocks // cache.shape[0]
+            kind = type(getattr(layer, "impl", None)).__qualname__
+            views = learn(cache, write_op(layer), self._spec.num_kv_heads, self._spec.head_size, f"{producer}/{kind}")
+            known[name] = views
+            layers.append(views)
+        if not layers:
+            raise ConfigError("vllm: this rank keeps no KV.", _REMEDY)
+        return layers, page_tokens
+
+    def handshake(self) -> Handshake | None:
+        """This rank's namespace, for the scheduler."""
+        return None if self._namespace is None else Handshake(self._namespace)
+
+    # -- each step -----------------------------------------------------------------------------------------------------
+
+    def start_loads(self, meta: ConnectorMeta) -> None:
+        """Hand the step's loads to the loader, or do them at once."""
+        if not meta.loads:
+            return
+        for job in meta.loads:
+            self._start_load(job)
+        if any(not job.is_async for job in meta.loads):
+            self._report.steps[meta.step] = self._report.steps.get(meta.step, 0) + 1
+
+    def _start_load(self, job: LoadJob) -> None:
+        try:
+            if self._pages is None or self._transfers is None:
+                raise RuntimeError("a load was asked for before the caches were registered")
+            after = self._pages.mark()
+            if self._loader is not None and job.is_async:
+                self._loader.submit(job, after)
+                return
+            self._failed |= self._transfers.load(self._load_link, job, after)
+        except Exception:  # whatever happened, the engine recomputes
+            report_defect("starting a load")
+            self._failed |= set(job.engine_ids)
+
+    def save(self, meta: ConnectorMeta) -> None:
+        """Store the step's full blocks. On the CPU they are copied before this returns; on a device, gathered."""
+        if not meta.saves or self._transfers is None:
+            return
+        if not self._breaker.allow():
+            blocks = sum(len(job.blocks) for job in meta.saves)
+            self.tally.add("skipped_save")
+            self.tally.add("save_unreachable", blocks)
+        elif self._saver is not None:
+            for job in meta.saves:
+                self._saver.submit(job)
+        else:
+            self._transfers.save(self._save_link, meta.saves)
+
+    def _store_staged(self, scope: Any, blocks: Any) -> None:
+        if self._transfers is not None and self._namespace is not None:
+            self._transfers.store(self._save_link, request_namespace(self._namespace, scope), blocks)
+
+    def take_finished(self, meta: ConnectorMeta | None) -> set[str]:
+        """Requests whose asynchronous loads have ended."""
+        if self._loader is None:
+            return set()
+        wait_s = IDLE_WAIT_S if meta is not None and meta.idle else 0.0
+        finished, failed = self._loader.take(wait_s)
+        self._failed |= failed
+        return finished
+
+    def take_failed(self) -> set[int]:
+        """Engine blocks that were promised and could not be loaded."""
+        failed, self._failed = self._failed, set()
+        return failed
+
+    def take_report(self) -> Report | None:
+        """Which steps' synchronous loads are through."""
+        if not self._report.steps:
+            return None
+        report, self._report = self._report, Report()
+        return report
+
+    def close(self) -> None:
+        """End threads and connections."""
+        self._breaker.close()
+        for thread in (self._loader, self._saver):
+            if thread is not None:
+                thread.close()
+        self._load_link.close()
+        self._save_link.close()
+
+
+_REMEDY = "Run this model without the connector."
+
+
+def _version() -> str:
+    import vllm
+
+    return f"vllm-{vllm.__version__}"
