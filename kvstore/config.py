@@ -160,16 +160,17 @@ def _from_env(env: Env) -> dict[str, tuple[object, str]]:
         if not name.startswith(ENV_PREFIX) or (name not in known and _FOREIGN_ENV.fullmatch(name)):
             continue
         if name not in known:
-            raise ConfigError(f"{name} in the environment is not a setting{_nearest(name, known)}", _REMEDY)
+            raise ConfigError(f"{name} in the environment is not a setting{_nearest(name, known, ENV_PREFIX)}", _REMEDY)
         key = known[name]
         if key not in found or name == env_names(key)[0]:
             found[key] = (env[name], name)
     return found
 
 
-def _nearest(word: str, known: Mapping[str, object]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else "."
+def _nearest(word: str, known: Mapping[str, object], prefix: str = "") -> str:
+    """The known name that is most like `word`, as the end of a sentence; a prefix that all share does not count."""
+    close = difflib.get_close_matches(word.removeprefix(prefix), [each.removeprefix(prefix) for each in known], n=1)
+    return f"; did you mean {prefix + close[0]!r}?" if close else "."
 
 
 def _read_token(values: Values, origins: dict[str, str]) -> None:

@@ -42,7 +42,7 @@ class Secret:
         return hash(self._text)
 
 
-def size(low: int = 0, high: int | None = None) -> Parser:
+def size(low: int = 0, high: int = 1 << 60) -> Parser:
     """A number of bytes within bounds."""
 
     def parse(value: object) -> int:
@@ -90,11 +90,11 @@ def integer(low: int, high: int) -> Parser:
     return parse
 
 
-def _within(number: float, low: float, high: float | None, write: Callable[[Any], str]) -> None:
+def _within(number: float, low: float, high: float, write: Callable[[Any], str]) -> None:
     # Written so that a NaN from a file is outside.
     if not number >= low:
         raise ValueError(f"is less than {write(low)}")
-    if high is not None and not number <= high:
+    if not number <= high:
         raise ValueError(f"is more than {write(high)}")
 
 

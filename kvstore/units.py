@@ -18,7 +18,7 @@ SIZE_UNITS = {
 }
 TIME_UNITS = {"": 1.0, "us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 
-_NUMBER = re.compile(r"(\d{1,18}(?:\.\d{1,9})?)\s*([A-Za-z]*)", re.ASCII)
+_NUMBER = re.compile(r"(\d{1,19}(?:\.\d{1,9})?)\s*([A-Za-z]*)", re.ASCII)
 _SIZES = {unit.lower(): factor for unit, factor in SIZE_UNITS.items()}
 
 

@@ -240,6 +240,9 @@ def _try_direct(place: Path, name: str) -> Result:
 def disk_space(loaded: Loaded) -> Result:
     """The disk tier's budget against the free space."""
     disk = loaded.settings.disk
+    if disk.bytes == 0 and "auto" in loaded.origins["disk.bytes"]:
+        nothing = f"nothing is free in {disk.path}"
+        return Result("warn", nothing, "The disk tier is off.", "Free some space, or choose another --disk-path.")
     if disk.bytes == 0:
         return Result("ok", "the disk tier is off")
     free = machine.free_space(disk.path)
