@@ -1,0 +1,371 @@
+"""Blocks as files: write one, read one, verify one, move one away. Runs in the tier's I/O threads; knows no index.
+
+The way of a write: checksums, header, temporary file, one vectored write, rename. The way of a read: one vectored read
+of header and payload straight into the caller's buffers, then header, identity and every checksum.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import stat
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from kvstore.disk.directory import Directory
+from kvstore.disk.format import (
+    ALIGN,
+    ENTRY_COST,
+    PART_BYTES,
+    Shape,
+    block_name,
+    check_payload,
+    decode_header,
+    encode_header,
+    part_sums,
+    round_up,
+)
+from kvstore.disk.io import Files, Scratch, aligned, as_bytes, is_aligned, move
+from kvstore.errors import CorruptBlock
+from kvstore.types import BlockHeader, BlockId, Scope
+
+DESCRIPTION = "namespace.json"
+MAX_DESCRIPTION = 64 * 1024
+
+_NOTHING = memoryview(bytearray())
+_NOT_A_FILE = {errno.ELOOP, errno.EINVAL, errno.ENXIO, errno.ENOTDIR, errno.EISDIR}
+
+
+class ForeignFile(Exception):
+    """A block's name stands for a link, a pipe, a directory or a file with a second name: nothing that we wrote."""
+
+
+class WrongSize(CorruptBlock):
+    """A block's file has another length than its name says."""
+
+
+class TmpLeft(Exception):
+    """A write failed and so did removing what it had written: the bytes are still on the disk, under `name`."""
+
+    def __init__(self, name: str, cause: BaseException) -> None:
+        self.name = name
+        self.cause = cause if isinstance(cause, OSError) else OSError(repr(cause))
+        super().__init__(f"tmp/{name} could not be removed")
+
+
+class Image(NamedTuple):
+    """How a payload lies in memory during one read or write.
+
+    Attributes
+    ----------
+    buffers : list of memoryview
+        Aligned memory of the payload and its padding, in order: the caller's wherever that is possible.
+    payload : list of memoryview
+        The same without the padding.
+    padding : memoryview
+        What follows the payload up to the end of the file.
+    bounced : list of (memoryview, memoryview)
+        Pairs of the caller's memory and ours where the caller's cannot be used, to be copied before a write and after a
+        verified read.
+    """
+
+    buffers: list[memoryview]
+    payload: list[memoryview]
+    padding: memoryview
+    bounced: list[tuple[memoryview, memoryview]]
+
+
+class BlockFiles:
+    """The files of a tier's blocks.
+
+    Parameters
+    ----------
+    directory : Directory
+        The open, locked directory.
+    files : Files
+        The system calls.
+    """
+
+    def __init__(self, directory: Directory, files: Files) -> None:
+        self.directory = directory
+        self.direct = directory.direct_io
+        self._files = files
+        self._scratch = Scratch()
+        self._numbers = itertools.count(1)
+        self.live_tmp: set[str] = set()
+
+    # -- write ---------------------------------------------------------------------------------------------------------
+
+    def write(
+        self, block: BlockId, header: BlockHeader, shape: Shape, payload: Sequence[memoryview], durable: bool
+    ) -> None:
+        """Store a block under its name, at once or not at all.
+
+        Raises
+        ------
+        OSError
+            From the kernel; nothing of the block is left.
+        TmpLeft
+            The same, but a temporary file is left.
+        """
+        image = self._image(as_bytes(payload), shape.nbytes)
+        for theirs, ours in image.bounced:
+            ours[:] = theirs
+        image.padding[:] = bytes(len(image.padding))
+        first = self._scratch.get("header", shape.offset)
+        first[:] = encode_header(block, header, shape, part_sums(image.payload))
+        self._create(block.scope, block_name(block.key, shape), [first, *image.buffers], self.direct, durable)
+
+    def _create(self, scope: Scope, name: str, buffers: list[memoryview], direct: bool, sync: bool) -> None:
+        """Write a file under a temporary name and then give it its own."""
+        tmp_name = f"{next(self._numbers):x}"
+        self.live_tmp.add(tmp_name)
+        try:
+            fd = self._files.create_tmp(tmp_name, self.directory.tmp, direct)
+            try:
+                try:
+                    move(self._files.write, fd, buffers)
+                    if sync:
+                        self._files.sync(fd)
+                finally:
+                    self._files.close(fd)
+                self._publish(tmp_name, scope, name)
+            except BaseException as error:
+                self._discard(tmp_name, scope, name, error)
+                raise
+        finally:
+            self.live_tmp.discard(tmp_name)
+
+    def _publish(self, tmp_name: str, scope: Scope, name: str) -> None:
+        for last_try in (False, True):
+            try:
+                with self._namespace(scope, make=True) as ns:
+                    return self._files.publish(tmp_name, self.directory.tmp, name, ns)
+            except FileNotFoundError:  # the directory was empty and was removed after we had opened it
+                if last_try:
+                    raise
+
+    def _discard(self, tmp_name: str, scope: Scope, name: str, cause: BaseException) -> None:
+        """Remove what a failed write left. The failed call may have been the rename, and it may have worked."""
+        try:
+            self._files.unlink(tmp_name, self.directory.tmp)
+        except FileNotFoundError:
+            try:
+                self._unlink(scope, name)
+            except OSError:
+                raise TmpLeft(tmp_name, cause) from cause
+        except OSError:
+            raise TmpLeft(tmp_name, cause) from cause
+
+    def _image(self, views: Sequence[memoryview], nbytes: int) -> Image:
+        """Whole pages stay where they are; the part of a page at the end goes through scratch memory."""
+        if not is_aligned(views):
+            return self._bounced_image(views, nbytes)
+        *pages, last = views or [_NOTHING]
+        cut = len(last) // ALIGN * ALIGN
+        if cut:
+            pages.append(last[:cut])
+        rest = last[cut:]
+        if not rest:
+            return Image(pages, pages, _NOTHING, [])
+        tail = self._scratch.get("tail", ALIGN)
+        ours, padding = tail[: len(rest)], tail[len(rest) :]
+        return Image([*pages, tail], [*pages, ours], padding, [(rest, ours)])
+
+    @staticmethod
+    def _bounced_image(views: Sequence[memoryview], nbytes: int) -> Image:
+        """Memory that direct I/O cannot use is copied as a whole; an arena never needs this."""
+        copy = aligned(round_up(nbytes))
+        pairs: list[tuple[memoryview, memoryview]] = []
+        at = 0
+        for view in views:
+            pairs.append((view, copy[at : at + len(view)]))
+            at += len(view)
+        return Image([copy], [copy[:nbytes]], copy[nbytes:], pairs)
+
+    # -- read ----------------------------------------------------------------------------------------------------------
+
+    def read(self, block: BlockId, shape: Shape, into: Sequence[memoryview], touch: bool) -> BlockHeader:
+        """Read a block into the caller's buffers and verify it.
+
+        Parameters
+        ----------
+        into : sequence of memoryview
+            Together `shape.nbytes` long.
+        touch : bool
+            Whether to note the use in the file's times.
+
+        Raises
+        ------
+        CorruptBlock
+            If one byte of the file is not what was stored.
+        FileNotFoundError, ForeignFile
+            If there is no such file, or it is not one of ours.
+        OSError
+            From the kernel; says nothing about the block.
+        """
+        image = self._image(as_bytes(into), shape.nbytes)
+        first = self._scratch.get("header", shape.offset)
+        with self._open_checked(block, shape) as fd:
+            move(self._files.read, fd, [first, *image.buffers])
+            header, sums = decode_header(first, block, shape)
+            check_payload(image.payload, image.padding, sums)
+            if touch:
+                with contextlib.suppress(OSError):  # recency is a hint
+                    self._files.touch(fd)
+        for theirs, ours in image.bounced:
+            theirs[:] = ours
+        return header
+
+    def verify(self, block: BlockId, shape: Shape) -> None:
+        """Read a block part by part and compare every byte, without room for the whole block. Raises like `read`."""
+        first = self._scratch.get("header", shape.offset)
+        part = self._scratch.get("part", PART_BYTES)
+        with self._open_checked(block, shape) as fd:
+            move(self._files.read, fd, [first])
+            _, sums = decode_header(first, block, shape)
+            for number, start in enumerate(range(0, shape.nbytes, PART_BYTES)):
+                have = min(PART_BYTES, shape.nbytes - start)
+                offset = shape.offset + start
+
+                def step(fd: int, buffers: Sequence[memoryview], position: int, offset: int = offset) -> int:
+                    return self._files.read(fd, buffers, offset + position)
+
+                move(step, fd, [part[: round_up(have)]])
+                check_payload([part[:have]], part[have : round_up(have)], sums[8 * number : 8 * number + 8])
+
+    @contextlib.contextmanager
+    def _open_checked(self, block: BlockId, shape: Shape) -> Iterator[int]:
+        with self._namespace(block.scope) as ns:
+            try:
+                fd = self._files.open_block(block_name(block.key, shape), ns, self.direct)
+            except OSError as error:
+                if error.errno in _NOT_A_FILE:
+                    raise ForeignFile(str(error)) from None
+                raise
+        try:
+            info = self._files.stat(fd)
+            if not stat.S_ISREG(info.st_mode) or info.st_nlink != 1:
+                raise ForeignFile("not a regular file, or one with a second name")
+            if info.st_size != shape.file_bytes:
+                raise WrongSize(f"the file has {info.st_size} bytes, its name says {shape.file_bytes}.")
+            yield fd
+        finally:
+            self._files.close(fd)
+
+    # -- directories ---------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _namespace(self, scope: Scope, make: bool = False) -> Iterator[int]:
+        """The open directory of a namespace."""
+        files = self._files
+        domain = self._open_dir(scope.domain, self.directory.blocks, make)
+        try:
+            ns = self._open_dir(scope.ns.hex(), domain, make)
+        finally:
+            files.close(domain)
+        try:
+            yield ns
+        finally:
+            files.close(ns)
+
+    def _open_dir(self, name: str, at: int, make: bool) -> int:
+        try:
+            return self._files.open_dir(name, at)
+        except FileNotFoundError:
+            if not make:
+                raise
+        with contextlib.suppress(FileExistsError):
+            self._files.make_dir(name, at)
+        return self._files.open_dir(name, at)
+
+    def sync_names(self, scopes: Iterable[Scope], new: Iterable[Scope]) -> None:
+        """Wait until the names of these namespaces' files, and of the namespaces in `new`, survive a loss of power."""
+        files = self._files
+        for scope in scopes:
+            with contextlib.suppress(FileNotFoundError), self._namespace(scope) as ns:  # dropped as a whole meanwhile
+                files.sync_dir(ns)
+        domains = {scope.domain for scope in new}
+        for name in domains:
+            domain = files.open_dir(name, self.directory.blocks)
+            try:
+                files.sync_dir(domain)
+            finally:
+                files.close(domain)
+        if domains:
+            files.sync_dir(self.directory.blocks)
+
+    def harden(self, block: BlockId, shape: Shape) -> None:
+        """Wait until the bytes of a stored block would survive a loss of power."""
+        with self._open_checked(block, shape) as fd:
+            self._files.sync(fd)
+
+    # -- away ----------------------------------------------------------------------------------------------------------
+
+    def remove(self, block: BlockId, shape: Shape) -> None:
+        """Remove a block's file; fine if it is gone."""
+        self._unlink(block.scope, block_name(block.key, shape))
+
+    def _unlink(self, scope: Scope, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError), self._namespace(scope) as ns:
+            self._files.unlink(name, ns)
+
+    def remove_namespace(self, scope: Scope) -> None:
+        """Remove a namespace's directory and description, if there is nothing else in it."""
+        files = self._files
+        with contextlib.suppress(OSError):
+            with self._namespace(scope) as ns, contextlib.suppress(FileNotFoundError):
+                files.unlink(DESCRIPTION, ns)
+            domain = files.open_dir(scope.domain, self.directory.blocks)
+            try:
+                files.remove_dir(scope.ns.hex(), domain)
+            finally:
+                files.close(domain)
+
+    def set_aside(self, block: BlockId, shape: Shape) -> str:
+        """Move a damaged file into quarantine; its name there."""
+        name = f"{time.time_ns():016x}-{block.scope.domain}-{block.scope.ns.hex()}-{block_name(block.key, shape)}"
+        with self._namespace(block.scope) as ns:
+            self._files.publish(block_name(block.key, shape), ns, name, self.directory.quarantine)
+        return name
+
+    def forget_aside(self, name: str) -> None:
+        """Remove a file from quarantine; fine if it is gone."""
+        with contextlib.suppress(FileNotFoundError):
+            self._files.unlink(name, self.directory.quarantine)
+
+    def forget_tmp(self, name: str) -> None:
+        """Remove a temporary file; fine if it is gone."""
+        with contextlib.suppress(FileNotFoundError):
+            self._files.unlink(name, self.directory.tmp)
+
+    # -- descriptions --------------------------------------------------------------------------------------------------
+
+    def describe(self, scope: Scope, text: bytes) -> None:
+        """Write the description of a namespace, at once or not at all. Raises like `write`."""
+        self._create(scope, DESCRIPTION, [memoryview(text)], direct=False, sync=True)
+
+    def description(self, scope: Scope) -> bytes | None:
+        """The description of a namespace, or None if there is none that we could have written."""
+        try:
+            with self._namespace(scope) as ns:
+                fd = self._files.open_block(DESCRIPTION, ns, direct=False)
+        except OSError:
+            return None
+        try:
+            if not stat.S_ISREG(self._files.stat(fd).st_mode):
+                return None
+            text = memoryview(bytearray(MAX_DESCRIPTION + 1))
+            length = self._files.read(fd, [text], 0)
+            return bytes(text[:length]) if 0 < length <= MAX_DESCRIPTION else None
+        except OSError:
+            return None
+        finally:
+            self._files.close(fd)
+
+
+def description_cost(nbytes: int) -> int:
+    """What a description takes of the budget."""
+    return round_up(nbytes) + ENTRY_COST

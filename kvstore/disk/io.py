@@ -1,0 +1,187 @@
+"""The only door to the disk: every system call on the tier's files is one method of `Files`.
+
+Names are always relative to the descriptor of a directory, and no call follows a symbolic link. Tests and tools
+subclass `Files` to fail, count, record or kill at the n-th call; nothing in here knows of them.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import threading
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from kvstore.disk.format import ALIGN
+
+IOV_MAX = 1024
+"""Buffers that one system call takes."""
+
+_SAFE = os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class Listing(NamedTuple):
+    """Names in a directory, by kind. `others` are links, pipes, sockets and devices."""
+
+    files: list[str]
+    dirs: list[str]
+    others: list[str]
+
+
+class Files:
+    """The system calls of the disk tier. Each raises `OSError` as the kernel says."""
+
+    def open_dir(self, name: str, at: int | None = None) -> int:
+        """Open a directory that is not a symbolic link."""
+        return os.open(name, os.O_RDONLY | os.O_DIRECTORY | _SAFE, dir_fd=at)
+
+    def make_dir(self, name: str, at: int | None = None) -> None:
+        """Make a directory that only we can enter."""
+        os.mkdir(name, 0o700, dir_fd=at)
+
+    def remove_dir(self, name: str, at: int) -> None:
+        """Remove a directory if it is empty."""
+        os.rmdir(name, dir_fd=at)
+
+    def list_dir(self, at: int) -> Listing:
+        """Names in an open directory. Kinds come with the listing, so no file is looked at."""
+        found = Listing([], [], [])
+        with os.scandir(at) as entries:
+            for entry in entries:
+                if entry.is_file(follow_symlinks=False):
+                    found.files.append(entry.name)
+                elif entry.is_dir(follow_symlinks=False):
+                    found.dirs.append(entry.name)
+                else:
+                    found.others.append(entry.name)
+        return found
+
+    def open_lock(self, name: str, at: int) -> int:
+        """Open or make the lock file."""
+        return os.open(name, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | _SAFE, 0o600, dir_fd=at)
+
+    def lock(self, fd: int) -> None:
+        """Take the lock for the life of `fd`; `BlockingIOError` if another process has it."""
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def create_tmp(self, name: str, at: int, direct: bool) -> int:
+        """Make a new file for writing."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _SAFE | (os.O_DIRECT if direct else 0)
+        return os.open(name, flags, 0o600, dir_fd=at)
+
+    def open_block(self, name: str, at: int, direct: bool) -> int:
+        """Open a file for reading. A pipe does not block here; the caller looks at what it is."""
+        return os.open(name, os.O_RDONLY | os.O_NONBLOCK | _SAFE | (os.O_DIRECT if direct else 0), dir_fd=at)
+
+    def write(self, fd: int, buffers: Sequence[memoryview], position: int) -> int:
+        """Write some of the buffers at a position; bytes written."""
+        return os.pwritev(fd, buffers, position)
+
+    def read(self, fd: int, buffers: Sequence[memoryview], position: int) -> int:
+        """Read from a position into the buffers; bytes read."""
+        return os.preadv(fd, buffers, position)
+
+    def stat(self, fd: int) -> os.stat_result:
+        """What an open file is."""
+        return os.fstat(fd)
+
+    def stat_name(self, name: str, at: int) -> os.stat_result:
+        """What a name stands for, a link being a link."""
+        return os.stat(name, dir_fd=at, follow_symlinks=False)
+
+    def touch(self, fd: int) -> None:
+        """Set a file's times to now: recency that outlives a restart."""
+        os.utime(fd)
+
+    def sync(self, fd: int) -> None:
+        """Wait until a file's bytes would survive a loss of power."""
+        os.fdatasync(fd)
+
+    def sync_dir(self, fd: int) -> None:
+        """Wait until the names in a directory would survive a loss of power."""
+        os.fsync(fd)
+
+    def publish(self, source: str, source_at: int, name: str, at: int) -> None:
+        """Give a finished file its name, at once or not at all."""
+        os.rename(source, name, src_dir_fd=source_at, dst_dir_fd=at)
+
+    def unlink(self, name: str, at: int) -> None:
+        """Remove a file."""
+        os.unlink(name, dir_fd=at)
+
+    def close(self, fd: int) -> None:
+        """Close a descriptor."""
+        os.close(fd)
+
+
+def move(step: Callable[[int, Sequence[memoryview], int], int], fd: int, buffers: Sequence[memoryview]) -> None:
+    """Call `step` (`Files.read` or `Files.write`) from position 0 until every byte of `buffers` is moved.
+
+    All buffers but the last are multiples of `ALIGN` long. A step that moves less is continued at the last multiple of
+    `ALIGN`, where direct I/O can go on.
+
+    Raises
+    ------
+    OSError
+        From the step, or EIO if it makes no progress.
+    """
+    total = sum(map(len, buffers))
+    rest, position = list(buffers), 0
+    while True:
+        moved = step(fd, rest[:IOV_MAX], position)
+        if position + moved >= total:
+            return
+        ahead = moved // ALIGN * ALIGN
+        if ahead <= 0:
+            raise OSError(errno.EIO, f"I/O stopped at byte {position + max(moved, 0)} of {total}")
+        rest = _after(rest, ahead)
+        position += ahead
+
+
+def _after(buffers: Sequence[memoryview], nbytes: int) -> list[memoryview]:
+    """What is left of some buffers after their first `nbytes`."""
+    for index, view in enumerate(buffers):
+        if nbytes < len(view):
+            return [view[nbytes:], *buffers[index + 1 :]]
+        nbytes -= len(view)
+    return []
+
+
+# -- buffers -----------------------------------------------------------------------------------------------------------
+
+
+class Scratch(threading.local):
+    """Page-aligned memory of one I/O thread for the parts of a file that have no place in the caller's buffers."""
+
+    def __init__(self) -> None:
+        self._views: dict[str, memoryview] = {}
+
+    def get(self, name: str, nbytes: int) -> memoryview:
+        """`nbytes` aligned bytes with any content, valid until the same thread asks for the same name again."""
+        view = self._views.get(name)
+        if view is None or len(view) < nbytes:
+            view = self._views[name] = aligned(nbytes)
+        return view[:nbytes]
+
+
+def aligned(nbytes: int) -> memoryview:
+    """New page-aligned memory."""
+    return memoryview(mmap.mmap(-1, max(nbytes, 1)))[:nbytes]
+
+
+def as_bytes(views: Sequence[memoryview]) -> list[memoryview]:
+    """The same memory as flat bytes, without empty views."""
+    return [view.cast("B") if view.format != "B" or view.ndim != 1 else view for view in views if view.nbytes]
+
+
+def is_aligned(views: Sequence[memoryview]) -> bool:
+    """Whether direct I/O can use these buffers: each starts on `ALIGN`, and all but the last are whole pages long."""
+    return all(_address(view) % ALIGN == 0 for view in views) and all(len(view) % ALIGN == 0 for view in views[:-1])
+
+
+def _address(view: memoryview) -> int:
+    return np.frombuffer(view, np.uint8).__array_interface__["data"][0]

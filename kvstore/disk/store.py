@@ -1,0 +1,371 @@
+"""Index, files and threads in step: each method changes the disk in one trip to a thread and books what came of it.
+
+State lives on the event loop, system calls in the threads. Blocks and namespaces whose files a thread is working on are
+`busy`: nobody else may touch those files until the future there is done. Methods are not written to be cancelled;
+callers run them by `to_the_end`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import time
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+from kvstore.disk.blocks import BlockFiles, TmpLeft, description_cost
+from kvstore.disk.directory import Directory
+from kvstore.disk.format import Shape, block_name, scope_path
+from kvstore.disk.group import GroupSync
+from kvstore.disk.index import Departure, Index, Removed
+from kvstore.disk.io import Files
+from kvstore.disk.recover import Recovered, by_last_use, recover
+from kvstore.errors import DirectoryUnusable
+from kvstore.eviction.base import EvictionPolicy
+from kvstore.types import BlockHeader, BlockId, Scope
+
+QUARANTINE_FILES = 64
+QUARANTINE_SHARE = 8
+"""Damaged files kept for inspection: at most so many, and at most one part in so many of the budget."""
+
+IDLE_TEXTS = 4096
+"""Descriptions kept in memory for namespaces that have no blocks here."""
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+
+class _Written(NamedTuple):
+    """What an I/O thread made of a write."""
+
+    error: OSError | None = None
+    failed: Sequence[Removed] = ()
+    leftover: str = ""
+
+
+class Store:
+    """The blocks of one directory.
+
+    Parameters
+    ----------
+    root : Path
+        The directory.
+    capacity : int
+        Byte budget.
+    policy : EvictionPolicy
+        Order of eviction.
+    threads : int
+        I/O threads.
+    files : Files
+        The system calls.
+    """
+
+    directory: Directory
+    blocks: BlockFiles
+
+    def __init__(self, root: Path, capacity: int, policy: EvictionPolicy[BlockId], threads: int, files: Files) -> None:
+        self.root = root
+        self.index = Index(capacity, policy)
+        self.files = files
+        self.busy: dict[BlockId | Scope, asyncio.Future[None]] = {}
+        self.found: dict[str, Any] = {}
+        self.texts: dict[Scope, bytes] = {}
+        self.ready = False
+        self.threads = threads
+        self._closed = False
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="kvstore-disk")
+        self._names = GroupSync(self._sync_names)
+        self._running: set[asyncio.Future[Any]] = set()
+
+    # -- life ----------------------------------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Take the directory, list what is in it, and evict what the budget does not allow.
+
+        Raises
+        ------
+        DirectoryUnusable
+            If that is not possible.
+        """
+        began = time.perf_counter()
+        index = self.index
+        found = await self.thread(self._open)
+        index.adopt(found.spaces, found.quarantine)
+        self.texts = found.texts
+        await self._bound_quarantine()
+        if index.used > index.capacity:
+            await self._order_blocks()
+            if not await self.free(index.used - index.capacity):
+                raise DirectoryUnusable(
+                    f"disk.path: what is in {self.root} takes {index.used} bytes, the budget is {index.capacity}."
+                )
+        else:
+            self._track(asyncio.ensure_future(self._order_blocks()))
+        self.ready = True
+        self.found = {
+            "recovered_blocks": index.count,
+            "recover_s": time.perf_counter() - began,
+            "foreign_files": len(found.foreign),
+        }
+
+    def _open(self) -> Recovered:
+        self.directory = Directory(self.root, self.files)
+        self.blocks = BlockFiles(self.directory, self.files)
+        try:
+            return recover(self.directory, self.blocks, self.files)
+        except OSError as error:
+            raise DirectoryUnusable(f"disk.path: {self.root} cannot be read: {error}.") from error
+
+    async def _order_blocks(self) -> None:
+        """Find out in which order the blocks found at start were last used."""
+        try:
+            self.index.set_cold(await self.thread(by_last_use, self.directory, self.files))
+        except OSError:  # the order is a hint; that of the listing will do
+            return
+
+    async def close(self) -> None:
+        """Finish what was begun and let go of the directory."""
+        self.ready = False
+        if self._closed:
+            return
+        self._closed = True
+        while self._running:
+            await asyncio.wait(self._running)
+        self._pool.shutdown(wait=True)
+        if hasattr(self, "directory"):
+            self.directory.close()
+
+    # -- coming --------------------------------------------------------------------------------------------------------
+
+    async def write(
+        self,
+        block: BlockId,
+        header: BlockHeader,
+        shape: Shape,
+        payload: Sequence[memoryview],
+        durable: bool,
+        wanted: Callable[[], bool],
+    ) -> OSError | None:
+        """Store a block if it still is `wanted` when it is written. Why not, if the kernel or the budget refused."""
+        reservation = self.index.reserve(block.scope, shape.cost)
+        if reservation is None:
+            return OSError(errno.ENOSPC, "not enough blocks may be evicted")
+        wrote = _Written(OSError("not tried"))
+        error: OSError | None = None
+        try:
+            job = partial(self.blocks.write, block, header, shape, payload, durable)
+            wrote = await self._replace(reservation.leaving, job)
+            error = wrote.error or (await self.sync_names(block.scope) if durable else None)
+        finally:
+            kept = self._kept(shape.cost, wrote)
+            if wrote.error is None:
+                self.index.insert(block, shape)
+            empty = self.index.settle(reservation, kept, wrote.failed)
+        if wrote.error is None and (error is not None or not wanted()):
+            await self.remove(self.index.forget([block]))
+        await self.remove(empty)
+        return error
+
+    async def _replace(self, leaving: Departure, write: Callable[[], None]) -> _Written:
+        """One trip to a thread: remove what leaves, and only then write."""
+
+        def job() -> _Written:
+            failed, error = self._clear_out(leaving)
+            if error is not None:
+                return _Written(error, failed)
+            try:
+                write()
+            except TmpLeft as left:
+                return _Written(left.cause, leftover=f"tmp/{left.name}")
+            except OSError as error:
+                return _Written(error)
+            return _Written()
+
+        with self.occupied(leaving):
+            return await self.thread(job)
+
+    def _kept(self, cost: int, wrote: _Written) -> int:
+        """Bytes of a new file that are on the disk after a write, wanted or not."""
+        if wrote.leftover:
+            self.index.leftovers[wrote.leftover] = cost
+            return cost
+        return cost if wrote.error is None else 0
+
+    async def harden(self, block: BlockId, shape: Shape) -> OSError | None:
+        """Make a stored block survive a loss of power. Why not, if so."""
+        try:
+            await self.thread(self.blocks.harden, block, shape)
+        except OSError as error:
+            return error
+        return await self.sync_names(block.scope)
+
+    async def sync_names(self, scope: Scope) -> OSError | None:
+        """Wait for the group commit of a namespace's names. Why it failed, if so."""
+        try:
+            await self._names.sync(scope)
+        except OSError as error:
+            return error
+        return None
+
+    async def _sync_names(self, scopes: set[Scope], new: set[Scope]) -> None:
+        await self.thread(self.blocks.sync_names, scopes, new)
+
+    # -- leaving -------------------------------------------------------------------------------------------------------
+
+    async def free(self, nbytes: int) -> bool:
+        """Evict blocks of at least `nbytes`; whether that much is gone."""
+        leaving = self.index.evict(nbytes)
+        if leaving is None:
+            return False
+        failed, _ = await self.remove(leaving)
+        self.index.evicted -= len(failed)
+        return not failed
+
+    async def remove(self, leaving: Departure) -> tuple[list[Removed], OSError | None]:
+        """Remove what the index has forgotten. What could not be removed is back in it, and returned with why."""
+        failed: list[Removed] = []
+        error = None
+        if leaving.blocks or leaving.scopes:
+            with self.occupied(leaving):
+                failed, error = await self.thread(self._clear_out, leaving)
+        self.index.depart(leaving, failed)
+        return failed, error
+
+    def _clear_out(self, leaving: Departure) -> tuple[list[Removed], OSError | None]:
+        """In a thread: remove files, then directories that are empty. What could not be removed, and why."""
+        failed: list[Removed] = []
+        cause = None
+        for block, shape in leaving.blocks:
+            try:
+                self.blocks.remove(block, shape)
+            except OSError as error:
+                failed.append((block, shape))
+                cause = error
+        for scope in leaving.scopes:
+            self.blocks.remove_namespace(scope)
+        return failed, cause
+
+    async def forget_lost(self, block: BlockId) -> None:
+        """Forget a block whose file is gone, or has been replaced by something that is not ours to remove."""
+        leaving = self.index.forget([block])
+        leaving.blocks.clear()
+        await self.remove(leaving)
+
+    async def set_aside(self, block: BlockId, shape: Shape) -> None:
+        """Forget a damaged block and move its file into quarantine, or away if it is too large for that."""
+        index = self.index
+        leaving = index.forget([block])
+        with self.occupied(leaving):
+            place = await self.thread(self._move_aside, block, shape)
+            await self.thread(self._clear_out, Departure(scopes=leaving.scopes))
+        index.depart(leaving)
+        if place is not None:
+            where, name = place
+            where[name] = shape.cost
+            index.used += shape.cost
+        await self._bound_quarantine()
+
+    def _move_aside(self, block: BlockId, shape: Shape) -> tuple[dict[str, int], str] | None:
+        """In a thread: where the damaged file's bytes are booked now, and under what name."""
+        if shape.cost <= self.index.capacity // QUARANTINE_SHARE:
+            with contextlib.suppress(OSError):
+                return self.index.quarantine, self.blocks.set_aside(block, shape)
+        try:
+            self.blocks.remove(block, shape)
+        except OSError:
+            return self.index.leftovers, f"blocks/{scope_path(block.scope)}/{block_name(block.key, shape)}"
+        return None
+
+    async def _bound_quarantine(self) -> None:
+        """Keep the youngest damaged files that the bounds allow."""
+        index = self.index
+        kept = index.quarantine
+        while len(kept) > QUARANTINE_FILES or sum(kept.values()) > index.capacity // QUARANTINE_SHARE:
+            name = next(iter(kept))
+            cost = kept.pop(name)
+            try:
+                await self.thread(self.blocks.forget_aside, name)
+            except OSError:
+                index.leftovers[f"quarantine/{name}"] = cost
+            else:
+                index.used -= cost
+
+    # -- descriptions --------------------------------------------------------------------------------------------------
+
+    def remember(self, scope: Scope, text: bytes) -> None:
+        """Keep the description of a namespace in memory until there are blocks to write it beside."""
+        self.texts[scope] = text
+        while len(self.texts) > len(self.index.spaces) + IDLE_TEXTS:
+            oldest = next(scope for scope in self.texts if scope not in self.index.spaces)
+            del self.texts[oldest]
+
+    def lacks_description(self, scope: Scope) -> bool:
+        """Whether a namespace has blocks, and a description that is not on the disk yet."""
+        space = self.index.spaces.get(scope)
+        return space is not None and bool(space.blocks) and not space.description and scope in self.texts
+
+    async def describe(self, scope: Scope) -> None:
+        """Write the description of a namespace, unless there is no room: then a later put tries again."""
+        while scope in self.busy:
+            await self.busy[scope]
+        if not self.lacks_description(scope) or not self.ready:
+            return
+        text = self.texts[scope]
+        cost = description_cost(len(text))
+        reservation = self.index.reserve(scope, cost)
+        if reservation is None:
+            return
+        wrote = _Written(OSError("not tried"))
+        try:
+            with self.occupied(Departure(scopes=[scope])):
+                wrote = await self._replace(reservation.leaving, partial(self.blocks.describe, scope, text))
+        finally:
+            kept = self._kept(cost, wrote)
+            if wrote.error is None:
+                self.index.spaces[scope].description = cost
+            empty = self.index.settle(reservation, kept, wrote.failed)
+        await self.remove(empty)
+
+    # -- threads and cancellation --------------------------------------------------------------------------------------
+
+    async def thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run in an I/O thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, partial(function, *args, **kwargs))
+
+    async def to_the_end(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run to the end even if the caller is cancelled: a thread may be using the caller's buffers."""
+        task = self._track(asyncio.ensure_future(work))
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            while not task.done():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait([task])
+            raise
+
+    def _track(self, task: asyncio.Future[T]) -> asyncio.Future[T]:
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        return task
+
+    @contextlib.contextmanager
+    def occupied(self, leaving: Departure) -> Iterator[None]:
+        """Mark blocks and namespaces as busy. A mark inside a mark gives way to the outer one at its end."""
+        names = [*(block for block, _ in leaving.blocks), *leaving.scopes]
+        self._names.forget(leaving.scopes)
+        before = {name: self.busy.get(name) for name in names}
+        done = asyncio.get_running_loop().create_future()
+        self.busy.update(dict.fromkeys(names, done))
+        try:
+            yield
+        finally:
+            for name, outer in before.items():
+                if outer is None:
+                    del self.busy[name]
+                else:
+                    self.busy[name] = outer
+            done.set_result(None)
