@@ -170,7 +170,7 @@ def _bar(view: View, tier: str, name: str, words: str) -> str:
     shown = "" if view.shown.get(f"{key}_row", True) else " hidden"
     fill = "free" if name == "free" else _colour(tier)
     return (
-        f'<div id="{escape(key)}_row" class="part part-{name}"{shown}><dt>{words}</dt>'
+        f'<div id="{escape(key)}_row" class="part part-{name}"{shown}><dt>{view.text.get(f"{key}_word", words)}</dt>'
         f'<dd class="track"><svg viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true">'
         f'<rect class="rail" width="100" height="10"/>'
         f'<rect id="{escape(key)}_bar" class="fill-{fill}" width="{view.bars[f"{key}_bar"]:g}" height="10"/></svg></dd>'

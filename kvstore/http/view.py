@@ -175,6 +175,10 @@ def _tier(view: View, tier: str, state: Mapping[str, Any], recent: Span) -> None
         "dropping": number(state, "dropping_bytes"),
         "free": max(0.0, capacity - used) if free is None and sized else free,
     }
+    # Memory is taken from the machine in slabs, before blocks fill it: what is taken and what is free overlap there.
+    slabbed = "slabs" in state
+    view.text[f"{tier}_used_word"] = "taken from the machine" if slabbed else "used"
+    view.text[f"{tier}_free_word"] = "room for blocks" if slabbed else "free"
     for name, value in parts.items():
         key = f"{tier}_{name}"
         view.shown[f"{key}_row"] = value is not None
@@ -192,7 +196,7 @@ def _tier(view: View, tier: str, state: Mapping[str, Any], recent: Span) -> None
 def _about(state: Mapping[str, Any]) -> Iterator[str]:
     """Facts of a tier that change rarely."""
     if number(state, "capacity") is not None:
-        yield f"{format_size(count(state, 'used'))} of {format_size(count(state, 'capacity'))}"
+        yield f"budget {format_size(count(state, 'capacity'))}"
     if number(state, "blocks") is not None:
         yield _many(count(state, "blocks"), "block")
     if number(state, "slabs") is not None:

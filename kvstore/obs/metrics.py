@@ -259,7 +259,8 @@ TABLE: tuple[Row, ...] = (
     _gauge(
         "tier_bytes",
         _tiers_split("state", _STATES),
-        "Bytes of a tier by state. States such as leased, dirty and pinned are parts of used and overlap: do not add.",
+        "Bytes of a tier by state. Used is what it takes of the machine, free is room left for blocks; the states "
+        "overlap: do not add.",
     ),
     _gauge("tier_blocks", _tiers("blocks"), "Blocks in a tier."),
     _gauge("tier_slabs", _tiers("slabs"), "Memory slabs of a tier."),
