@@ -75,7 +75,9 @@ def _space(now: Snapshot) -> Table:
     """What each tier holds of what it may."""
     table = _table("Tier", "", "Used", "Of", "Blocks", "State", left=2)
     for name, state in _states(now):
-        used, capacity = number(state, "used"), number(state, "capacity")
+        used, capacity, free = (number(state, key) for key in ("used", "capacity", "free"))
+        if free is not None and capacity is not None:
+            used = capacity - free  # memory made ready ahead of need is not in use
         blocks = _number(number(state, "blocks"))
         table.add_row(Text(name, "bold"), _bar(used, capacity), _size(used), _size(capacity), blocks, _state(state))
     return table

@@ -20,6 +20,7 @@ from kvstore.cli import out, probes
 from kvstore.cli.main import run
 from kvstore.cli.view import render
 from kvstore.config import load
+from kvstore.errors import Unavailable
 from kvstore.settings import RULES, flag_names
 
 CAPTURED = pytest.CaptureFixture[str]
@@ -288,18 +289,26 @@ def test_tables_fit_the_terminal(width: int) -> None:
 # -- a real daemon -----------------------------------------------------------------------------------------------------
 
 
+def _answers() -> bool:
+    try:
+        with kvstore.KVStoreClient() as client:
+            return bool(client.stats())
+    except Unavailable:
+        time.sleep(0.02)
+        return False
+
+
 @pytest.fixture
 def daemon(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    flags = ["--host-bytes", "64MiB", "--disk-bytes", "256MiB", "--disk-path", str(tmp_path / "disk"), "--http", ""]
+    flags = ["--host-bytes", "256MiB", "--disk-bytes", "256MiB", "--disk-path", str(tmp_path / "disk"), "--http", ""]
     process = subprocess.Popen(
         [sys.executable, "-m", "kvstore", "serve", *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    socket = tmp_path / "run" / "kvstore" / "kvstore.sock"
     deadline = time.monotonic() + 30
-    while not socket.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    if not socket.exists():
-        process.kill()
+    while process.poll() is None and not _answers():
+        if time.monotonic() > deadline:
+            process.kill()
+    if process.poll() is not None:
         pytest.fail(f"the daemon did not start: {process.communicate()[0]}")
     yield process
     process.kill()
@@ -346,7 +355,7 @@ def test_check_finds_damage_says_so_and_mends_it(
     with kvstore.KVStoreClient(namespace=namespace) as client:
         for place in range(4):
             key = bytes([place]) * 32
-            client.put(key, os.urandom(100_000), durable=True)
+            assert client.put(key, os.urandom(100_000), durable=True) == kvstore.Stored()
     daemon.send_signal(signal.SIGTERM)
     assert daemon.wait(timeout=20) == 0
     files = [
