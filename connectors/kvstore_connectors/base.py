@@ -107,7 +107,7 @@ class Breaker:
         self._links: list[Link] = []
         self._change = threading.Condition()
         self._usable = False
-        self._lasting = False
+        self._tried = False
         self._closed = False
         self._announced = False
         self._thread: threading.Thread | None = None
@@ -122,10 +122,10 @@ class Breaker:
             self._links.append(link)
 
     def start(self, wait_s: float = 0.0) -> bool:
-        """Begin to connect, and wait that long for it at most. True if the daemon was reached."""
+        """Begin to connect, and wait that long at most for the first attempt. True if the daemon was reached."""
         self._connect_in_background()
         with self._change:
-            self._change.wait_for(lambda: self._usable, wait_s)
+            self._change.wait_for(lambda: self._usable or self._tried, wait_s)
         return self._usable
 
     def trip(self, error: KVStoreError) -> None:
@@ -134,7 +134,6 @@ class Breaker:
             if self._closed:
                 return
             was_usable, self._usable = self._usable, False
-            self._lasting = is_lasting(error)
         if was_usable:
             self._tally.add("outages")
         self._announce(error)
@@ -167,10 +166,12 @@ class Breaker:
         while not self._closed:
             error = self._try_all()
             with self._change:
+                self._tried = True
                 if error is None:
                     # The thread is given up under the lock, so that a trip just after this starts a new one.
                     self._usable, self._thread = not self._closed, None
-                    self._change.notify_all()
+                self._change.notify_all()
+                if error is None:
                     break
             self._announce(error)
             longest = LASTING_PAUSE_S if is_lasting(error) else LONGEST_PAUSE_S
