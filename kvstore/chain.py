@@ -197,7 +197,7 @@ class TierChain:
             block = BlockId(scope, key)
             in_host = self.host.get(block)
             if in_host is not None:
-                in_host.pin_until = until
+                self.host.pin(in_host, until)
             below = [tier.pin(block, until) for tier in self.below]
             count += in_host is not None or any(below)
         return count

@@ -69,8 +69,8 @@ class Service:
         self.boot = secrets.token_bytes(16)
         self.draining = False
         self.missed: Counter[str] = Counter()
-        self.refused: Counter[str] = Counter()
         self.asked = 0
+        self.hit_tokens = 0
         self.hit: Counter[int] = Counter()
         self._token = token
         self._max_block_bytes = max_block_bytes
@@ -144,6 +144,7 @@ class Service:
                 refused.append(self._refuse(index, MissReason.ABSENT))
         self.asked += len(keys)
         record.asked += len(keys)
+        self.host.counters.misses += len(keys) - len(lease.blocks)
         self.chain.touch([block for block in lease.blocks.values() if not block.gone])
         lease.pending = len(below)
         for index in below:
@@ -175,11 +176,12 @@ class Service:
         return m.Grant(index, block.nbytes, int(tier), extents, block.header_bytes if headers else b"")
 
     def _refuse(self, index: int, reason: MissReason) -> m.Refusal:
-        self.missed[reason] += 1
+        self.missed[reason.value] += 1
         return m.Refusal(index, reason.value)
 
     def _count_hit(self, record: NamespaceRecord, tier: TierCode) -> None:
         self.hit[tier] += 1
+        self.hit_tokens += record.fields.block_tokens
         record.count_hit(tier)
 
     def release(self, session: Session, p: m.Release) -> m.Empty:
@@ -225,11 +227,17 @@ class Service:
                 extents: Any = [] if session.remote else reservation.places[index].extents
                 rooms.append(m.Room(index, extents))
             else:
-                self.refused[status] += 1
+                self._count_refused(status)
                 others.append(m.NoRoom(index, status))
         if not rooms:
             self.ledger.end_reservation(reservation)
         return m.ReserveReply(reservation.id, ttl_s, rooms, others)
+
+    def _count_refused(self, status: str) -> None:
+        if status == "exists":
+            self.host.counters.exists += 1
+        else:
+            self.host.counters.drop(status)
 
     async def _reserve_one(
         self, reservation: Reservation, scope: Scope, index: int, offer: m.Offer, header: BlockHeader, deadline: float
@@ -274,7 +282,8 @@ class Service:
             raise ForeignHandle(f"commit: block {foreign[0]} is not part of reservation {p.reservation}.")
         if reservation.expires < time.monotonic():
             self.ledger.end_reservation(reservation)
-            self.refused[DropReason.EXPIRED] += len(p.indexes)
+            for _ in p.indexes:
+                self._count_refused(DropReason.EXPIRED.value)
             raise LeaseExpired(f"reservation {p.reservation} has expired; nothing was stored.")
         outcomes: list[m.Outcome] = []
         writes: list[tuple[int, list[asyncio.Future[Any]]]] = []

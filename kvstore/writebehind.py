@@ -50,7 +50,7 @@ class WriteBehind:
     def submit(self, block: HostBlock, durable: bool = False) -> asyncio.Future[StoreOutcome]:
         """Queue a block; durable ones first. The future says what became of it, and is never cancelled from here."""
         done: asyncio.Future[StoreOutcome] = asyncio.get_running_loop().create_future()
-        block.dirty += 1
+        self._host.soil(block)
         self.bytes += block.nbytes
         if durable:
             self._queue.appendleft((block, True, done))

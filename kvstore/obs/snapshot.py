@@ -43,7 +43,8 @@ def snapshot(service: Service, traffic: Traffic, started: float, ready: bool) ->
         "asked_blocks": service.asked,
         "hit_blocks": {TierCode(code).name.lower(): n for code, n in service.hit.items()},
         "missed": dict(service.missed),
-        "not_stored": dict(service.refused),
+        "hit_tokens": service.hit_tokens,
+        "not_stored": {"exists": service.host.counters.exists, **service.host.counters.dropped},
     }
 
 

@@ -30,6 +30,8 @@ class HostBlock:
 
     Attributes
     ----------
+    footprint : int
+        Bytes of arena pages it occupies.
     refs : int
         Leases that read it now. It keeps its memory while there are any, even after it was dropped.
     dirty : int
@@ -40,7 +42,18 @@ class HostBlock:
         No longer in the index; its memory goes back with the last reference.
     """
 
-    __slots__ = ("dirty", "extents", "gone", "header", "header_bytes", "id", "nbytes", "pin_until", "refs")
+    __slots__ = (
+        "dirty",
+        "extents",
+        "footprint",
+        "gone",
+        "header",
+        "header_bytes",
+        "id",
+        "nbytes",
+        "pin_until",
+        "refs",
+    )
 
     def __init__(
         self, block: BlockId, header_bytes: bytes, header: BlockHeader, nbytes: int, extents: tuple[Extent, ...]
@@ -50,15 +63,11 @@ class HostBlock:
         self.header_bytes = header_bytes
         self.nbytes = nbytes
         self.extents = extents
+        self.footprint = sum(-(-e.nbytes // PAGE_BYTES) for e in extents) * PAGE_BYTES
         self.refs = 0
         self.dirty = 0
         self.pin_until = 0.0
         self.gone = False
-
-    @property
-    def footprint(self) -> int:
-        """Bytes of arena pages it occupies."""
-        return sum(-(-e.nbytes // PAGE_BYTES) for e in self.extents) * PAGE_BYTES
 
     @property
     def index_bytes(self) -> int:
@@ -89,6 +98,9 @@ class HostTier:
         self.counters = TierCounters()
         self.index_bytes = 0
         self.used_bytes = 0
+        self.leased_bytes = 0
+        self.dirty_bytes = 0
+        self._pinned: set[HostBlock] = set()
         self._scopes: dict[Scope, dict[bytes, HostBlock]] = {}
         self._scope_bytes: dict[Scope, int] = {}
         self._detached: set[HostBlock] = set()
@@ -200,17 +212,34 @@ class HostTier:
 
     def acquire(self, block: HostBlock) -> None:
         """Note a reader."""
+        if not block.refs:
+            self.leased_bytes += block.footprint
         block.refs += 1
 
     def unacquire(self, block: HostBlock) -> None:
         """Note that a reader is done."""
         block.refs -= 1
-        self._settle(block)
+        if not block.refs:
+            self.leased_bytes -= block.footprint
+            self._settle(block)
+
+    def soil(self, block: HostBlock) -> None:
+        """Note that a lower tier has yet to be told of a block: it is kept until `clean`."""
+        if not block.dirty:
+            self.dirty_bytes += block.footprint
+        block.dirty += 1
 
     def clean(self, block: HostBlock) -> None:
         """Note that a lower tier has been told of a block, or has refused it."""
         block.dirty -= 1
-        self._settle(block)
+        if not block.dirty:
+            self.dirty_bytes -= block.footprint
+            self._settle(block)
+
+    def pin(self, block: HostBlock, until: float) -> None:
+        """Keep a block from eviction until a monotonic time; a time that has passed ends the pin."""
+        block.pin_until = until
+        self._pinned.add(block)
 
     def _settle(self, block: HostBlock) -> None:
         if block.gone and not block.refs and not block.dirty:
@@ -242,14 +271,15 @@ class HostTier:
     def breakdown(self) -> dict[str, int]:
         """Bytes by what keeps them: leased, dirty (not yet in a lower tier), pinned, lent for writing, free."""
         now = time.monotonic()
-        out = {"leased_bytes": 0, "dirty_bytes": 0, "pinned_bytes": 0}
-        for block in self._every():
-            out["leased_bytes"] += block.footprint if block.refs else 0
-            out["dirty_bytes"] += block.footprint if block.dirty else 0
-            out["pinned_bytes"] += block.footprint if block.pin_until > now else 0
-        out["writing_bytes"] = self.arena.used() - self.used_bytes
-        out["free"] = self.arena.capacity - self.arena.used() - self.arena.dropping
-        return out
+        self._pinned = {block for block in self._pinned if block.pin_until > now and not block.gone}
+        return {
+            "blocks_bytes": self.used_bytes,
+            "leased_bytes": self.leased_bytes,
+            "dirty_bytes": self.dirty_bytes,
+            "pinned_bytes": sum(block.footprint for block in self._pinned),
+            "writing_bytes": self.arena.used() - self.used_bytes,
+            "free": self.arena.capacity - self.arena.used() - self.arena.dropping,
+        }
 
     def _every(self) -> Iterable[HostBlock]:
         yield from self.all_blocks()
@@ -266,6 +296,10 @@ class HostTier:
             raise InternalError("host: the eviction policy does not hold exactly the blocks of the index.")
         if any(block.refs < 0 or block.dirty < 0 for block in self._every()):
             raise InternalError("host: a block was released more often than acquired.")
+        leased = sum(block.footprint for block in self._every() if block.refs)
+        dirty = sum(block.footprint for block in self._every() if block.dirty)
+        if (leased, dirty) != (self.leased_bytes, self.dirty_bytes):
+            raise InternalError("host: leased or dirty bytes are miscounted.")
         if self.index_bytes > self.index_capacity:
             raise InternalError("host: the index exceeds its share of the budget.")
 
