@@ -70,7 +70,13 @@ class Listen(msgspec.Struct, frozen=True, kw_only=True):
     ]
     tcp: Annotated[str, Rule("Also listen on this host:port, for clients without shared memory.", "", address())]
     token: Annotated[
-        Secret, Rule("Token that clients on TCP have to show, 16 characters or more.", "", secret(16), alias="token")
+        Secret,
+        Rule(
+            "Token that clients on TCP have to show, 16 characters or more; other users see flags, but not files.",
+            "",
+            secret(16),
+            alias="token",
+        ),
     ]
     token_file: Annotated[Path | None, Rule("File to read the token from.", "", path(optional=True))]
     allow_uids: Annotated[

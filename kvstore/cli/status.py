@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 from cyclopts import Parameter
 
@@ -44,8 +45,15 @@ def top(
         time.sleep(pause)
         out.console().print(render(fetch(target), before, time.monotonic() - since))
         return
+    with contextlib.suppress(KeyboardInterrupt):  # the way to end it
+        _watch(target, pause, before, since)
+
+
+def _watch(target: str, pause: float, before: Mapping[str, Any], since: float) -> NoReturn:
     from rich.live import Live
     from rich.text import Text
+
+    from kvstore.cli.view import render
 
     with Live(render(before), console=out.console(), screen=True, auto_refresh=False) as live:
         while True:
