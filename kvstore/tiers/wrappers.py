@@ -96,10 +96,10 @@ class WrappedTier(Tier):
 class Breaker(WrappedTier):
     """Stop asking a tier that fails or hangs, and try it again after a while.
 
-    Outcomes are counted, not only exceptions: ``Miss(TIER_DOWN)``, ``Dropped(IO_ERROR)``, anything raised, and any `get`
-    or `put` that takes longer than the deadline. After `failures` of them in a row the breaker opens: blocks are not
-    found, `get` and `put` answer ``TIER_DOWN`` at once. When the time is over one call is let through; if it does well the
-    breaker closes, else it opens for twice as long.
+    Outcomes are counted, not only exceptions: ``Miss(TIER_DOWN)``, ``Dropped(IO_ERROR)``, anything raised, and any
+    `get` or `put` that takes longer than the deadline. After `failures` of them in a row the breaker opens: blocks are
+    not found, `get` and `put` answer ``TIER_DOWN`` at once. When the time is over one call is let through; if it does
+    well the breaker closes, else it opens for twice as long.
 
     A call that hangs is not cut off, since a thread may still be using the caller's buffers: the caller waits or gives
     up by its own deadline. But it opens the breaker for everybody else.
