@@ -235,6 +235,15 @@ def test_other_attention_is_refused(model: Path, fields: dict[str, Any]) -> None
         check_supported(settings(model), cache_config(full_attention(**fields)))
 
 
+def test_sliding_windows_are_refused_by_name(model: Path) -> None:
+    import torch
+    from vllm.v1.kv_cache_interface import SlidingWindowSpec
+
+    spec = SlidingWindowSpec(block_size=32, num_kv_heads=2, head_size=64, dtype=torch.float32, sliding_window=64)
+    with pytest.raises(ConfigError, match="a sliding window"):
+        check_supported(settings(model), cache_config(spec))
+
+
 def test_several_groups_are_refused(model: Path) -> None:
     with pytest.raises(ConfigError, match="2 groups"):
         check_supported(settings(model), cache_config(full_attention(), full_attention()))

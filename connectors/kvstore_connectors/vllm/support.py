@@ -57,9 +57,8 @@ def _check_spec(spec: Any) -> None:
 
     kind = type(spec)
     if kind is not FullAttentionSpec and kind is not MLAAttentionSpec:
-        raise ConfigError(
-            f"vllm: KV of kind {kind.__name__} is not supported; only full attention and MLA are.", _WITHOUT
-        )
+        what = "a sliding window" if "SlidingWindow" in kind.__name__ else f"KV of kind {kind.__name__}"
+        raise ConfigError(f"vllm: layers with {what} are not supported; only full attention and MLA are.", _WITHOUT)
     limits = {
         "a sliding window": getattr(spec, "sliding_window", None),
         "chunked attention": getattr(spec, "attention_chunk_size", None),
