@@ -151,7 +151,6 @@ class Arena:
         self._dropping: dict[int, Slab] = {}
         self._next_id = 1
         self.huge = self._huge_pages_free() >= slab_bytes
-        self._making: set[int] = set()
         self._closed = False
         self.on_low: Callable[[str], None] = lambda domain: None
 
@@ -159,8 +158,8 @@ class Arena:
 
     @property
     def total(self) -> int:
-        """Bytes of all slabs that exist: also those being made ready, and dropped ones that clients still hold."""
-        return (len(self._slabs) + len(self._making) + len(self._dropping)) * self.slab_bytes
+        """Bytes of all slabs that exist, dropped ones that clients still hold included."""
+        return (len(self._slabs) + len(self._dropping)) * self.slab_bytes
 
     @property
     def dropping(self) -> int:
@@ -272,22 +271,13 @@ class Arena:
         """Whether another slab should be made ready for this domain."""
         state = self._domains.get(domain)
         free = state.free * PAGE_BYTES if state else 0
-        ahead = free + len(self._making) * self.slab_bytes
-        return not self._closed and ahead < self._ahead and self.total + self.slab_bytes <= self.capacity
+        return not self._closed and free < self._ahead and self.total + self.slab_bytes <= self.capacity
 
-    def begin_ahead(self, domain: str) -> Slab:
-        """A new slab within the budget, to be populated elsewhere and then given to `finish_ahead`."""
+    def make_ahead(self, domain: str) -> Slab:
+        """A new slab, usable at once, that the caller should populate in a thread before somebody needs it."""
         slab = self._make_slab(domain)
-        self._making.add(slab.id)
+        self._add(slab)
         return slab
-
-    def finish_ahead(self, slab: Slab) -> None:
-        """Put a slab made ahead to use."""
-        self._making.discard(slab.id)
-        if self._closed:
-            slab.close()
-        else:
-            self._add(slab)
 
     def _reclaim(self, domain: str) -> None:
         """Give up one wholly free slab of another domain. It counts until the last client that holds it lets go."""

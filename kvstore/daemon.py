@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import uvloop
 
-from kvstore import __version__
+from kvstore import __version__, machine
 from kvstore.chain import TierChain
 from kvstore.config import Loaded, split_address
 from kvstore.errors import ConfigError, KVStoreError
@@ -104,7 +104,9 @@ class Daemon:
         from kvstore.tiers.disk import DiskTier
         from kvstore.tiers.wrappers import Breaker
 
-        disk = DiskTier(s.disk.path, s.disk.bytes, threads=s.disk.threads, policy=s.disk.policy)
+        # The automatic budget is a share of free space; what is ours already counts with the same share.
+        share = machine.DISK_SHARE if "auto" in self.loaded.origins["disk.bytes"] else 0.0
+        disk = DiskTier(s.disk.path, s.disk.bytes, threads=s.disk.threads, policy=s.disk.policy, found_share=share)
         return [Breaker(disk, deadline_s=s.disk.deadline_s)]
 
     def _restore_namespaces(self) -> None:
@@ -188,11 +190,7 @@ class Daemon:
         arena = self.chain.host.arena
         try:
             while arena.wants_ahead(domain):
-                slab = arena.begin_ahead(domain)
-                try:
-                    await asyncio.to_thread(slab.populate)
-                finally:
-                    arena.finish_ahead(slab)
+                await asyncio.to_thread(arena.make_ahead(domain).populate)
         finally:
             self._populating = False
 

@@ -94,6 +94,10 @@ def auto_host_bytes() -> int:
     return min(max(quarter, GIB // 4), 64 * GIB)
 
 
+DISK_SHARE = 0.25
+"""Share of free space that the automatic budget of the disk tier is."""
+
+
 def auto_disk_bytes(path: Path) -> int:
     """A quarter of the free space around `path`, at most 256 GiB, in whole MiB."""
-    return min(free_space(path) // 4 >> 20 << 20, 256 * GIB)
+    return min(int(free_space(path) * DISK_SHARE) >> 20 << 20, 256 * GIB)

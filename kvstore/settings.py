@@ -62,7 +62,7 @@ class Listen(msgspec.Struct, frozen=True, kw_only=True):
         Rule(
             "Unix socket of the daemon; its directory is made with mode 0700.",
             "auto",
-            path(longest=107),
+            path(longest=100),
             lambda env, _: machine.default_socket(env),
             "$XDG_RUNTIME_DIR/kvstore/kvstore.sock, else the same in /run/user/<uid>, else ~/.kvstore/run/kvstore.sock",
             alias="socket",
@@ -132,7 +132,7 @@ class Disk(msgspec.Struct, frozen=True, kw_only=True):
             "auto",
             size(0),
             lambda _, values: machine.auto_disk_bytes(values["disk.path"]),
-            "25 % of the free space there, at most 256GiB",
+            "25 % of the free space there and of what is stored already, at most 256GiB of new space",
         ),
     ]
     threads: Annotated[int, Rule("Threads for disk I/O.", "4", integer(1, 64))]

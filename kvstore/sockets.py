@@ -64,15 +64,20 @@ class SocketDir:
                 raise ConfigError(f"listen.socket: {path} exists and is not a socket.")
             path.unlink()  # left by a daemon that is gone: we hold the lock
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        # Bound under another name and renamed once it listens: whoever finds the name can connect.
+        early = f"{path}.new"
         old = os.umask(0o777 & ~mode)
         try:
-            sock.bind(str(path))
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(early)
+            sock.bind(early)
+            sock.listen(1024)
+            os.rename(early, path)
         except OSError as error:
             sock.close()
             raise ConfigError(f"listen.socket: {path}: {error}.") from None
         finally:
             os.umask(old)
-        sock.listen(1024)
         sock.setblocking(False)
         self._bound.append(path)
         return sock

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from kvstore import errors
 from kvstore.cli.flags import default_text
+from kvstore.cli.protocol import protocol_page
 from kvstore.settings import GROUPS, RULES, env_names, flag_names, written_as
 
 _NOTE = "<!-- Made by `python -m kvstore.cli.docs`; change the code, not this page. -->"
@@ -98,7 +99,7 @@ def _line(key: str, name: str) -> str:
     return f"{name} = {default}" if plain else f'{name} = "{default}"'
 
 
-PAGES = {"errors.md": errors_page, "settings.md": settings_page}
+PAGES = {"errors.md": errors_page, "protocol.md": protocol_page, "settings.md": settings_page}
 
 
 def main(folder: Path) -> None:

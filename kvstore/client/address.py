@@ -14,14 +14,15 @@ Address = tuple[str, int] | str
 def parse_address(address: str | None) -> Address:
     """A Unix socket's path, or (host, port) for ``tcp://host:port``.
 
-    Default: KVSTORE_CLIENT_ADDRESS, else the socket of the user's own daemon.
+    Default: KVSTORE_CLIENT_ADDRESS, else KVSTORE_SOCKET as for the daemon, else the socket of the user's own daemon.
 
     Raises
     ------
     InvalidParams
         If it is neither.
     """
-    text = address or os.environ.get("KVSTORE_CLIENT_ADDRESS") or str(machine.default_socket(os.environ))
+    named = address or os.environ.get("KVSTORE_CLIENT_ADDRESS") or os.environ.get("KVSTORE_SOCKET")
+    text = named or str(machine.default_socket(os.environ))
     if not text.startswith("tcp://"):
         return text.removeprefix("unix:")
     host, _, port = text.removeprefix("tcp://").rpartition(":")

@@ -76,6 +76,7 @@ class Store:
         self.texts: dict[Scope, bytes] = {}
         self.ready = False
         self.threads = threads
+        self.found_share = 0.0
         self._closed = False
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="kvstore-disk")
         self._names = GroupSync(self._sync_names)
@@ -95,6 +96,7 @@ class Store:
         index = self.index
         found = await self.thread(self._open)
         index.adopt(found.spaces, found.quarantine)
+        index.capacity += int(self.found_share * index.used)
         self.texts = found.texts
         await self._bound_quarantine()
         if index.used > index.capacity:

@@ -59,6 +59,8 @@ class DiskTier(Tier):
         Name of an eviction policy.
     threads : int
         I/O threads.
+    found_share : float
+        Share of the bytes found at start by which the budget is raised.
     files : Files
         The system calls; another object only to watch or disturb them.
 
@@ -72,13 +74,21 @@ class DiskTier(Tier):
     code = TierCode.DISK
 
     def __init__(
-        self, root: Path | str, capacity: int, *, policy: str = "lru", threads: int = 4, files: Files | None = None
+        self,
+        root: Path | str,
+        capacity: int,
+        *,
+        policy: str = "lru",
+        threads: int = 4,
+        found_share: float = 0.0,
+        files: Files | None = None,
     ) -> None:
         least = FIXED_COST + NAMESPACE_COST
         if capacity < least:
             raise ConfigError(f"disk.bytes: {capacity} is less than the {least} bytes that an empty tier takes.")
         self.counters = TierCounters()
         self._store = Store(Path(root), capacity, make_policy(policy), threads, files if files is not None else Files())
+        self._store.found_share = found_share
         self._index = self._store.index
         self._writing: set[BlockId] = set()
         self._aborted: set[BlockId] = set()

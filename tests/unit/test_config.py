@@ -144,7 +144,7 @@ def test_settings_cannot_be_changed() -> None:
         ("host.policy", "mru", "is not one of"),
         ("log.level", "loud", "is not one of debug, info, warning, error"),
         ("log.json", "perhaps", "is neither true nor false"),
-        ("listen.socket", "/" + "x" * 120, "more than 107 bytes"),
+        ("listen.socket", "/" + "x" * 120, "more than 100 bytes"),
         ("listen.allow_uids", "root", "is not a list of user ids"),
         ("listen.allow_uids", "", "is not a list of user ids"),
         ("listen.tcp", "7070", "is not an address"),
