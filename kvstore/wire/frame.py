@@ -19,6 +19,9 @@ PREFIX = struct.Struct("<II")
 MAX_HEAD_BYTES = 4 << 20
 """Largest head. 16,384 keys and their answers fit several times."""
 
+_FIRST_BYTES, _BUFFER_BYTES = 8 * 1024, 64 * 1024
+"""What a reader receives into at first, and once it has seen traffic: an idle connection costs little."""
+
 FD_REQUEST = struct.Struct("<16sQ")
 """On the descriptor socket: session token and slab id."""
 
@@ -49,6 +52,12 @@ class FrameReader:
         Larger heads raise `FrameTooLarge`.
     max_payload : int
         Larger payloads raise `FrameTooLarge`; 0 on connections with shared memory.
+
+    Attributes
+    ----------
+    paused : bool
+        Set by the owner, also from within `on_head`, to have no more frames parsed. It must not receive meanwhile, and
+        calls ``advance(0)`` to go on.
     """
 
     def __init__(
@@ -58,7 +67,8 @@ class FrameReader:
         self._on_frame = on_frame
         self.max_head = max_head
         self.max_payload = max_payload
-        self._buffer = bytearray(64 * 1024)
+        self.paused = False
+        self._buffer = bytearray(_FIRST_BYTES)
         self._start = 0  # first byte not yet parsed
         self._end = 0  # one past the last byte received
         self._payload: list[memoryview] = []  # places still to be filled
@@ -69,6 +79,8 @@ class FrameReader:
             return self._payload[0]
         if self._start == self._end:
             self._start = self._end = 0
+            if len(self._buffer) > _BUFFER_BYTES:  # it held a large head; most are small
+                self._buffer = bytearray(_BUFFER_BYTES)
         if len(self._buffer) - self._end < 4096:
             self._make_room()
         return memoryview(self._buffer)[self._end :]
@@ -85,7 +97,7 @@ class FrameReader:
             self._fill(nbytes)
             return
         self._end += nbytes
-        while not self._payload and self._parse_one():
+        while not self._payload and not self.paused and self._parse_one():
             pass
 
     def _parse_one(self) -> bool:
@@ -131,7 +143,7 @@ class FrameReader:
     def _make_room(self) -> None:
         """Move the unparsed rest to the front, and grow only as far as a head already announced within the limit."""
         rest = self._end - self._start
-        need = 64 * 1024
+        need = _BUFFER_BYTES
         if rest >= PREFIX.size:
             need = max(need, PREFIX.size + PREFIX.unpack_from(self._buffer, self._start)[0] + 4096)
         fresh = bytearray(need)

@@ -164,11 +164,19 @@ class Connection(asyncio.BufferedProtocol):
             self._transport.close()
 
     def pause_writing(self) -> None:
+        """The peer does not take its answers: run no more of its calls, those received already included."""
+        self._reader.paused = True
         if self._transport is not None:
             self._transport.pause_reading()
 
     def resume_writing(self) -> None:
-        if self._transport is not None:
+        self._reader.paused = False
+        self._loop.call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        if not self._reader.paused:
+            self.buffer_updated(0)
+        if not self._reader.paused and self._transport is not None and not self._transport.is_closing():
             self._transport.resume_reading()
 
     # -- receiving -----------------------------------------------------------------------------------------------------
