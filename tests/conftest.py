@@ -9,6 +9,11 @@ from pathlib import Path
 
 import pytest
 from daemons import TOKEN, Bystander, DaemonProcess, free_port
+from hypothesis import settings
+
+# The same examples every time, and no time limit on one of them: the machine may be busy.
+settings.register_profile("kvstore", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("kvstore")
 
 MakeDaemon = Callable[..., DaemonProcess]
 
