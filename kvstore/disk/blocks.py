@@ -27,7 +27,7 @@ from kvstore.disk.format import (
     part_sums,
     round_up,
 )
-from kvstore.disk.io import Files, Scratch, aligned, as_bytes, is_aligned, move
+from kvstore.disk.io import Files, Scratch, aligned, as_bytes, is_aligned, let_go, move
 from kvstore.errors import CorruptBlock
 from kvstore.types import BlockHeader, BlockId, Scope
 
@@ -253,7 +253,7 @@ class BlockFiles:
                 raise WrongSize(f"the file has {info.st_size} bytes, its name says {shape.file_bytes}.")
             yield fd
         finally:
-            self._files.close(fd)
+            let_go(self._files, fd)
 
     # -- directories ---------------------------------------------------------------------------------------------------
 
@@ -265,11 +265,11 @@ class BlockFiles:
         try:
             ns = self._open_dir(scope.ns.hex(), domain, make)
         finally:
-            files.close(domain)
+            let_go(files, domain)
         try:
             yield ns
         finally:
-            files.close(ns)
+            let_go(files, ns)
 
     def _open_dir(self, name: str, at: int, make: bool) -> int:
         try:
@@ -293,7 +293,7 @@ class BlockFiles:
             try:
                 files.sync_dir(domain)
             finally:
-                files.close(domain)
+                let_go(files, domain)
         if domains:
             files.sync_dir(self.directory.blocks)
 
@@ -322,7 +322,7 @@ class BlockFiles:
             try:
                 files.remove_dir(scope.ns.hex(), domain)
             finally:
-                files.close(domain)
+                let_go(files, domain)
 
     def set_aside(self, block: BlockId, shape: Shape) -> str:
         """Move a damaged file into quarantine; its name there."""
@@ -363,7 +363,7 @@ class BlockFiles:
         except OSError:
             return None
         finally:
-            self._files.close(fd)
+            let_go(self._files, fd)
 
 
 def description_cost(nbytes: int) -> int:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kvstore.disk.format import ALIGN, ENTRY_COST, FORMAT_VERSION
-from kvstore.disk.io import Files, aligned, move
+from kvstore.disk.io import Files, aligned, let_go, move
 from kvstore.errors import DirectoryUnusable
 
 FIXED_COST = 6 * (ALIGN + ENTRY_COST)
@@ -114,7 +114,7 @@ class Directory:
             text = memoryview(bytearray(256))
             length = files.read(fd, [text], 0)
         finally:
-            files.close(fd)
+            let_go(files, fd)
         if bytes(text[:length]) != _FORMAT_TEXT:
             raise DirectoryUnusable(
                 f"disk.path: {self.path}/FORMAT says {bytes(text[:length])!r}, this build knows {_FORMAT_TEXT!r}.",
@@ -179,5 +179,4 @@ class Directory:
     def close(self) -> None:
         """Let go of the descriptors, and with them of the lock."""
         while self._open:
-            with contextlib.suppress(OSError):
-                self._files.close(self._open.pop())
+            let_go(self._files, self._open.pop())

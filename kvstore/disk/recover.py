@@ -10,7 +10,7 @@ from kvstore.disk.blocks import DESCRIPTION, BlockFiles, description_cost
 from kvstore.disk.directory import Directory
 from kvstore.disk.format import ENTRY_COST, Shape, is_domain, is_namespace, parse_name, round_up
 from kvstore.disk.index import Space
-from kvstore.disk.io import Files, Listing
+from kvstore.disk.io import Files, Listing, let_go
 from kvstore.types import BlockId, Scope
 
 _KEY_HEX = 64
@@ -142,4 +142,4 @@ def _opened(files: Files, name: str, at: int) -> Iterator[int]:
     try:
         yield fd
     finally:
-        files.close(fd)
+        let_go(files, fd)
