@@ -1,0 +1,383 @@
+"""The connector's front: one `KVStoreCache` for each model."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import msgspec
+import torch
+
+from kvstore.client import KVStoreClient
+from kvstore.errors import ConfigError, InvalidParams
+from kvstore.keys import PrefixChain, hash_salt
+from kvstore.types import BlockHeader, Namespace
+from kvstore_connectors.base import Breaker, Link, Tally, log, shielded
+from kvstore_connectors.transformers.history import autocast
+from kvstore_connectors.transformers.identity import model_layout, model_namespace, stamp
+from kvstore_connectors.transformers.prefix import PrefixCache, StoreReport
+from kvstore_connectors.transformers.support import (
+    Rows,
+    base_model,
+    check_adapters,
+    check_model,
+    check_padding,
+    token_rows,
+)
+from kvstore_connectors.transformers.transfers import Offer, Transfers
+
+FIRST_CONTACT_S = 0.5
+"""Longest wait for the daemon when the connector is made; later it is met in the background."""
+
+
+class Summary(NamedTuple):
+    """What the store did for one call of `generate`.
+
+    Attributes
+    ----------
+    prompt_tokens, loaded_tokens : int
+        Tokens of the prompt, and how many of them were not computed.
+    store : StoreReport
+    """
+
+    prompt_tokens: int
+    loaded_tokens: int
+    store: StoreReport
+
+
+class KVStoreCache:
+    """Prefix reuse for one transformers model.
+
+    Whatever happens to the daemon, `generate` works as without it. What raises is misuse: a model or a prompt that is
+    not supported, and KV that was loaded for another prompt.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel or peft.PeftModel
+    address : str, optional
+        Path of the daemon's socket, or ``tcp://host:port``. Default: KVSTORE_CLIENT_ADDRESS, else the user's daemon.
+    token : str, optional
+        Secret of a daemon reached over TCP. Default: KVSTORE_CLIENT_TOKEN.
+    block_tokens : int
+        Tokens in a stored block. Only whole blocks are stored and found again.
+    revision : str
+        Added to the identity of the model, which has a digest of its weights already.
+    salt : str, optional
+        Who has another salt finds nothing of what is stored here. `load` and `generate` take one for a single prompt.
+    tenant : str
+        Blocks are shared only inside one tenant.
+    weights : str
+        How the weights are told apart: ``full`` reads every byte once, ``sample`` a little of every tensor.
+    timeout_s : float
+        Longest time that a daemon which does not answer can cost, once.
+    load_deadline_s : float
+        Longest time a load may take; what has not arrived then is computed.
+
+    Raises
+    ------
+    ConfigError
+        If the model is not supported, with the reason in one sentence.
+
+    Examples
+    --------
+    >>> kv = KVStoreCache(model)                                             # doctest: +SKIP
+    >>> out = kv.generate(**inputs, max_new_tokens=64)                       # doctest: +SKIP
+
+    >>> with kv.load(inputs["input_ids"]) as past:                           # doctest: +SKIP
+    ...     out = model.generate(**inputs, past_key_values=past)
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        address: str | None = None,
+        token: str | None = None,
+        block_tokens: int = 256,
+        revision: str = "",
+        salt: str | None = None,
+        tenant: str = "",
+        weights: str = "full",
+        timeout_s: float = 0.25,
+        load_deadline_s: float = 3.0,
+    ) -> None:
+        if block_tokens <= 0:
+            raise ConfigError(f"block_tokens: {block_tokens} is not positive.", "")
+        if weights not in ("full", "sample"):
+            raise ConfigError(f"weights: {weights!r} is neither 'full' nor 'sample'.", "")
+        self._model = model
+        self._base = base_model(model)
+        self._decoder = check_model(self._base)
+        self._identity = {"revision": revision, "tenant": tenant, "salt": salt, "weights": weights}
+        self._tally = Tally()
+        self._breaker = Breaker("transformers", self._tally)
+        self._link = Link(
+            lambda: KVStoreClient(address, token=token, timeout_s=timeout_s, name="transformers"),
+            self._breaker,
+            self._tally,
+        )
+        begun = time.monotonic()
+        self._breaker.start()
+        self.last = Summary(0, 0, StoreReport())
+        self._layout = model_layout(self._base, block_tokens)
+        self._transfers = Transfers(self._link, self._layout, self._tally, load_deadline_s)
+        self._named = threading.Lock()
+        self._refused: set[str] = set()
+        self.refresh()
+        handles = _watch(self._decoder, weakref.ref(self))
+        self._end = weakref.finalize(self, _end, handles, self._breaker, self._link)
+        self._breaker.start(max(0.0, begun + FIRST_CONTACT_S - time.monotonic()))
+
+    # -- use -----------------------------------------------------------------------------------------------------------
+
+    def generate(self, inputs: torch.Tensor | None = None, *, salt: str | None = None, **kwargs: Any) -> Any:
+        """`model.generate`, with the beginning of the prompt loaded and what is new stored.
+
+        Takes and returns what `model.generate` does. Calls that have no use for a cache of ours (`use_cache=False`, a
+        cache of their own, embeddings instead of token ids) go to the model as they are.
+
+        Raises
+        ------
+        InvalidParams
+            If the prompts are padded.
+        """
+        given = {} if inputs is None else {"inputs": inputs}
+        if kwargs.get("past_key_values", self) is None:
+            del kwargs["past_key_values"]
+        ids = inputs if inputs is not None else kwargs.get("input_ids")
+        config = kwargs.get("generation_config") or self._base.generation_config
+        if ids is None or not _serves(config, kwargs):
+            return self._model.generate(**given, **kwargs)
+        copies = max(_option("num_beams", config, kwargs) or 1, _option("num_return_sequences", config, kwargs) or 1)
+        past = self.load(ids, kwargs.get("attention_mask"), salt=salt, copies=copies)
+        out = self._model.generate(**given, **kwargs, past_key_values=past)
+        self.last = Summary(past.prompt_tokens, past.loaded_tokens, past.store())
+        return out
+
+    def load(
+        self, input_ids: Any, attention_mask: Any = None, *, salt: str | None = None, copies: int = 1
+    ) -> PrefixCache:
+        """A cache for `generate(past_key_values=...)` that holds the longest stored beginning of the prompt.
+
+        At least the last token of a prompt is left to compute. Of a batch, as much is loaded as there is of every
+        prompt.
+
+        Parameters
+        ----------
+        input_ids : Tensor, ndarray or sequence of int, [token] or [batch, token]
+        attention_mask : Tensor or ndarray, optional
+            May only be ones.
+        salt : str, optional
+            In place of the connector's own.
+        copies : int
+            How often each prompt is there in the batch, as `num_beams` and `num_return_sequences` do.
+
+        Raises
+        ------
+        InvalidParams
+            If the prompts are padded, or are no token ids.
+        """
+        rows = token_rows(input_ids)
+        check_padding(rows, attention_mask, getattr(self._base, "generation_config", None))
+        namespace = self._namespace(salt)
+        past = PrefixCache(self, self._base.config, namespace, self._stamp, rows)
+        self._fill(past, rows)
+        if copies > 1:
+            past.batch_repeat_interleave(copies)
+        return past
+
+    @shielded(lambda: StoreReport(refused="a defect of the connector"))
+    def store(self, past: PrefixCache) -> StoreReport:
+        """Store the full blocks of a cache that are not stored yet; the same as `past.store()`. Never raises."""
+        begun = time.monotonic()
+        rows, refused = past.content()
+        kv = past.pairs()
+        if not rows.size and not refused:
+            return StoreReport()
+        refused = refused or self._layout.mismatch(kv, *rows.shape)
+        if not refused and not self.same_model(past):
+            refused = "the model's weights or adapters were changed since the cache was made"
+        if refused or past.namespace is None:
+            return self._refuse(refused or "the model has no identity")
+        report = self._transfers.store(past.namespace, self._offers(past.namespace, rows), kv)
+        for name, amount in report._asdict().items():
+            if amount:
+                self._tally.add(f"{name}_blocks", amount)
+        self._tally.add("store_seconds", time.monotonic() - begun)
+        return report
+
+    def refresh(self) -> None:
+        """Make the model's identity again, after its weights were changed through `.data` or NumPy.
+
+        Every other change (training, adapters, moves to another device) is noticed without this.
+
+        Raises
+        ------
+        ConfigError
+            If the model is not supported any more.
+        """
+        with self._named:
+            adapters = getattr(self._model, "peft_config", None) or {}
+            check_adapters(adapters)
+            mark = stamp(self._decoder)
+            self._named_now = model_namespace(
+                self._base, self._decoder, self._layout, adapters=adapters, **self._identity
+            )
+            self._stamp = mark
+
+    @property
+    def namespace(self) -> Namespace:
+        """Identity of the KV that the model makes, without a prompt's own salt."""
+        return self._named_now
+
+    @property
+    def decoder(self) -> Any:
+        """The module of the model that fills caches."""
+        return self._decoder
+
+    def same_model(self, past: PrefixCache) -> bool:
+        """Whether the model is still the one that a cache was made for."""
+        return stamp(self._decoder) == past.mark
+
+    def counters(self) -> dict[str, float]:
+        """What has happened so far: tokens asked for and loaded, blocks stored and dropped, outages."""
+        return self._tally.peek()
+
+    def close(self) -> None:
+        """Leave the model as it was, and end the connection. May be called twice."""
+        self._end()
+
+    def __enter__(self) -> KVStoreCache:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    @shielded()
+    def _namespace(self, salt: str | None) -> Namespace | None:
+        """Identity of the model as it is now, None if it has none."""
+        if stamp(self._decoder) != self._stamp:
+            self.refresh()
+        return self._named_now if salt is None else msgspec.structs.replace(self._named_now, salt=hash_salt(salt))
+
+    @shielded()
+    def _fill(self, past: PrefixCache, rows: Rows) -> None:
+        device = self._base.device
+        blocks = (rows.shape[1] - 1) // self._layout.block_tokens
+        self._tally.add("prompt_tokens", rows.size)
+        if past.namespace is None or not blocks or self._base.training or autocast(device):
+            return
+        begun = time.monotonic()
+        keys = [self._chain(past.namespace, row).keys[:blocks] for row in rows]
+        with torch.no_grad():
+            kv, loaded = self._transfers.load(past.namespace, keys, device)
+        if loaded:
+            past.fill(kv, loaded * self._layout.block_tokens)
+        self._tally.add("loaded_tokens", past.loaded_tokens * rows.shape[0])
+        self._tally.add("load_seconds", time.monotonic() - begun)
+
+    @staticmethod
+    def _chain(namespace: Namespace, tokens: Any) -> PrefixChain:
+        chain = PrefixChain(namespace)
+        chain.extend(tokens)
+        return chain
+
+    def _offers(self, namespace: Namespace, rows: Rows) -> list[Offer]:
+        size = self._layout.block_tokens
+        offers = {}
+        for row, tokens in enumerate(rows):
+            for block, (key, parent) in enumerate(self._chain(namespace, tokens).blocks()):
+                begin = block * size
+                header = BlockHeader(parent=parent, tokens=tokens[begin : begin + size].tobytes(), position=begin)
+                offers.setdefault(key, Offer(key, header, row, block))
+        return list(offers.values())
+
+    def _refuse(self, reason: str) -> StoreReport:
+        self._tally.add("refused_stores")
+        if reason not in self._refused:
+            self._refused.add(reason)
+            log.warning("transformers: KV was not stored: %s.", reason)
+        return StoreReport(refused=reason)
+
+
+def _serves(config: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a call of `generate` leaves the cache to us."""
+    own = ("past_key_values", "inputs_embeds")
+    return (
+        all(kwargs.get(name) is None for name in own)
+        and _option("use_cache", config, kwargs) is not False
+        and _option("cache_implementation", config, kwargs) is None
+    )
+
+
+def _option(name: str, config: Any, kwargs: dict[str, Any]) -> Any:
+    """An option of `generate`, wherever it is set."""
+    return kwargs[name] if name in kwargs else getattr(config, name, None)
+
+
+# -- hooks -------------------------------------------------------------------------------------------------------------
+
+
+def _watch(decoder: Any, keeper: weakref.ref[KVStoreCache]) -> list[Any]:
+    """Let the caches of a keeper see what goes through the decoder; the handles that end it.
+
+    The hooks hold the keeper weakly: a model must not keep every connector alive that it ever had.
+    """
+    names = list(inspect.signature(decoder.forward).parameters)
+    if "past_key_values" not in names:
+        raise ConfigError(f"transformers: {type(decoder).__name__} takes no past_key_values.", "")
+
+    def inputs_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        return {**dict(zip(names, args, strict=False)), **kwargs}
+
+    def mine(module: Any, inputs: dict[str, Any]) -> PrefixCache | None:
+        past, owner = inputs.get("past_key_values"), keeper()
+        # A copy of a model comes with copies of its hooks, but is not the model that the KV is stored for.
+        if owner is None or module is not owner.decoder or not isinstance(past, PrefixCache):
+            return None
+        return past if past.keeper is owner else None
+
+    def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = inputs_of(args, kwargs)
+        past = mine(module, inputs)
+        if past is not None:
+            _report_all_but_misuse(lambda: past.before_forward(inputs, module.training))
+
+    def after(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> None:
+        past = mine(module, inputs_of(args, kwargs))
+        if past is not None:
+            _report_all_but_misuse(past.after_forward)
+
+    return [
+        decoder.register_forward_pre_hook(before, with_kwargs=True),
+        decoder.register_forward_hook(after, with_kwargs=True),
+    ]
+
+
+def _report_all_but_misuse(work: Callable[[], None]) -> None:
+    """Run a hook; a defect of ours is written down, KV of another prompt ends the call."""
+    misuse: list[InvalidParams] = []
+
+    @shielded()
+    def run() -> None:
+        try:
+            work()
+        except InvalidParams as error:
+            misuse.append(error)
+
+    run()
+    if misuse:
+        raise misuse[0]
+
+
+def _end(handles: list[Any], breaker: Breaker, link: Link) -> None:
+    for handle in handles:
+        handle.remove()
+    breaker.close()
+    link.close()
