@@ -6,12 +6,16 @@ Nothing here does I/O, and nothing here imports another module of kvstore except
 from __future__ import annotations
 
 from enum import IntEnum, StrEnum
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import msgspec
 
 DIGEST_BYTES = 32
 """Length of a namespace digest, a prefix key and a content key (sha256)."""
+
+
+Text = Annotated[str, msgspec.Meta(max_length=8192)]
+"""A field of a namespace. The daemon remembers thousands of namespaces, so none may be of any size."""
 
 
 class Namespace(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -51,26 +55,26 @@ class Namespace(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         Producer of the KV, where its numerics or keys are its own.
     """
 
-    model: str
-    revision: str = ""
-    dtype: str = ""
+    model: Text
+    revision: Text = ""
+    dtype: Text = ""
     layers: int = 0
     kv_heads: int = 0
     head_dim: int = 0
-    layout: str = "opaque"
+    layout: Text = "opaque"
     block_tokens: int = 256
-    rope: str = ""
-    attention: str = "full"
-    quantization: str = ""
-    fidelity: str = "exact"
+    rope: Text = ""
+    attention: Text = "full"
+    quantization: Text = ""
+    fidelity: Text = "exact"
     tp_rank: int = 0
     tp_size: int = 1
     pp_rank: int = 0
     pp_size: int = 1
-    lora: str = ""
-    tenant: str = ""
-    salt: str = ""
-    engine: str = ""
+    lora: Text = ""
+    tenant: Text = ""
+    salt: Text = ""
+    engine: Text = ""
 
 
 class Scope(NamedTuple):

@@ -79,8 +79,6 @@ class FrameReader:
             return self._payload[0]
         if self._start == self._end:
             self._start = self._end = 0
-            if len(self._buffer) > _BUFFER_BYTES:  # it held a large head; most are small
-                self._buffer = bytearray(_BUFFER_BYTES)
         if len(self._buffer) - self._end < 4096:
             self._make_room()
         return memoryview(self._buffer)[self._end :]
@@ -99,6 +97,8 @@ class FrameReader:
         self._end += nbytes
         while not self._payload and not self.paused and self._parse_one():
             pass
+        if self._start == self._end and len(self._buffer) > _BUFFER_BYTES:  # it held a large head; most are small
+            self._buffer, self._start, self._end = bytearray(_BUFFER_BYTES), 0, 0
 
     def _parse_one(self) -> bool:
         have = self._end - self._start

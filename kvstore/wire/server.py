@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from kvstore.errors import InternalError, KVStoreError, LimitExceeded, ProtocolError
+from kvstore.errors import InternalError, InvalidParams, KVStoreError, LimitExceeded, ProtocolError
 from kvstore.wire import frame
 from kvstore.wire import messages as m
 
@@ -33,6 +33,9 @@ MAX_CALLS = 256
 
 HANDSHAKE_S = 5.0
 """A connection that has not said `hello` by then is closed."""
+
+LINGER_S = 5.0
+"""How long a connection that is being closed may take to fetch what it was sent last."""
 
 
 class Verbs(Protocol):
@@ -138,6 +141,7 @@ class Connection(asyncio.BufferedProtocol):
             listener.allow_uids is not None and uid not in listener.allow_uids
         ):
             listener.traffic.refused_connections += 1
+            self._reader.paused = True
             self._transport.abort()
             return
         listener.connections.add(self)
@@ -159,9 +163,13 @@ class Connection(asyncio.BufferedProtocol):
         self._transport = None
 
     def close(self) -> None:
-        """End the connection after what was written has been sent."""
-        if self._transport is not None:
+        """End the connection after what was written has been sent. Nothing it sent is run any more."""
+        self._reader.paused = True
+        if self._transport is not None and not self._transport.is_closing():
             self._transport.close()
+            if self._deadline is not None:
+                self._deadline.cancel()
+            self._deadline = self._loop.call_later(LINGER_S, self._transport.abort)
 
     def pause_writing(self) -> None:
         """The peer does not take its answers: run no more of its calls, those received already included."""
@@ -174,9 +182,10 @@ class Connection(asyncio.BufferedProtocol):
         self._loop.call_soon(self._go_on)
 
     def _go_on(self) -> None:
+        if self._transport is None or self._transport.is_closing() or self._reader.paused:
+            return
+        self.buffer_updated(0)
         if not self._reader.paused:
-            self.buffer_updated(0)
-        if not self._reader.paused and self._transport is not None and not self._transport.is_closing():
             self._transport.resume_reading()
 
     # -- receiving -----------------------------------------------------------------------------------------------------
@@ -194,8 +203,6 @@ class Connection(asyncio.BufferedProtocol):
             self._end_with(InternalError("the daemon failed to handle a frame."))
 
     def _on_head(self, head: bytes, payload_bytes: int) -> Sequence[memoryview]:
-        if self._transport is None or self._transport.is_closing():
-            return [memoryview(bytearray(payload_bytes))]
         request = m.decode_request(head)
         if isinstance(request, m.Notice):
             if payload_bytes:
@@ -229,6 +236,8 @@ class Connection(asyncio.BufferedProtocol):
         started = time.perf_counter()
         try:
             params = m.decode_params(method, raw)
+            if method == "fill":
+                raise InvalidParams("fill: a block's bytes come as the payload of this very frame.")
         except KVStoreError as error:
             self._listener.traffic.record(method if method in m.METHODS else "unknown", started, error)
             self._answer(call_id, error)
