@@ -279,15 +279,18 @@ class Arena:
         self._add(slab)
         return slab
 
+    def movable(self, domain: str) -> set[int]:
+        """Slabs of other domains that no client holds: wholly free, they can be given up for this domain."""
+        return {slab.id for slab in self._slabs.values() if slab.domain != domain and not self._holders[slab.id]}
+
     def _reclaim(self, domain: str) -> None:
-        """Give up one wholly free slab of another domain. It counts until the last client that holds it lets go."""
-        for name, state in self._domains.items():
-            if name == domain:
-                continue
-            for slab in state.slabs.values():
-                if state.runs.get((slab.id, 0)) == slab.pages:
-                    self._drop_slab(state, slab)
-                    return
+        """Give up one wholly free slab of another domain. One that a client holds would return nothing by that."""
+        for slab_id in self.movable(domain):
+            slab = self._slabs[slab_id]
+            state = self._domains[slab.domain]
+            if state.runs.get((slab_id, 0)) == slab.pages:
+                self._drop_slab(state, slab)
+                return
 
     def _drop_slab(self, state: _Domain, slab: Slab) -> None:
         state.take_run(slab.id, 0)

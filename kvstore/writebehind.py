@@ -83,13 +83,13 @@ class WriteBehind:
         try:
             payload = self._host.arena.views(block.extents)
             outcome = await self.tier.put(block.id, block.header, payload, block.nbytes, durable=durable)
+            if block.gone and isinstance(outcome, Stored | Exists):
+                # Dropped while it was written: it must not come back.
+                await self.tier.drop(block.id)
+                return Dropped(DropReason.ABORTED)
         except Exception:
             log.exception("tier %s: a put raised", self.tier.name)
             return Dropped(DropReason.IO_ERROR)
-        if block.gone and isinstance(outcome, Stored | Exists):
-            # Dropped while it was written: it must not come back.
-            await self.tier.drop(block.id)
-            return Dropped(DropReason.ABORTED)
         return outcome
 
     def _progress(self) -> None:

@@ -139,7 +139,7 @@ class HostTier:
             pages = -(-nbytes // PAGE_BYTES) * PAGE_BYTES
             self._evict(domain, bytes_needed=pages - self.arena.free(domain))
             extents = self.arena.allocate(domain, nbytes)
-        while extents is None and self._evict(None, bytes_needed=1):
+        while extents is None and (movable := self.arena.movable(domain)) and self._evict(None, 1, slabs=movable):
             # Room can only come from other domains now: their slabs change hands once wholly free.
             extents = self.arena.allocate(domain, nbytes)
         if extents is not None:
@@ -167,17 +167,28 @@ class HostTier:
         """Whether a block may leave now."""
         return not block.refs and not block.dirty and block.pin_until <= now
 
-    def _evict(self, domain: str | None, bytes_needed: int, index_needed: int = 0) -> int:
-        """Evict blocks until so many bytes are free, of one domain or of any; how many were evicted."""
+    def _evict(
+        self, domain: str | None, bytes_needed: int, index_needed: int = 0, slabs: set[int] | None = None
+    ) -> int:
+        """Evict blocks until so many bytes are free, or none if that is not possible; how many were evicted.
+
+        Only blocks of `domain` if one is given, and only such as lie in `slabs` alone.
+        """
         now = time.monotonic()
         victims: list[HostBlock] = []
         for block in self.policy.victims():
             if bytes_needed <= 0 and index_needed <= 0:
                 break
-            if self.evictable(block, now) and (domain is None or block.id.scope.domain == domain):
+            if (
+                self.evictable(block, now)
+                and (domain is None or block.id.scope.domain == domain)
+                and (slabs is None or all(extent.slab in slabs for extent in block.extents))
+            ):
                 victims.append(block)
                 bytes_needed -= block.footprint
                 index_needed -= block.index_bytes
+        if bytes_needed > 0 or index_needed > 0:
+            return 0
         for block in victims:
             self.remove(block)
         self.counters.evicted += len(victims)
