@@ -24,6 +24,10 @@ _DOMAIN_NAMESPACE = b"kvstore/namespace/1"
 _DOMAIN_PREFIX = b"kvstore/prefix/1"
 _DOMAIN_CONTENT = b"kvstore/content/1"
 
+_MAX_TOKEN = 0x7FFFFFFF
+_PACK = 8192
+"""Ids of a list converted at a time: few enough that the second look at each finds it in the cache."""
+
 
 @lru_cache(maxsize=4096)
 def namespace_digest(ns: Namespace) -> bytes:
@@ -58,16 +62,17 @@ def as_token_array(tokens: TokenIds) -> NDArray[np.int32]:
     if isinstance(tokens, np.ndarray):
         if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
             raise InvalidParams(f"tokens: expected a 1-d integer array, got {tokens.ndim}-d {tokens.dtype}.", "")
-        if tokens.dtype == np.dtype("<i4"):
-            return cast("NDArray[np.int32]", np.ascontiguousarray(tokens))
-        wide = tokens
-        if wide.size and (int(wide.min()) < 0 or int(wide.max()) > 0x7FFFFFFF):
+        if tokens.size and (int(tokens.min()) < 0 or int(tokens.max()) > _MAX_TOKEN):
             raise InvalidParams("tokens: an id does not fit into a non-negative int32.", "")
-        return np.ascontiguousarray(wide, dtype="<i4")
+        return np.ascontiguousarray(tokens, dtype="<i4")
     try:
-        return np.array(tokens, dtype="<i4")
-    except (OverflowError, ValueError, TypeError) as error:
+        parts = [tokens[at : at + _PACK] for at in range(0, len(tokens), _PACK)]
+        packed = np.frombuffer(b"".join([struct.pack(f"<{len(part)}i", *part) for part in parts]), dtype="<i4")
+    except (struct.error, TypeError) as error:
         raise InvalidParams(f"tokens: not a flat sequence of int32 ids ({error}).", "") from None
+    if packed.size and packed.min() < 0:
+        raise InvalidParams("tokens: an id does not fit into a non-negative int32.", "")
+    return packed
 
 
 class PrefixChain:
