@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections import deque
 from collections.abc import Callable
 
@@ -19,7 +18,6 @@ from kvstore.types import (
     Dropped,
     DropReason,
     Exists,
-    Extent,
     Hit,
     Miss,
     MissReason,
@@ -64,17 +62,16 @@ class TierChain:
 
     def locate(self, scope: Scope, keys: list[bytes], prefix: bool) -> bytes:
         """Nearest tier of each block as `TierCode` bytes; with `prefix` only up to the first that is nowhere."""
-        out = bytearray()
-        in_host = self.host.blocks(scope)
-        for key in keys:
-            if key in in_host:
-                out.append(TierCode.HOST)
-                continue
-            tier = self.find_below(scope, key)
-            if tier is None and prefix:
-                break
-            out.append(TierCode.ABSENT if tier is None else tier.code)
-        return bytes(out)
+        codes = bytearray(map(self.host.blocks(scope).__contains__, keys))  # False is ABSENT, True is HOST
+        at = codes.find(TierCode.ABSENT)
+        while at >= 0:
+            tier = self.find_below(scope, keys[at])
+            if tier is not None:
+                codes[at] = tier.code
+            elif prefix:
+                return bytes(codes[:at])
+            at = codes.find(TierCode.ABSENT, at + 1)
+        return bytes(codes)
 
     def find_below(self, scope: Scope, key: bytes) -> Tier | None:
         """The nearest lower tier that says it has the block."""
@@ -155,18 +152,15 @@ class TierChain:
 
     # -- storing -------------------------------------------------------------------------------------------------------
 
-    async def make_room(
-        self, domain: str, nbytes: int, header_bytes: int, deadline: float
-    ) -> tuple[Extent, ...] | None:
-        """Memory as of `HostTier.allocate`; until the monotonic `deadline`, wait for blocks to become clean."""
-        while True:
-            extents = self.host.allocate(domain, nbytes, header_bytes)
-            left = deadline - time.monotonic()
-            if extents is not None or left <= 0 or not self.dirty_blocks:
-                return extents
-            waits = [asyncio.ensure_future(q.progress(left)) for q in self.queues if q.blocks]
-            _, pending = await asyncio.wait(waits, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-            for wait in pending:
+    async def progress(self, timeout_s: float) -> None:
+        """Wait until a lower tier has been told of a block, which may then be evicted; or until the time is over."""
+        waits = [asyncio.ensure_future(queue.progress(timeout_s)) for queue in self.queues if queue.blocks]
+        if not waits:
+            return
+        try:
+            await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
                 wait.cancel()
 
     @property

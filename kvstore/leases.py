@@ -139,10 +139,11 @@ class Ledger:
         self.leases[lease.id] = session.leases[lease.id] = lease
         return lease
 
-    def lend(self, lease: Lease, index: int, block: HostBlock) -> None:
-        """Add a block to a lease."""
-        self._host.acquire(block)
-        lease.blocks[index] = block
+    def lend(self, lease: Lease, blocks: dict[int, HostBlock]) -> None:
+        """Add blocks to a lease, by index."""
+        for block in blocks.values():
+            self._host.acquire(block)
+        lease.blocks |= blocks
 
     def lease(self, session: Session, lease_id: int) -> Lease:
         """A lease of this session.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,11 +25,8 @@ class NamespaceRecord:
     fields: Namespace
     asked: int = 0
     stored: int = 0
-    hit: dict[int, int] = field(default_factory=dict)
-
-    def count_hit(self, tier: int) -> None:
-        """Count a block handed out from a tier."""
-        self.hit[tier] = self.hit.get(tier, 0) + 1
+    hit: Counter[int] = field(default_factory=Counter)
+    """Blocks handed out, by tier."""
 
     def to_json(self) -> dict[str, Any]:
         """What the status page shows; the salt stays a digest."""

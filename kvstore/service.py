@@ -12,7 +12,7 @@ import hmac
 import logging
 import secrets
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -41,7 +41,11 @@ log = logging.getLogger("kvstore.service")
 MAX_HANDLES = 4096
 """Leases, and reservations, that one connection may have open."""
 
+MAX_HEADER_BYTES = 2 << 20
+"""Block headers in one reply; with the extents of as many blocks as a request names it stays within a frame."""
+
 _header = msgspec.msgpack.Decoder(BlockHeader)
+_Offers = deque[tuple[int, m.Offer, BlockHeader]]
 
 
 class Service:
@@ -83,9 +87,13 @@ class Service:
 
     def call(self, session: Session, method: str, params: m.Message) -> m.Message | Awaitable[m.Message]:
         """Run a verb. Raises `KVStoreError`s that travel to the client as they are."""
+        self._admit(session, method)
+        return self._verbs[method](session, params)
+
+    @staticmethod
+    def _admit(session: Session, method: str) -> None:
         if not session.greeted and method != "hello":
             raise HandshakeRequired(f"{method} was called before hello.")
-        return self._verbs[method](session, params)
 
     def hello(self, session: Session, p: m.Hello) -> m.HelloReply:
         """Authenticate, agree on a version, introduce namespaces."""
@@ -127,25 +135,26 @@ class Service:
         keys = m.split_keys(p.keys)
         self._limit(session.leases)
         ttl_s = min(p.ttl_s, self._max_ttl_s)
-        lease = self.ledger.new_lease(session, record.scope, ttl_s)
-        granted: list[m.Grant] = []
-        refused: list[m.Refusal] = []
         in_host = self.host.blocks(record.scope)
+        found = {index: block for index, block in enumerate(map(in_host.get, keys)) if block is not None}
+        if p.headers and sum([len(block.header_bytes) for block in found.values()]) > MAX_HEADER_BYTES:
+            raise LimitExceeded(f"the headers of {len(found)} blocks are more than the {MAX_HEADER_BYTES} bytes of a reply.")
+        lease = self.ledger.new_lease(session, record.scope, ttl_s)
+        self.ledger.lend(lease, found)
+        granted = self._grant(lease, record, found, TierCode.HOST, p.headers)
+        refused: list[m.Refusal] = []
         below: list[int] = []
-        for index, key in enumerate(keys):
-            block = in_host.get(key)
-            if block is not None:
-                self.ledger.lend(lease, index, block)
-                granted.append(self._grant(lease, index, block, TierCode.HOST, p.headers))
-                self._count_hit(record, TierCode.HOST)
-            elif self.chain.find_below(record.scope, key) is not None:
+        for index in range(len(keys)) if len(found) < len(keys) else ():
+            if index in found:
+                continue
+            if self.chain.find_below(record.scope, keys[index]) is not None:
                 below.append(index)
             else:
                 refused.append(self._refuse(index, MissReason.ABSENT))
         self.asked += len(keys)
         record.asked += len(keys)
-        self.host.counters.misses += len(keys) - len(lease.blocks)
-        self.chain.touch([block for block in lease.blocks.values() if not block.gone])
+        self.host.counters.misses += len(keys) - len(found)
+        self.chain.touch(list(found.values()))
         lease.pending = len(below)
         for index in below:
             # Started after the loop: a promotion may evict, and what this lease holds must be held by then.
@@ -162,27 +171,30 @@ class Service:
             if isinstance(found, Miss):
                 refused.append(self._refuse(index, found.reason))
             else:
-                self.ledger.lend(lease, index, found)
-                self._count_hit(record, code)
-                granted.append(self._grant(lease, index, found, code, headers))
+                self.ledger.lend(lease, {index: found})
+                granted += self._grant(lease, record, {index: found}, code, headers)
             lease.session.notify("leased", m.LeaseNotice(lease.id, granted, refused))
 
         return arrived
 
-    def _grant(self, lease: Lease, index: int, block: HostBlock, tier: TierCode, headers: bool) -> m.Grant:
-        extents: Any = [] if lease.session.remote else block.extents
-        self.host.counters.hits += 1
-        self.host.counters.bytes_read += block.nbytes
-        return m.Grant(index, block.nbytes, int(tier), extents, block.header_bytes if headers else b"")
+    def _grant(
+        self, lease: Lease, record: NamespaceRecord, blocks: dict[int, HostBlock], tier: TierCode, headers: bool
+    ) -> list[m.Grant]:
+        """What the client is told of blocks lent to it, by index; counts them as hits."""
+        self.hit[tier] += len(blocks)
+        self.hit_tokens += len(blocks) * record.fields.block_tokens
+        record.hit[tier] += len(blocks)
+        self.host.counters.hits += len(blocks)
+        self.host.counters.bytes_read += sum([block.nbytes for block in blocks.values()])
+        remote, code = lease.session.remote, int(tier)
+        return [
+            m.Grant(index, block.nbytes, code, () if remote else block.extents, block.header_bytes if headers else b"")
+            for index, block in blocks.items()
+        ]
 
     def _refuse(self, index: int, reason: MissReason) -> m.Refusal:
         self.missed[reason.value] += 1
         return m.Refusal(index, reason.value)
-
-    def _count_hit(self, record: NamespaceRecord, tier: TierCode) -> None:
-        self.hit[tier] += 1
-        self.hit_tokens += record.fields.block_tokens
-        record.count_hit(tier)
 
     def release(self, session: Session, p: m.Release) -> m.Empty:
         """End leases; those that have ended already are passed over."""
@@ -205,57 +217,63 @@ class Service:
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
-    async def reserve(self, session: Session, p: m.Reserve) -> m.ReserveReply:
+    def reserve(self, session: Session, p: m.Reserve) -> m.ReserveReply | Awaitable[m.ReserveReply]:
         """Lend memory for new blocks, evicting; or say of each block why not."""
         if self.draining:
             raise ShuttingDown("the daemon is shutting down.")
         record = self.namespaces.find(session.domain, p.ns)
         self._limit(session.reservations)
-        headers = [self._decode_header(index, offer) for index, offer in enumerate(p.blocks)]
+        todo = deque((i, offer, self._decode_header(i, offer)) for i, offer in enumerate(p.blocks))
         ttl_s = min(p.ttl_s, self._max_ttl_s)
-        deadline = time.monotonic() + p.wait_s
         reservation = self.ledger.new_reservation(session, ttl_s + p.wait_s)
-        rooms: list[m.Room] = []
-        others: list[m.NoRoom] = []
-        for index, (offer, header) in enumerate(zip(p.blocks, headers, strict=True)):
-            status = await self._reserve_one(reservation, record.scope, index, offer, header, deadline)
-            if session.id not in self.ledger.sessions:  # gone while it waited
-                if reservation.id in self.ledger.reservations:
-                    self.ledger.end_reservation(reservation)
+        reply = m.ReserveReply(reservation.id, ttl_s, [], [])
+        self._lend_rooms(reservation, record.scope, todo, reply, p.wait_s > 0)
+        if todo:
+            return self._reserve_later(reservation, record.scope, todo, reply, time.monotonic() + p.wait_s)
+        return self._reserved(reservation, reply)
+
+    async def _reserve_later(
+        self, reservation: Reservation, scope: Scope, todo: _Offers, reply: m.ReserveReply, deadline: float
+    ) -> m.ReserveReply:
+        while todo:
+            await self.chain.progress(max(0.0, deadline - time.monotonic()))
+            if reservation.id not in self.ledger.reservations:  # gone with its connection while it waited
                 return m.ReserveReply(reservation.id, 0.0, [], [])
+            self._lend_rooms(reservation, scope, todo, reply, time.monotonic() < deadline)
+        return self._reserved(reservation, reply)
+
+    def _lend_rooms(
+        self, reservation: Reservation, scope: Scope, todo: _Offers, reply: m.ReserveReply, wait: bool
+    ) -> None:
+        """Answer offers in order, and take them out of `todo`. With `wait`, stop at one that may get room later."""
+        while todo:
+            index, offer, header = todo[0]
+            block = BlockId(scope, offer.key)
+            status = self._refusal(block, offer)
             if status is None:
-                extents: Any = [] if session.remote else reservation.places[index].extents
-                rooms.append(m.Room(index, extents))
-            else:
+                extents = self.host.allocate(scope.domain, offer.nbytes, len(offer.header))
+                if extents is not None:
+                    self.ledger.reserve(reservation, index, Place(block, header, offer.header, offer.nbytes, extents))
+                    reply.rooms.append(m.Room(index, () if reservation.session.remote else extents))
+                elif wait and self.chain.dirty_blocks:
+                    return
+                else:
+                    status = DropReason.HOST_FULL.value
+            if status is not None:
                 self._count_refused(status)
-                others.append(m.NoRoom(index, status))
-        if not rooms:
+                reply.others.append(m.NoRoom(index, status))
+            todo.popleft()
+
+    def _reserved(self, reservation: Reservation, reply: m.ReserveReply) -> m.ReserveReply:
+        if not reply.rooms:
             self.ledger.end_reservation(reservation)
-        return m.ReserveReply(reservation.id, ttl_s, rooms, others)
+        return reply
 
     def _count_refused(self, status: str) -> None:
         if status == "exists":
             self.host.counters.exists += 1
         else:
             self.host.counters.drop(status)
-
-    async def _reserve_one(
-        self, reservation: Reservation, scope: Scope, index: int, offer: m.Offer, header: BlockHeader, deadline: float
-    ) -> str | None:
-        """Lend memory for one block; None, or why not."""
-        block = BlockId(scope, offer.key)
-        refusal = self._refusal(block, offer)
-        if refusal is not None:
-            return refusal
-        extents = await self.chain.make_room(scope.domain, offer.nbytes, len(offer.header), deadline)
-        if extents is None:
-            return DropReason.HOST_FULL.value
-        refusal = self._refusal(block, offer)  # the world may have changed while it waited
-        if refusal is not None or reservation.session.id not in self.ledger.sessions:
-            self.host.free(extents, len(offer.header))
-            return refusal or DropReason.ABORTED.value
-        self.ledger.reserve(reservation, index, Place(block, header, offer.header, offer.nbytes, extents))
-        return None
 
     def _refusal(self, block: BlockId, offer: m.Offer) -> str | None:
         if self.host.get(block) is not None or self.chain.find_below(block.scope, block.key) is not None:
@@ -332,13 +350,12 @@ class Service:
 
     def fill(self, session: Session, p: m.Fill) -> m.Message:
         """Reached when the payload has arrived; see `place`."""
-        if not session.remote:
-            raise InvalidParams("fill is for connections without shared memory.")
         self.ledger.reservation(session, p.reservation).places[p.index].filled = True
         return m.Empty()
 
     def payload(self, session: Session, p: m.Fetch) -> tuple[Lease, list[memoryview]]:
         """Bytes of a leased block, to be sent while the lease lasts."""
+        self._admit(session, "fetch")
         lease = self.ledger.lease(session, p.lease)
         if p.index not in lease.blocks:
             raise ForeignHandle(f"fetch: block {p.index} is not part of lease {p.lease}.")
@@ -346,6 +363,7 @@ class Service:
 
     def place(self, session: Session, p: m.Fill) -> list[memoryview]:
         """Where the payload of a `fill` goes."""
+        self._admit(session, "fill")
         reservation = self.ledger.reservation(session, p.reservation)
         if p.index not in reservation.places:
             raise ForeignHandle(f"fill: block {p.index} is not part of reservation {p.reservation}.")

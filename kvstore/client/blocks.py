@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
+import msgspec
 import numpy as np
 
 from kvstore.client.slabs import Bytes
@@ -43,7 +44,7 @@ def copy_parts(parts: Sequence[Bytes], into: memoryview) -> None:
         position += len(part)
 
 
-class LeasedBlock:
+class LeasedBlock(msgspec.Struct, eq=False, gc=False):
     """A block in shared memory that may be read while its lease is valid.
 
     Attributes
@@ -60,14 +61,11 @@ class LeasedBlock:
         Present if headers were asked for.
     """
 
-    __slots__ = ("header", "index", "nbytes", "parts", "tier")
-
-    def __init__(self, index: int, nbytes: int, tier: TierCode, parts: list[Bytes], header: BlockHeader | None) -> None:
-        self.index = index
-        self.nbytes = nbytes
-        self.tier = tier
-        self.parts = parts
-        self.header = header
+    index: int
+    nbytes: int
+    tier: TierCode
+    parts: list[Bytes]
+    header: BlockHeader | None
 
     @property
     def array(self) -> Bytes | None:
@@ -82,7 +80,7 @@ class LeasedBlock:
         copy_parts(self.parts, view)
 
 
-class Room:
+class Room(msgspec.Struct, eq=False, gc=False):
     """Memory for one block that is to be stored.
 
     Attributes
@@ -95,12 +93,9 @@ class Room:
         Where they go, in order. Empty for a remote client.
     """
 
-    __slots__ = ("index", "nbytes", "parts")
-
-    def __init__(self, index: int, nbytes: int, parts: list[Bytes]) -> None:
-        self.index = index
-        self.nbytes = nbytes
-        self.parts = parts
+    index: int
+    nbytes: int
+    parts: list[Bytes]
 
     @property
     def array(self) -> Bytes | None:

@@ -16,7 +16,7 @@ import msgspec
 
 from kvstore import __version__
 from kvstore.client.blocks import Buffer, LeasedBlock, Loaded, Room, as_bytes, copy_parts
-from kvstore.client.slabs import SlabMap
+from kvstore.client.slabs import Bytes, Extents, SlabMap, SlabNotMapped
 from kvstore.errors import InvalidParams, ProtocolError, UnknownNamespace
 from kvstore.keys import namespace_digest
 from kvstore.types import (
@@ -222,25 +222,27 @@ class Core:
     def _settle(
         self, link: Link, granted: list[m.Grant], refused: list[m.Refusal], blocks: list[LeasedBlock | Miss]
     ) -> Flow[None]:
-        yield from self._map(link, [extent for grant in granted for extent in grant.extents])
+        parts = yield from self._views(link, [(grant.extents, grant.nbytes) for grant in granted])
         try:
-            for grant in granted:
-                parts = [] if link.slabs is None else link.slabs.parts(grant.extents)
-                if link.slabs is not None and sum(len(p) for p in parts) != grant.nbytes:
-                    raise ProtocolError("a grant's extents do not hold its bytes.")
+            for grant, bytes_in_place in zip(granted, parts, strict=True):
                 header = _header.decode(grant.header) if grant.header else None
-                blocks[grant.index] = LeasedBlock(grant.index, grant.nbytes, _tier[grant.tier], parts, header)
+                blocks[grant.index] = LeasedBlock(grant.index, grant.nbytes, _tier[grant.tier], bytes_in_place, header)
             for refusal in refused:
                 blocks[refusal.index] = Miss(MissReason(refusal.reason))
         except (IndexError, KeyError, ValueError, msgspec.MsgspecError) as error:
             raise ProtocolError(f"a grant is not understood: {error}.") from None
 
     @staticmethod
-    def _map(link: Link, extents: list[tuple[int, int, int]]) -> Flow[None]:
-        """Map slabs that are seen for the first time."""
+    def _views(link: Link, places: list[tuple[Extents, int]]) -> Flow[list[list[Bytes]]]:
+        """The memory of some blocks, given as extents and total length; nothing for a remote client."""
         slabs = link.slabs
-        if slabs is not None and slabs.missing(extents):
-            yield Work(lambda: slabs.parts(extents), 0)
+        if slabs is None:
+            return [[] for _ in places]
+        try:
+            return [slabs.parts(extents, nbytes) for extents, nbytes in places]
+        except SlabNotMapped:
+            yield Work(lambda: slabs.map([extent for extents, _ in places for extent in extents]), 0)
+            return [slabs.parts(extents, nbytes) for extents, nbytes in places]
 
     def fetch(self, lease: int, block: LeasedBlock, into: memoryview) -> Flow[None]:
         """Copy a leased block into a buffer of its size."""
@@ -305,12 +307,11 @@ class Core:
             namespace, lambda ns: Call("reserve", m.Reserve(ns, wire, ttl_s, wait_s))
         )
         link = self._need_link()
-        yield from self._map(link, [extent for room in reply.rooms for extent in room.extents])
         blocks: list[Room | Exists | Dropped] = [Dropped(DropReason.UNREACHABLE)] * len(offers)
         try:
-            for room in reply.rooms:
-                parts = [] if link.slabs is None else link.slabs.parts(room.extents)
-                blocks[room.index] = Room(room.index, offers[room.index][1], parts)
+            parts = yield from self._views(link, [(room.extents, offers[room.index][1]) for room in reply.rooms])
+            for room, bytes_in_place in zip(reply.rooms, parts, strict=True):
+                blocks[room.index] = Room(room.index, offers[room.index][1], bytes_in_place)
             for other in reply.others:
                 blocks[other.index] = cast(Any, _status(other.status))
         except (IndexError, ValueError) as error:
@@ -370,7 +371,7 @@ class Core:
 def join_keys(keys: Sequence[bytes]) -> bytes:
     """Keys as they travel; raises `InvalidParams` if one is not a digest or there are too many."""
     joined = b"".join(keys)
-    if len(joined) != DIGEST_BYTES * len(keys) or any(len(key) != DIGEST_BYTES for key in keys):
+    if set(map(len, keys)) - {DIGEST_BYTES}:
         raise InvalidParams(f"keys: each must be {DIGEST_BYTES} bytes.", "")
     if len(keys) > m.MAX_KEYS:
         raise InvalidParams(f"keys: {len(keys)} are more than the {m.MAX_KEYS} of one request.", "")

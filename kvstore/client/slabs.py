@@ -16,6 +16,12 @@ from kvstore.memory import populate
 from kvstore.wire.frame import FD_REPLY, FD_REQUEST
 
 Bytes = NDArray[np.uint8]
+Extents = Iterable[tuple[int, int, int]]
+"""(slab, offset, bytes) of the parts of a block."""
+
+
+class SlabNotMapped(Exception):
+    """A slab was met for the first time. Never leaves the client."""
 
 
 class SlabMap:
@@ -39,34 +45,48 @@ class SlabMap:
         self._lock = threading.Lock()
         self._socket: socket.socket | None = None
 
-    def missing(self, extents: Iterable[tuple[int, int, int]]) -> bool:
-        """Whether a slab of these extents is not mapped yet."""
-        return any(slab not in self._slabs for slab, _, _ in extents)
+    def parts(self, extents: Extents, nbytes: int) -> list[Bytes]:
+        """The memory of a block of `nbytes`, as views of its extents.
 
-    def parts(self, extents: Iterable[tuple[int, int, int]]) -> list[Bytes]:
-        """The memory of some extents, as views. Maps slabs that are not mapped yet, which asks the daemon.
+        Raises
+        ------
+        SlabNotMapped
+            If `map` has to be called first.
+        ForeignHandle
+            If an extent lies outside its slab, or they do not hold that many bytes.
+        """
+        out: list[Bytes] = []
+        left = nbytes
+        for slab_id, offset, length in extents:
+            slab = self._slabs.get(slab_id)
+            if slab is None:
+                raise SlabNotMapped
+            if offset < 0 or length < 0 or offset + length > len(slab):
+                raise ForeignHandle(f"an extent of {length} bytes at {offset} lies outside slab {slab_id}.")
+            out.append(slab[offset : offset + length])
+            left -= length
+        if left:
+            raise ForeignHandle(f"the extents of a block of {nbytes} bytes hold {nbytes - left}.")
+        return out
+
+    def map(self, extents: Extents) -> None:
+        """Map the slabs of some extents, which asks the daemon for those that are not mapped yet.
 
         Raises
         ------
         ForeignHandle
-            If the daemon does not hand out a slab, or an extent lies outside of one.
+            If the daemon does not hand out a slab.
         ConnectionLost
             If the daemon is gone.
         """
-        out: list[Bytes] = []
-        for slab_id, offset, nbytes in extents:
-            slab = self._slabs.get(slab_id)
-            if slab is None:
-                slab = self._map(slab_id)
-            if offset < 0 or nbytes < 0 or offset + nbytes > len(slab):
-                raise ForeignHandle(f"an extent of {nbytes} bytes at {offset} lies outside slab {slab_id}.")
-            out.append(slab[offset : offset + nbytes])
-        return out
+        for slab_id in {slab_id for slab_id, _, _ in extents}:
+            if slab_id not in self._slabs:
+                self._map(slab_id)
 
-    def _map(self, slab_id: int) -> Bytes:
+    def _map(self, slab_id: int) -> None:
         with self._lock:
             if slab_id in self._slabs:
-                return self._slabs[slab_id]
+                return
             fd, nbytes = self._request(slab_id)
             try:
                 mapping = mmap.mmap(fd, nbytes)
@@ -74,8 +94,7 @@ class SlabMap:
                 os.close(fd)
             # The daemon has touched the memory already; this only fills our page tables, without holding the GIL.
             threading.Thread(target=populate, args=(mapping,), name="kvstore-populate", daemon=True).start()
-            self._slabs[slab_id] = slab = np.frombuffer(mapping, dtype=np.uint8)
-            return slab
+            self._slabs[slab_id] = np.frombuffer(mapping, dtype=np.uint8)
 
     def _request(self, slab_id: int) -> tuple[int, int]:
         try:

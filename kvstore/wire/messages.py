@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import msgspec
+import numpy as np
 from msgspec import Meta, Struct
 
 from kvstore.errors import InvalidParams, KVStoreError, ProtocolError, UnknownMethod
@@ -32,8 +33,8 @@ Indexes = Annotated[list[Annotated[int, Meta(ge=0, le=MAX_KEYS)]], Meta(max_leng
 Seconds = Annotated[float, Meta(ge=0.0, le=86_400.0)]
 
 
-class Message(Struct, array_like=True, forbid_unknown_fields=True):
-    """Base of params and results."""
+class Message(Struct, array_like=True, forbid_unknown_fields=True, gc=False):
+    """Base of params and results. Trees, never cycles, so the garbage collector need not look at them."""
 
 
 # -- hello -------------------------------------------------------------------------------------------------------------
@@ -94,7 +95,7 @@ class Grant(Message):
     index: int
     nbytes: int
     tier: int
-    extents: list[tuple[int, int, int]]
+    extents: tuple[tuple[int, int, int], ...]
     header: bytes = b""
 
 
@@ -166,7 +167,7 @@ class Room(Message):
     """Room for the offered block `index`; to be filled, then committed. Extents are empty for a remote client."""
 
     index: int
-    extents: list[tuple[int, int, int]]
+    extents: tuple[tuple[int, int, int], ...]
 
 
 class NoRoom(Message):
@@ -326,6 +327,7 @@ _params = {name: msgspec.msgpack.Decoder(types[0]) for name, types in METHODS.it
 _results = {name: msgspec.msgpack.Decoder(types[1]) for name, types in METHODS.items()}
 _notices = {name: msgspec.msgpack.Decoder(kind) for name, kind in NOTICES.items()}
 _NIL = msgspec.Raw(b"\xc0")
+_DIGEST = np.dtype(f"V{DIGEST_BYTES}")
 
 
 def encode_request(call_id: int, method: str, params: Message) -> bytes:
@@ -428,4 +430,4 @@ def split_keys(keys: bytes) -> list[bytes]:
     """
     if len(keys) % DIGEST_BYTES:
         raise InvalidParams(f"keys: {len(keys)} bytes are not a whole number of {DIGEST_BYTES}-byte keys.")
-    return [keys[i : i + DIGEST_BYTES] for i in range(0, len(keys), DIGEST_BYTES)]
+    return np.frombuffer(keys, dtype=_DIGEST).tolist()  # several times faster than slicing
