@@ -12,11 +12,10 @@ import itertools
 import stat
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
 
+from kvstore.disk.buffers import Scratch, as_bytes, image_of
 from kvstore.disk.directory import Directory
 from kvstore.disk.format import (
-    ALIGN,
     ENTRY_COST,
     PART_BYTES,
     Shape,
@@ -27,14 +26,13 @@ from kvstore.disk.format import (
     part_sums,
     round_up,
 )
-from kvstore.disk.io import Files, Scratch, aligned, as_bytes, is_aligned, let_go, move
+from kvstore.disk.io import Files, let_go, move
 from kvstore.errors import CorruptBlock
 from kvstore.types import BlockHeader, BlockId, Scope
 
 DESCRIPTION = "namespace.json"
 MAX_DESCRIPTION = 64 * 1024
 
-_NOTHING = memoryview(bytearray())
 _NOT_A_FILE = {errno.ELOOP, errno.EINVAL, errno.ENXIO, errno.ENOTDIR, errno.EISDIR}
 
 
@@ -53,28 +51,6 @@ class TmpLeft(Exception):
         self.name = name
         self.cause = cause if isinstance(cause, OSError) else OSError(repr(cause))
         super().__init__(f"tmp/{name} could not be removed")
-
-
-class Image(NamedTuple):
-    """How a payload lies in memory during one read or write.
-
-    Attributes
-    ----------
-    buffers : list of memoryview
-        Aligned memory of the payload and its padding, in order: the caller's wherever that is possible.
-    payload : list of memoryview
-        The same without the padding.
-    padding : memoryview
-        What follows the payload up to the end of the file.
-    bounced : list of (memoryview, memoryview)
-        Pairs of the caller's memory and ours where the caller's cannot be used, to be copied before a write and after a
-        verified read.
-    """
-
-    buffers: list[memoryview]
-    payload: list[memoryview]
-    padding: memoryview
-    bounced: list[tuple[memoryview, memoryview]]
 
 
 class BlockFiles:
@@ -99,9 +75,20 @@ class BlockFiles:
     # -- write ---------------------------------------------------------------------------------------------------------
 
     def write(
-        self, block: BlockId, header: BlockHeader, shape: Shape, payload: Sequence[memoryview], durable: bool
+        self,
+        block: BlockId,
+        header: BlockHeader,
+        shape: Shape,
+        payload: Sequence[memoryview],
+        durable: bool,
+        taken: str = "",
     ) -> None:
         """Store a block under its name, at once or not at all.
+
+        Parameters
+        ----------
+        taken : str
+            What `take` answered: the block is written over that file instead of into a new one.
 
         Raises
         ------
@@ -110,33 +97,75 @@ class BlockFiles:
         TmpLeft
             The same, but a temporary file is left.
         """
-        image = self._image(as_bytes(payload), shape.nbytes)
+        image = image_of(as_bytes(payload), shape.nbytes, self._scratch)
         for theirs, ours in image.bounced:
             ours[:] = theirs
         image.padding[:] = bytes(len(image.padding))
         first = self._scratch.get("header", shape.offset)
         first[:] = encode_header(block, header, shape, part_sums(image.payload))
-        self._create(block.scope, block_name(block.key, shape), [first, *image.buffers], self.direct, durable)
+        name = block_name(block.key, shape)
+        self._create(block.scope, name, [first, *image.buffers], self.direct, durable, taken)
 
-    def _create(self, scope: Scope, name: str, buffers: list[memoryview], direct: bool, sync: bool) -> None:
+    def _create(
+        self, scope: Scope, name: str, buffers: list[memoryview], direct: bool, sync: bool, taken: str = ""
+    ) -> None:
         """Write a file under a temporary name and then give it its own."""
-        tmp_name = f"{next(self._numbers):x}"
-        self.live_tmp.add(tmp_name)
+        tmp_name = taken or self._new_tmp()
+        made = bool(taken)
         try:
-            fd = self._files.create_tmp(tmp_name, self.directory.tmp, direct)
+            fd = (self._files.open_taken if taken else self._files.create_tmp)(tmp_name, self.directory.tmp, direct)
+            made = True
             try:
-                try:
-                    move(self._files.write, fd, buffers)
-                    if sync:
-                        self._files.sync(fd)
-                finally:
-                    self._files.close(fd)
-                self._publish(tmp_name, scope, name)
-            except BaseException as error:
+                move(self._files.write, fd, buffers)
+                if sync:
+                    self._files.sync(fd)
+            finally:
+                self._files.close(fd)
+            self._publish(tmp_name, scope, name)
+        except BaseException as error:
+            if made:
                 self._discard(tmp_name, scope, name, error)
-                raise
+            raise
         finally:
             self.live_tmp.discard(tmp_name)
+
+    def _new_tmp(self) -> str:
+        """A new name in ``tmp/``, known to be in use."""
+        name = f"{next(self._numbers):x}"
+        self.live_tmp.add(name)
+        return name
+
+    def take(self, block: BlockId, shape: Shape) -> str:
+        """Move the file of a block that leaves into ``tmp/``, for `write` to put one of the same length over it.
+
+        That spares the file system freeing and allocating. If the power fails before all of it is on the disk, the old
+        name may come back with bytes of the new block: its header or a checksum will not fit.
+
+        Returns
+        -------
+        str
+            Its name there, or an empty text if there is no file that can be used so.
+        """
+        files, tmp, name = self._files, self.directory.tmp, block_name(block.key, shape)
+        taken = ""
+        try:
+            with self._namespace(block.scope) as ns:
+                info = files.stat_name(name, ns)
+                if not stat.S_ISREG(info.st_mode) or info.st_nlink != 1 or info.st_size != shape.file_bytes:
+                    return ""
+                taken = self._new_tmp()
+                files.publish(name, ns, taken, tmp)
+                return taken
+        except OSError:
+            with contextlib.suppress(OSError):  # it may have been moved all the same
+                self.give_up(taken)
+            return ""
+
+    def give_up(self, taken: str) -> None:
+        """Remove a file that was taken and not written over."""
+        if taken:
+            self.live_tmp.discard(taken)
+            self.forget_tmp(taken)
 
     def _publish(self, tmp_name: str, scope: Scope, name: str) -> None:
         for last_try in (False, True):
@@ -159,32 +188,6 @@ class BlockFiles:
         except OSError:
             raise TmpLeft(tmp_name, cause) from cause
 
-    def _image(self, views: Sequence[memoryview], nbytes: int) -> Image:
-        """Whole pages stay where they are; the part of a page at the end goes through scratch memory."""
-        if not is_aligned(views):
-            return self._bounced_image(views, nbytes)
-        *pages, last = views or [_NOTHING]
-        cut = len(last) // ALIGN * ALIGN
-        if cut:
-            pages.append(last[:cut])
-        rest = last[cut:]
-        if not rest:
-            return Image(pages, pages, _NOTHING, [])
-        tail = self._scratch.get("tail", ALIGN)
-        ours, padding = tail[: len(rest)], tail[len(rest) :]
-        return Image([*pages, tail], [*pages, ours], padding, [(rest, ours)])
-
-    @staticmethod
-    def _bounced_image(views: Sequence[memoryview], nbytes: int) -> Image:
-        """Memory that direct I/O cannot use is copied as a whole; an arena never needs this."""
-        copy = aligned(round_up(nbytes))
-        pairs: list[tuple[memoryview, memoryview]] = []
-        at = 0
-        for view in views:
-            pairs.append((view, copy[at : at + len(view)]))
-            at += len(view)
-        return Image([copy], [copy[:nbytes]], copy[nbytes:], pairs)
-
     # -- read ----------------------------------------------------------------------------------------------------------
 
     def read(self, block: BlockId, shape: Shape, into: Sequence[memoryview], touch: bool) -> BlockHeader:
@@ -206,7 +209,7 @@ class BlockFiles:
         OSError
             From the kernel; says nothing about the block.
         """
-        image = self._image(as_bytes(into), shape.nbytes)
+        image = image_of(as_bytes(into), shape.nbytes, self._scratch)
         first = self._scratch.get("header", shape.offset)
         with self._open_checked(block, shape) as fd:
             move(self._files.read, fd, [first, *image.buffers])

@@ -16,8 +16,9 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from kvstore.disk.buffers import aligned
 from kvstore.disk.format import ALIGN, ENTRY_COST, FORMAT_VERSION
-from kvstore.disk.io import Files, aligned, let_go, move
+from kvstore.disk.io import Files, let_go, move
 from kvstore.errors import DirectoryUnusable
 
 FIXED_COST = 6 * (ALIGN + ENTRY_COST)

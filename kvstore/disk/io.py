@@ -9,13 +9,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import mmap
 import os
-import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
-
-import numpy as np
 
 from kvstore.disk.format import ALIGN
 
@@ -74,6 +70,10 @@ class Files:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _SAFE | (os.O_DIRECT if direct else 0)
         return os.open(name, flags, 0o600, dir_fd=at)
 
+    def open_taken(self, name: str, at: int, direct: bool) -> int:
+        """Open a file that is there for overwriting."""
+        return os.open(name, os.O_WRONLY | os.O_NONBLOCK | _SAFE | (os.O_DIRECT if direct else 0), dir_fd=at)
+
     def open_block(self, name: str, at: int, direct: bool) -> int:
         """Open a file for reading. A pipe does not block here; the caller looks at what it is."""
         return os.open(name, os.O_RDONLY | os.O_NONBLOCK | _SAFE | (os.O_DIRECT if direct else 0), dir_fd=at)
@@ -93,6 +93,10 @@ class Files:
     def stat_name(self, name: str, at: int) -> os.stat_result:
         """What a name stands for, a link being a link."""
         return os.stat(name, dir_fd=at, follow_symlinks=False)
+
+    def used_at(self, name: str, at: int) -> int:
+        """When a file was last written or touched, in nanoseconds."""
+        return os.stat(name, dir_fd=at, follow_symlinks=False).st_mtime_ns
 
     def touch(self, fd: int) -> None:
         """Set a file's times to now: recency that outlives a restart."""
@@ -156,39 +160,3 @@ def _after(buffers: Sequence[memoryview], nbytes: int) -> list[memoryview]:
             return [view[nbytes:], *buffers[index + 1 :]]
         nbytes -= len(view)
     return []
-
-
-# -- buffers -----------------------------------------------------------------------------------------------------------
-
-
-class Scratch(threading.local):
-    """Page-aligned memory of one I/O thread for the parts of a file that have no place in the caller's buffers."""
-
-    def __init__(self) -> None:
-        self._views: dict[str, memoryview] = {}
-
-    def get(self, name: str, nbytes: int) -> memoryview:
-        """`nbytes` aligned bytes with any content, valid until the same thread asks for the same name again."""
-        view = self._views.get(name)
-        if view is None or len(view) < nbytes:
-            view = self._views[name] = aligned(nbytes)
-        return view[:nbytes]
-
-
-def aligned(nbytes: int) -> memoryview:
-    """New page-aligned memory."""
-    return memoryview(mmap.mmap(-1, max(nbytes, 1)))[:nbytes]
-
-
-def as_bytes(views: Sequence[memoryview]) -> list[memoryview]:
-    """The same memory as flat bytes, without empty views."""
-    return [view.cast("B") if view.format != "B" or view.ndim != 1 else view for view in views if view.nbytes]
-
-
-def is_aligned(views: Sequence[memoryview]) -> bool:
-    """Whether direct I/O can use these buffers: each starts on `ALIGN`, and all but the last are whole pages long."""
-    return all(_address(view) % ALIGN == 0 for view in views) and all(len(view) % ALIGN == 0 for view in views[:-1])
-
-
-def _address(view: memoryview) -> int:
-    return np.frombuffer(view, np.uint8).__array_interface__["data"][0]

@@ -14,6 +14,7 @@ from kvstore.disk.io import Files, Listing, let_go
 from kvstore.types import BlockId, Scope
 
 _KEY_HEX = 64
+_NO_SHAPE = Shape(0, 0)
 
 
 @dataclass(slots=True)
@@ -47,7 +48,7 @@ def recover(directory: Directory, blocks: BlockFiles, files: Files) -> Recovered
         If a directory cannot be listed.
     """
     found = Recovered()
-    shapes: dict[str, tuple[Shape, int] | None] = {}
+    shapes: dict[str, tuple[Shape, int]] = {}
     for scope, path, listing in walk(directory, files, found.foreign):
         space = Space()
         space.nbytes = _take_names(listing.files, space.blocks, shapes, path, found.foreign)
@@ -91,28 +92,31 @@ def walk(directory: Directory, files: Files, foreign: list[str]) -> Iterator[tup
 def _take_names(
     names: list[str],
     blocks: dict[bytes, Shape],
-    shapes: dict[str, tuple[Shape, int] | None],
+    shapes: dict[str, tuple[Shape, int]],
     path: str,
     foreign: list[str],
 ) -> int:
-    """Turn file names into blocks; what they cost. Most blocks share a few shapes, so each is read once."""
+    """Turn file names into blocks; what they cost. Most blocks share a few shapes, so each shape is read once."""
     total = 0
     fromhex = bytes.fromhex
     for name in names:
-        tail = name[_KEY_HEX:]
-        if tail not in shapes:
-            parsed = parse_name("0" * _KEY_HEX + tail)
-            shapes[tail] = None if parsed is None else (parsed[1], parsed[1].cost)
-        known = shapes[tail]
+        head, tail = name[:_KEY_HEX], name[_KEY_HEX:]
         try:
-            key = fromhex(name[:_KEY_HEX])
-        except ValueError:
-            key = b""
-        if known is not None and key.hex() == name[:_KEY_HEX] and key not in blocks:
-            blocks[key] = known[0]
-            total += known[1]
-        elif name != DESCRIPTION:
-            foreign.append(f"{path}/{name}")
+            shape, cost = shapes[tail]
+            key = fromhex(head)
+        except (KeyError, ValueError):
+            key, shape, cost = b"", _NO_SHAPE, 0
+        if key.hex() != head or not head:  # a shape not seen before, or no name of ours
+            parsed = parse_name(name)
+            if parsed is None:
+                if name != DESCRIPTION:
+                    foreign.append(f"{path}/{name}")
+                continue
+            key, shape = parsed
+            cost = shape.cost
+            shapes[tail] = shape, cost
+        blocks[key] = shape
+        total += cost
     return total
 
 
@@ -130,8 +134,7 @@ def by_last_use(directory: Directory, files: Files) -> list[BlockId]:
                 parsed = parse_name(name)
                 if parsed is not None:
                     with contextlib.suppress(OSError):  # evicted meanwhile
-                        info = files.stat_name(name, at)
-                        times.append((info.st_mtime_ns, BlockId(scope, parsed[0])))
+                        times.append((files.used_at(name, at), BlockId(scope, parsed[0])))
     times.sort()
     return [block for _, block in times]
 

@@ -160,7 +160,7 @@ class Store:
         error: OSError | None = None
         try:
             job = partial(self.blocks.write, block, header, shape, payload, durable)
-            wrote = await self._replace(reservation.leaving, job)
+            wrote = await self._replace(reservation.leaving, job, shape.file_bytes)
             error = wrote.error or (await self.sync_names(block.scope) if durable else None)
         finally:
             kept = self._kept(shape.cost, wrote)
@@ -172,23 +172,36 @@ class Store:
         await self.remove(empty)
         return error
 
-    async def _replace(self, leaving: Departure, write: Callable[[], None]) -> _Written:
-        """One trip to a thread: remove what leaves, and only then write."""
+    async def _replace(self, leaving: Departure, write: Callable[[str], None], file_bytes: int = 0) -> _Written:
+        """One trip to a thread: remove what leaves, and only then write, over a file of that length if one leaves."""
 
         def job() -> _Written:
-            failed, error = self._clear_out(leaving)
-            if error is not None:
-                return _Written(error, failed)
+            taken, rest = self._take_one(leaving, file_bytes)
+            failed, error = self._clear_out(rest)
             try:
-                write()
+                if error is None:
+                    write(taken)
+                else:
+                    self.blocks.give_up(taken)
             except TmpLeft as left:
-                return _Written(left.cause, leftover=f"tmp/{left.name}")
-            except OSError as error:
-                return _Written(error)
-            return _Written()
+                return _Written(left.cause, failed, f"tmp/{left.name}")
+            except OSError as other:
+                return _Written(error or other, failed, f"tmp/{taken}" if error else "")
+            return _Written(error, failed)
 
         with self.occupied(leaving):
             return await self.thread(job)
+
+    def _take_one(self, leaving: Departure, file_bytes: int) -> tuple[str, Departure]:
+        """In a thread: a file among those that leave which can be written over, and what else leaves."""
+        for at, (block, shape) in enumerate(leaving.blocks):
+            if shape.file_bytes == file_bytes:
+                taken = self.blocks.take(block, shape)
+                if taken:
+                    others = [*leaving.blocks[:at], *leaving.blocks[at + 1 :]]
+                    return taken, Departure(others, leaving.scopes)
+                break
+        return "", leaving
 
     def _kept(self, cost: int, wrote: _Written) -> int:
         """Bytes of a new file that are on the disk after a write, wanted or not."""
@@ -324,7 +337,7 @@ class Store:
         wrote = _Written(OSError("not tried"))
         try:
             with self.occupied(Departure(scopes=[scope])):
-                wrote = await self._replace(reservation.leaving, partial(self.blocks.describe, scope, text))
+                wrote = await self._replace(reservation.leaving, lambda _: self.blocks.describe(scope, text))
         finally:
             kept = self._kept(cost, wrote)
             if wrote.error is None:

@@ -485,7 +485,7 @@ async def test_eviction_before_the_order_is_known(tmp_path: Path) -> None:
     async with opened(root, 800_000) as tier:
         for number in range(7):
             await store(tier, block_of(number), 100_000)
-    files = GatedFiles("stat_name")
+    files = GatedFiles("used_at")
     tier = DiskTier(root, 800_000, files=files)
     await tier.start()
     assert await load(tier, block_of(3), 100_000)
@@ -587,6 +587,26 @@ async def test_put_with_a_fault_at_every_call(tmp_path: Path, error: int) -> Non
             assert await load(tier, block, 250_000)
 
     assert await with_each_fault(tmp_path, error, scenario) > 20
+
+
+@pytest.mark.parametrize("error", ERRNOS)
+async def test_put_over_a_leaving_block_with_a_fault_at_every_call(tmp_path: Path, error: int) -> None:
+    async def scenario(tier: DiskTier, files: FaultyFiles, fail_at: int) -> None:
+        files.arm()
+        number = 20
+        while not tier.counters.evicted:
+            number += 1
+            assert await store(tier, block_of(number), 100_000) == Stored()
+        files.arm(fail_at, error)
+        before = tier.usage()
+        outcome = await store(tier, block_of(55), 100_000)
+        files.arm()
+        assert tier.contains(*block_of(55)) == (outcome == Stored())
+        assert tier.usage().used <= before.used
+        if error != errno.ENOSPC and outcome != Stored():
+            assert outcome == Dropped(DropReason.IO_ERROR)
+
+    assert await with_each_fault(tmp_path, error, scenario) > 12
 
 
 @pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC])
@@ -855,6 +875,37 @@ async def test_one_read_is_one_call(tmp_path: Path) -> None:
         files.calls.clear()
         assert await load(tier, block_of(1), MIB)
         assert files.calls.count("touch") == 0, "at most about once a minute"
+
+
+async def test_a_block_that_leaves_is_written_over_by_one_of_the_same_length(tmp_path: Path) -> None:
+    root, files = tmp_path / "t", WatchedFiles()
+    async with opened(root, 500_000, files=files) as tier:
+        for number in range(4):
+            assert await store(tier, block_of(number), 100_000) == Stored()
+        inodes = {file_of(root, block_of(number)).stat().st_ino for number in range(4)}
+        files.calls.clear()
+        for number in range(4, 8):
+            assert await store(tier, block_of(number, scope_of(number % 2)), 99_000 + number) == Stored()
+        assert files.calls.count("open_taken") == 4
+        assert files.calls.count("create_tmp") == 0
+        assert {file_of(root, block_of(n, scope_of(n % 2))).stat().st_ino for n in range(4, 8)} == inodes
+        for number in range(4, 8):
+            assert not tier.contains(*block_of(number - 4))
+            assert await load(tier, block_of(number, scope_of(number % 2)), 99_000 + number)
+        assert await tier.check() == []
+
+
+async def test_a_block_that_leaves_is_not_written_over_through_another_name(tmp_path: Path) -> None:
+    root = tmp_path / "t"
+    async with opened(root, 300_000) as tier:
+        for number in range(2):
+            assert await store(tier, block_of(number), 100_000) == Stored()
+        path, keep = file_of(root, block_of(0)), tmp_path / "keep"
+        os.link(path, keep)
+        content = keep.read_bytes()
+        assert await store(tier, block_of(2), 100_000) == Stored()
+        assert not tier.contains(*block_of(0))
+        assert keep.read_bytes() == content
 
 
 async def test_room_is_made_before_the_file_is(tmp_path: Path) -> None:
