@@ -194,7 +194,9 @@ class Arena:
         pages = -(-nbytes // PAGE_BYTES)
         if pages == 0:
             return ()
-        state = self._domains.setdefault(domain, _Domain())
+        state = self._domains.get(domain)
+        if state is None:
+            state = self._domains[domain] = _Domain()
         if self.wants_ahead(domain):
             self.on_low(domain)
         run = state.find(pages)

@@ -24,12 +24,14 @@ def as_bytes(buffer: Buffer, writable: bool = False) -> memoryview:
     InvalidParams
         If it is not contiguous, or read-only where it is to be written.
     """
-    if isinstance(buffer, np.ndarray) and buffer.flags.c_contiguous:
-        buffer = buffer.reshape(-1).view(np.uint8)  # also dtypes that the buffer protocol does not know
     try:
-        view = memoryview(cast("bytes", buffer)).cast("B")
+        view = memoryview(cast("bytes", buffer))
+        if view.ndim != 1 or view.format != "B" or not view.c_contiguous:
+            view = view.cast("B")
     except (TypeError, ValueError) as error:
-        raise InvalidParams(f"buffer: not contiguous memory ({error}).", "") from None
+        if not isinstance(buffer, np.ndarray) or not buffer.flags.c_contiguous:
+            raise InvalidParams(f"buffer: not contiguous memory ({error}).", "") from None
+        view = memoryview(buffer.reshape(-1).view(np.uint8))  # a type or shape that the buffer protocol does not know
     if writable and view.readonly:
         raise InvalidParams("buffer: it is read-only.", "")
     return view
@@ -38,6 +40,9 @@ def as_bytes(buffer: Buffer, writable: bool = False) -> memoryview:
 def copy_parts(parts: Sequence[Bytes], into: memoryview) -> None:
     """Copy parts one after the other into a buffer of their total length, without holding the interpreter lock."""
     target = np.frombuffer(into, dtype=np.uint8)
+    if len(parts) == 1:
+        np.copyto(target, parts[0])
+        return
     position = 0
     for part in parts:
         np.copyto(target[position : position + len(part)], part)
@@ -108,6 +113,9 @@ class Room(msgspec.Struct, eq=False, gc=False):
         if len(view) != self.nbytes or not self.parts:
             raise InvalidParams(f"buffer: {len(view)} bytes for a block of {self.nbytes} in shared memory.", "")
         source = np.frombuffer(view, dtype=np.uint8)
+        if len(self.parts) == 1:
+            np.copyto(self.parts[0], source)
+            return
         position = 0
         for part in self.parts:
             np.copyto(part, source[position : position + len(part)])
