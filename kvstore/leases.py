@@ -99,7 +99,8 @@ class Ledger:
 
     def __init__(self, host: HostTier) -> None:
         self._host = host
-        self._next = 1
+        # Not from 1: what a client was lent by the daemon before this one must not be a handle of this one.
+        self._next = secrets.randbits(62)
         self.sessions: dict[int, Session] = {}
         self.by_token: dict[bytes, Session] = {}
         self.leases: dict[int, Lease] = {}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, cast
 
-from kvstore.client.address import parse_address
+from kvstore.client.address import CONNECT_AGAIN_S, at_end, connect_unix, parse_address
 from kvstore.client.blocks import Buffer, LeasedBlock, Loaded, as_bytes
 from kvstore.client.core import Arrivals, Call, Calls, Core, Effect, Flow, Work, join_keys
 from kvstore.client.handles import AsyncReservation, Lease
@@ -30,6 +31,8 @@ class _Wire(asyncio.BufferedProtocol):
 
     def __init__(self, client: AsyncKVStoreClient) -> None:
         self._client = client
+        self._copies = 0
+        self._closing = False
         self.transport: asyncio.Transport | None = None
         self.mailbox = Mailbox(self.tell)
 
@@ -51,12 +54,21 @@ class _Wire(asyncio.BufferedProtocol):
         self._client.lost(self)
         self.mailbox.fail(ConnectionLost("the daemon closed the connection."))
 
+    @property
+    def open(self) -> bool:
+        """Whether calls can be made."""
+        return self.transport is not None and not self._closing and not self.transport.is_closing()
+
+    def at_end(self) -> bool:
+        """Whether it cannot be used, or the daemon has closed its end and the loop has yet to notice."""
+        return not self.open or at_end(cast(asyncio.Transport, self.transport).get_extra_info("socket"))
+
     def tell(self, method: str, params: m.Message) -> None:
-        if self.transport is not None:
+        if self.transport is not None and self.open:
             self.transport.write(frame.pack(m.encode_notice(method, params)))
 
     def send(self, call: Call) -> Pending:
-        if self.transport is None or self.transport.is_closing():
+        if self.transport is None or not self.open:
             raise ConnectionLost("the connection to the daemon is gone.")
         total = sum(len(part) for part in call.send)
         pending, data = self.mailbox.call(call.method, call.params, total, call.into)
@@ -65,9 +77,26 @@ class _Wire(asyncio.BufferedProtocol):
             self.transport.write(part)
         return pending
 
+    @contextlib.contextmanager
+    def copying(self) -> Iterator[None]:
+        """Keep the connection, and with it the right to the memory, while a thread copies."""
+        self._copies += 1
+        try:
+            yield
+        finally:
+            self._copies -= 1
+            if self._closing:
+                self.close()
+
     def close(self) -> None:
-        if self.transport is not None:
-            self.transport.close()
+        """End the connection, as soon as no copy is running: its memory may be somebody else's afterwards."""
+        if self.transport is None:
+            return
+        if not self._closing and not self.transport.is_closing():
+            self.transport.pause_reading()
+        self._closing = True
+        if not self._copies:
+            self.transport.abort()
 
 
 class AsyncKVStoreClient:
@@ -86,6 +115,7 @@ class AsyncKVStoreClient:
         self.timeout_s = timeout_s
         self.core = Core(namespace, name, token or os.environ.get("KVSTORE_CLIENT_TOKEN", ""))
         self.core.tell = self._tell
+        self.core.forget = self._forget
         self._wire: _Wire | None = None
         self._connecting = asyncio.Lock()
 
@@ -230,7 +260,7 @@ class AsyncKVStoreClient:
 
     async def connect(self) -> None:
         """Connect now; raises `Unavailable` if the daemon does not answer."""
-        await self._ensure(time.monotonic() + self.timeout_s)
+        await self._connected(time.monotonic() + self.timeout_s)
 
     @property
     def boot(self) -> bytes | None:
@@ -239,12 +269,11 @@ class AsyncKVStoreClient:
 
     def still_valid(self, expires: float, epoch: int) -> bool:
         """Whether a right of this connection and local expiry holds."""
-        return time.monotonic() < expires and self.core.current(epoch)
+        wire = self._wire
+        return time.monotonic() < expires and wire is not None and self.core.current(epoch) and not wire.at_end()
 
     def end_lease(self, lease: int, epoch: int) -> None:
         """Release a lease without waiting."""
-        if self._wire is not None:
-            self._wire.mailbox.forget(lease)
         self.core.release(lease, epoch)
 
     def lost(self, wire: _Wire) -> None:
@@ -255,8 +284,10 @@ class AsyncKVStoreClient:
 
     async def close(self) -> None:
         """End the connection, and with it all leases and reservations. May be called twice."""
-        if self._wire is not None:
-            self._wire.close()
+        wire = self._wire
+        if wire is not None:
+            self.lost(wire)
+            wire.close()
             await asyncio.sleep(0)
 
     async def __aenter__(self) -> AsyncKVStoreClient:
@@ -271,17 +302,18 @@ class AsyncKVStoreClient:
         """Run an operation to its end, within a deadline."""
         deadline = time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)
         try:
-            await self._ensure(deadline)
-            return await self._run(flow, deadline)
+            wire = await self._connected(deadline)
+            return await self._run(flow, wire, deadline)
         finally:
             flow.close()
 
-    async def _run(self, flow: Flow[T], deadline: float) -> T:
+    async def _run(self, flow: Flow[T], wire: _Wire, deadline: float) -> T:
+        """An operation stays on the connection it began on: what it was lent there is worth nothing on another."""
         try:
             effect = next(flow)
             while True:
                 try:
-                    answer = await self._perform(effect, deadline)
+                    answer = await self._perform(effect, wire, deadline)
                 except KVStoreError as error:
                     effect = flow.throw(error)
                 else:
@@ -289,25 +321,17 @@ class AsyncKVStoreClient:
         except StopIteration as stop:
             return stop.value
 
-    async def _perform(self, effect: Effect, deadline: float) -> Any:
-        if isinstance(effect, Work):
-            if 0 < effect.nbytes <= _INLINE_BYTES:
-                return effect.function()
-            # Shielded: the memory belongs to this operation until the copy has ended, even if it is cancelled.
-            work = asyncio.get_running_loop().run_in_executor(None, effect.function)
-            try:
-                return await asyncio.shield(work)
-            except asyncio.CancelledError:
-                await asyncio.wait([work])
-                raise
-        wire = self._wire
-        if wire is None:
-            raise ConnectionLost("the connection to the daemon is gone.")
+    async def _perform(self, effect: Effect, wire: _Wire, deadline: float) -> Any:
         if isinstance(effect, Call):
             return await self._wait(wire, wire.send(effect), deadline)
         if isinstance(effect, Calls):
             pending = [wire.send(call) for call in effect.calls]
             return [await self._wait(wire, one, deadline) for one in pending]
+        if isinstance(effect, Work):
+            if 0 < effect.nbytes <= _INLINE_BYTES:
+                return effect.function()
+            with wire.copying():
+                return await _in_thread(effect.function)
         return await self._await_notice(wire, effect)
 
     async def _wait(self, wire: _Wire, pending: Pending, deadline: float) -> m.Message:
@@ -315,64 +339,102 @@ class AsyncKVStoreClient:
             arrived = asyncio.get_running_loop().create_future()
             pending.wake = lambda: None if arrived.done() else arrived.set_result(None)
             try:
-                await asyncio.wait_for(arrived, max(0.0, deadline - time.monotonic()))
-            except (TimeoutError, asyncio.CancelledError) as error:
-                if pending.result is None and not wire.mailbox.abandon(pending):
-                    wire.close()
-                if isinstance(error, asyncio.CancelledError):
-                    raise
+                async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+                    await arrived
+            except TimeoutError:
+                pass
+            except BaseException:  # cancelled
+                self._abandon(wire, pending)
+                raise
         if pending.result is None:
+            self._abandon(wire, pending)
             raise DeadlineExceeded(f"the daemon did not answer {pending.method} in time.")
         if isinstance(pending.result, KVStoreError):
             raise pending.result
         return pending.result
+
+    @staticmethod
+    def _abandon(wire: _Wire, pending: Pending) -> None:
+        if not wire.mailbox.abandon(pending):
+            wire.close()
 
     async def _await_notice(self, wire: _Wire, effect: Arrivals) -> m.LeaseNotice | None:
         while True:
             notice = wire.mailbox.notice(effect.lease)
             if notice is not None:
                 return notice
-            if wire.transport is None:
+            if not wire.open:
                 raise ConnectionLost("the daemon closed the connection.")
             arrived = asyncio.get_running_loop().create_future()
             wire.mailbox.wake[effect.lease] = lambda f=arrived: None if f.done() else f.set_result(None)
             try:
-                await asyncio.wait_for(arrived, max(0.0, effect.deadline - time.monotonic()))
+                async with asyncio.timeout(max(0.0, effect.deadline - time.monotonic())):
+                    await arrived
             except TimeoutError:
                 return None
             finally:
                 wire.mailbox.wake.pop(effect.lease, None)
 
-    async def _ensure(self, deadline: float) -> None:
-        if self._wire is not None:
-            return
-        async with self._connecting:
-            if self._wire is not None:
-                return
-            wire = await self._open(max(0.001, deadline - time.monotonic()))
-            self._wire = wire
-            fd_path = f"{self.address}.fd" if isinstance(self.address, str) else None
-            try:
-                await self._run(self.core.hello(fd_path, self.timeout_s), deadline)
-            except BaseException:
-                wire.close()
-                self._wire = None
-                raise
+    async def _connected(self, deadline: float) -> _Wire:
+        """The connection, made now if there is none. Operations that come meanwhile wait for it, each for its time."""
+        if self._wire is not None and self._wire.open and self.core.link is not None:
+            return self._wire
+        try:
+            async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+                await self._connecting.acquire()
+        except TimeoutError:
+            raise DeadlineExceeded(f"no connection to the daemon at {self.address} in time.") from None
+        try:
+            if self._wire is not None and self._wire.open:
+                return self._wire
+            return await self._connect(deadline)
+        finally:
+            self._connecting.release()
+
+    async def _connect(self, deadline: float) -> _Wire:
+        if self._wire is not None:  # it is being closed
+            self.lost(self._wire)
+        wire = self._wire = await self._open(max(0.001, deadline - time.monotonic()))
+        fd_path = f"{self.address}.fd" if isinstance(self.address, str) else None
+        try:
+            await self._run(self.core.hello(fd_path, self.timeout_s), wire, deadline)
+        except BaseException:
+            self.lost(wire)
+            wire.close()
+            raise
+        return wire
 
     async def _open(self, timeout_s: float) -> _Wire:
         loop = asyncio.get_running_loop()
         try:
-            if isinstance(self.address, str):
-                connecting = loop.create_unix_connection(lambda: _Wire(self), self.address)
-            else:
-                connecting = loop.create_connection(lambda: _Wire(self), *self.address)
-            _, wire = await asyncio.wait_for(connecting, timeout_s)
-            return wire
+            async with asyncio.timeout(timeout_s):
+                if not isinstance(self.address, str):
+                    return (await loop.create_connection(lambda: _Wire(self), *self.address))[1]
+                while (sock := connect_unix(self.address)) is None:  # noqa: ASYNC110 - nothing tells when to try
+                    await asyncio.sleep(CONNECT_AGAIN_S)
+                return (await loop.create_unix_connection(lambda: _Wire(self), sock=sock))[1]
         except TimeoutError:
             raise DeadlineExceeded(f"no connection to the daemon at {self.address} in time.") from None
         except OSError as error:
             raise ConnectionLost(f"no daemon at {self.address} ({error.strerror or error}).") from None
 
+    def _forget(self, lease: int) -> None:
+        if self._wire is not None:
+            self._wire.mailbox.forget(lease)
+
     def _tell(self, method: str, params: m.Message) -> None:
         if self._wire is not None:
             self._wire.tell(method, params)
+
+
+async def _in_thread(function: Callable[[], Any]) -> Any:
+    """Run in a thread to the end, even if cancelled: until then the memory belongs to the function."""
+    work = asyncio.get_running_loop().run_in_executor(None, function)
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        while not work.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait([work])
+        work.exception()  # nobody is left to be told
+        raise

@@ -17,7 +17,7 @@ import msgspec
 from kvstore import __version__
 from kvstore.client.blocks import Buffer, LeasedBlock, Loaded, Room, as_bytes, copy_parts
 from kvstore.client.slabs import Bytes, Extents, SlabMap, SlabNotMapped
-from kvstore.errors import InvalidParams, ProtocolError, UnknownNamespace
+from kvstore.errors import InvalidParams, LimitExceeded, ProtocolError, UnknownNamespace
 from kvstore.keys import namespace_digest
 from kvstore.types import (
     DIGEST_BYTES,
@@ -210,13 +210,17 @@ class Core:
         link = self._need_link()
         blocks: list[LeasedBlock | Miss] = [Miss(MissReason.DEADLINE)] * len(keys)
         pending = reply.pending
-        yield from self._settle(link, reply.granted, reply.refused, blocks)
-        while pending:
-            notice: m.LeaseNotice | None = yield Arrivals(reply.lease, sent + wait_s)
-            if notice is None:
-                break
-            yield from self._settle(link, notice.granted, notice.refused, blocks)
-            pending -= len(notice.granted) + len(notice.refused)
+        try:
+            yield from self._settle(link, reply.granted, reply.refused, blocks)
+            while pending:
+                notice: m.LeaseNotice | None = yield Arrivals(reply.lease, sent + wait_s)
+                if notice is None:
+                    break
+                yield from self._settle(link, notice.granted, notice.refused, blocks)
+                pending -= len(notice.granted) + len(notice.refused)
+        except BaseException:  # nobody will ever know of this lease
+            self.release(reply.lease, link.epoch)
+            raise
         return reply.lease, sent + reply.ttl_s, link.epoch, blocks
 
     def _settle(
@@ -260,6 +264,25 @@ class Core:
         valid: Callable[[float, int], bool],
     ) -> Flow[list[Loaded | LoadOutcome]]:
         """Read whole blocks, into the caller's buffers or new ones. `valid` judges after the copies (expiry, epoch)."""
+        try:
+            return (yield from self._get(keys, into, namespace, wait_s, valid))
+        except LimitExceeded:
+            if len(keys) < 2:
+                raise
+        # The blocks' headers together are more than a reply holds.
+        half = len(keys) // 2
+        first = yield from self.get(keys[:half], into and into[:half], namespace, wait_s, valid)
+        rest = yield from self.get(keys[half:], into and into[half:], namespace, wait_s, valid)
+        return first + rest
+
+    def _get(
+        self,
+        keys: Sequence[bytes],
+        into: Sequence[Buffer] | None,
+        namespace: Namespace | None,
+        wait_s: float,
+        valid: Callable[[float, int], bool],
+    ) -> Flow[list[Loaded | LoadOutcome]]:
         lease, expires, epoch, blocks = yield from self.lease(keys, namespace, 30.0, wait_s, into is None)
         try:
             targets: list[memoryview | None] = []
@@ -285,10 +308,20 @@ class Core:
     def release(self, lease: int, epoch: int) -> None:
         """End a lease without waiting for an answer; nothing to do if its connection is gone."""
         if self.current(epoch):
+            self.forget(lease)
             self.tell("release", m.Release([lease]))
+
+    def abort(self, reservation: int, epoch: int) -> None:
+        """End a reservation without waiting for an answer; nothing to do if its connection is gone."""
+        if self.current(epoch):
+            self.tell("abort", m.Abort(reservation))
 
     def tell(self, method: str, params: m.Message) -> None:
         """Send a notice; set by the face that owns the connection."""
+        raise NotImplementedError
+
+    def forget(self, lease: int) -> None:
+        """Drop what still arrives for a lease; set by the face that owns the connection."""
         raise NotImplementedError
 
     # -- writing -------------------------------------------------------------------------------------------------------
@@ -315,7 +348,11 @@ class Core:
             for other in reply.others:
                 blocks[other.index] = cast(Any, _status(other.status))
         except (IndexError, ValueError) as error:
+            self.abort(reply.reservation, link.epoch)
             raise ProtocolError(f"a reservation is not understood: {error}.") from None
+        except BaseException:  # nobody will ever know of this reservation
+            self.abort(reply.reservation, link.epoch)
+            raise
         return reply.reservation, sent + reply.ttl_s, link.epoch, blocks
 
     def fill(self, reservation: int, room: Room, data: memoryview) -> Flow[None]:
@@ -342,17 +379,21 @@ class Core:
         """Store whole blocks, as many at a time as there is room for."""
         data = [as_bytes(buffer) for _, buffer, _ in items]
         offers = [(key, len(view), header) for (key, _, header), view in zip(items, data, strict=True)]
-        reservation, _, _, blocks = yield from self.reserve(offers, namespace, 30.0, wait_s)
+        reservation, _, epoch, blocks = yield from self.reserve(offers, namespace, 30.0, wait_s)
         rooms = [(index, block) for index, block in enumerate(blocks) if isinstance(block, Room)]
         local = [(room, data[index]) for index, room in rooms if room.parts]
-        if local:
-            yield Work(lambda: [room.write(view) for room, view in local], sum(room.nbytes for room, _ in local))
-        for index, room in rooms:
-            if not room.parts:
-                yield Call("fill", m.Fill(reservation, index), send=[data[index]])
         done: dict[int, StoreOutcome] = {}
-        if rooms:
-            done = yield from self.commit(reservation, [index for index, _ in rooms], durable)
+        try:
+            if local:
+                yield Work(lambda: [room.write(view) for room, view in local], sum(room.nbytes for room, _ in local))
+            for index, room in rooms:
+                if not room.parts:
+                    yield Call("fill", m.Fill(reservation, index), send=[data[index]])
+            if rooms:
+                done = yield from self.commit(reservation, [index for index, _ in rooms], durable)
+        except BaseException:
+            self.abort(reservation, epoch)
+            raise
         return [done.get(i, Dropped(DropReason.ABORTED)) if isinstance(b, Room) else b for i, b in enumerate(blocks)]
 
     # -- keeping and forgetting ----------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from kvstore.client.blocks import LeasedBlock, Room
 from kvstore.errors import LeaseExpired
 from kvstore.types import Dropped, DropReason, Exists, Miss, StoreOutcome
-from kvstore.wire import messages as m
 
 if TYPE_CHECKING:
     from kvstore.client.aio import AsyncKVStoreClient
@@ -79,8 +78,7 @@ class _Rooms(Generic[C]):
         """Give all room back. May be called twice."""
         if self._open:
             self._open = False
-            if self._client.core.current(self._epoch):
-                self._client.core.tell("abort", m.Abort(self.id))
+            self._client.core.abort(self.id, self._epoch)
 
     def _close(self, indexes: Sequence[int] | None) -> list[int]:
         """The indexes to commit, which is possible once; none if there is nothing to commit."""

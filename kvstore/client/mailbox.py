@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import cast
 
-from kvstore.errors import KVStoreError, ProtocolError, from_wire
+from kvstore.errors import FrameTooLarge, KVStoreError, ProtocolError, from_wire
 from kvstore.wire import frame
 from kvstore.wire import messages as m
 
@@ -58,10 +58,19 @@ class Mailbox:
         self.reader = frame.FrameReader(self._on_head, self._on_payload, max_payload=(1 << 32) - 1)
 
     def call(self, method: str, params: m.Message, send: int, into: Sequence[memoryview]) -> tuple[Pending, bytes]:
-        """Begin a call: what to wait for, and the frame to send (its payload of `send` bytes follows)."""
+        """Begin a call: what to wait for, and the frame to send (its payload of `send` bytes follows).
+
+        Raises
+        ------
+        FrameTooLarge
+            If the daemon would refuse it and end the connection.
+        """
         self._next = self._next % 0xFFFF_FFFF + 1
+        head = m.encode_request(self._next, method, params)
+        if len(head) > frame.MAX_HEAD_BYTES:
+            raise FrameTooLarge(f"{method}: a request of {len(head)} bytes exceeds {frame.MAX_HEAD_BYTES}.")
         pending = self._calls[self._next] = Pending(method, into)
-        return pending, frame.pack(m.encode_request(self._next, method, params), send)
+        return pending, frame.pack(head, send)
 
     def abandon(self, pending: Pending) -> bool:
         """Stop waiting. What the call is granted later is given back at once.
@@ -72,6 +81,9 @@ class Mailbox:
             Whether the connection is still of use: not if the answer would be written into the caller's buffers.
         """
         pending.abandoned = True
+        if pending.result is not None:  # it came in the same moment
+            self._keep_or_give_back(pending)
+            return True
         return not pending.into and sum(p.abandoned for p in self._calls.values()) <= 64
 
     def notice(self, lease: int) -> m.LeaseNotice | None:
@@ -121,17 +133,18 @@ class Mailbox:
             pending.wake()
 
     def _settle(self, call_id: int, pending: Pending, answer: m.Answer) -> None:
-        del self._calls[call_id]
         if answer.error is not None:
             pending.result = from_wire(*answer.error)
         else:
             pending.result = m.decode_result(pending.method, answer.result)
             self._keep_or_give_back(pending)
+        del self._calls[call_id]
         pending.wake()
 
     def _keep_or_give_back(self, pending: Pending) -> None:
         if isinstance(pending.result, m.LeaseReply):
             if pending.abandoned:
+                self.forget(pending.result.lease)
                 self._tell("release", m.Release([pending.result.lease]))
             elif pending.result.pending:
                 self._notices[pending.result.lease] = deque()

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import socket
 import threading
 import time
 from collections.abc import Sequence
 from typing import Any, TypeVar, cast
 
-from kvstore.client.address import parse_address
+from kvstore.client.address import CONNECT_AGAIN_S, at_end, connect_unix, parse_address
 from kvstore.client.blocks import Buffer, LeasedBlock, Loaded, as_bytes
 from kvstore.client.core import Arrivals, Call, Calls, Core, Effect, Flow, Work, join_keys
 from kvstore.client.handles import Lease, Reservation
@@ -65,6 +64,7 @@ class KVStoreClient:
         self.timeout_s = timeout_s
         self.core = Core(namespace, name, token or os.environ.get("KVSTORE_CLIENT_TOKEN", ""))
         self.core.tell = self._tell
+        self.core.forget = self._forget
         self._lock = threading.RLock()
         self._socket: socket.socket | None = None
         self._mailbox = Mailbox(self._tell)
@@ -227,12 +227,11 @@ class KVStoreClient:
     def still_valid(self, expires: float, epoch: int) -> bool:
         """Whether a right of this connection and local expiry holds."""
         sock = self._socket
-        return time.monotonic() < expires and sock is not None and self.core.current(epoch) and not _at_end(sock)
+        return time.monotonic() < expires and sock is not None and self.core.current(epoch) and not at_end(sock)
 
     def end_lease(self, lease: int, epoch: int) -> None:
         """Release a lease without waiting."""
         with self._lock:
-            self._mailbox.forget(lease)
             self.core.release(lease, epoch)
 
     def close(self) -> None:
@@ -308,7 +307,7 @@ class KVStoreClient:
     # -- socket --------------------------------------------------------------------------------------------------------
 
     def _ensure(self, deadline: float) -> None:
-        if self._socket is not None and not _at_end(self._socket):
+        if self._socket is not None and not at_end(self._socket):
             return
         self._disconnect()
         timeout = max(0.001, deadline - time.monotonic())
@@ -339,6 +338,9 @@ class KVStoreClient:
         except OSError as error:
             self._disconnect()
             raise ConnectionLost(f"the connection to the daemon broke ({error}).") from None
+        except BaseException:  # interrupted: half a frame may be out
+            self._disconnect()
+            raise
 
     def _receive(self, deadline: float) -> bool:
         """Take in what the daemon sends next; whether something came before the deadline."""
@@ -355,6 +357,9 @@ class KVStoreClient:
         except OSError as error:
             self._disconnect()
             raise ConnectionLost(f"the connection to the daemon broke ({error}).") from None
+        except BaseException:  # interrupted: bytes may be lost, and the answer to this call would belong to nobody
+            self._disconnect()
+            raise
         if not nbytes:
             self._disconnect()
             raise ConnectionLost("the daemon closed the connection.")
@@ -370,17 +375,18 @@ class KVStoreClient:
             if self._socket is not None:
                 self._write(frame.pack(m.encode_notice(method, params)), time.monotonic() + self.timeout_s)
 
+    def _forget(self, lease: int) -> None:
+        self._mailbox.forget(lease)
+
 
 def _connect(address: tuple[str, int] | str, timeout_s: float) -> socket.socket:
     try:
         if isinstance(address, str):
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            try:
-                sock.settimeout(timeout_s)
-                sock.connect(address)
-            except BaseException:
-                sock.close()
-                raise
+            deadline = time.monotonic() + timeout_s
+            while (sock := connect_unix(address)) is None:
+                if time.monotonic() > deadline:
+                    raise TimeoutError
+                time.sleep(CONNECT_AGAIN_S)
             return sock
         sock = socket.create_connection(address, timeout_s)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -389,13 +395,3 @@ def _connect(address: tuple[str, int] | str, timeout_s: float) -> socket.socket:
         raise DeadlineExceeded(f"no connection to the daemon at {address} in time.") from None
     except OSError as error:
         raise ConnectionLost(f"no daemon at {address} ({error.strerror or error}).") from None
-
-
-def _at_end(sock: socket.socket) -> bool:
-    """Whether the daemon has closed its end. Costs a few microseconds, never waits."""
-    try:
-        poll = select.poll()
-        poll.register(sock, select.POLLIN | select.POLLRDHUP)
-        return any(event & ~select.POLLIN for _, event in poll.poll(0))
-    except (OSError, ValueError):
-        return True
