@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from daemons import TOKEN, Bystander, DaemonProcess, free_port
@@ -28,13 +29,13 @@ def workdir() -> Iterator[Path]:
 
 @pytest.fixture
 def make_daemon(workdir: Path) -> Iterator[MakeDaemon]:
-    """Makes daemons that are not started yet, by dotted settings."""
+    """Makes daemons that are not started yet; parameters as of `DaemonProcess`."""
     made: list[DaemonProcess] = []
 
-    def make(settings: dict[str, str] | None = None) -> DaemonProcess:
+    def make(settings: dict[str, str] | None = None, constants: dict[str, Any] | None = None) -> DaemonProcess:
         root = workdir / str(len(made))
         root.mkdir()
-        made.append(DaemonProcess(root, settings))
+        made.append(DaemonProcess(root, settings, constants))
         return made[-1]
 
     yield make

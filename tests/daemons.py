@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import importlib
 import itertools
 import multiprocessing
 import os
@@ -86,10 +87,15 @@ class DaemonProcess:
         Its own directory; short, since a socket's path is.
     settings : dict
         By dotted key, over the small ones used here.
+    constants : dict
+        Constants of modules that are other values in this daemon: ``module:NAME``.
     """
 
-    def __init__(self, root: Path, settings: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, root: Path, settings: dict[str, str] | None = None, constants: dict[str, Any] | None = None
+    ) -> None:
         self.root = root
+        self.constants = constants or {}
         self.socket = str(root / "s")
         self.disk = root / "disk"
         self.log = root / "log"
@@ -114,7 +120,9 @@ class DaemonProcess:
 
     def start(self, *, die_at: str = "", nth: int = 1, until_ready: bool = True) -> DaemonProcess:
         """Start it, to be killed at the n-th passing of a point of `kvstore.testing.kill` if one is named."""
-        self._process = _processes.Process(target=_run, args=(self.settings, str(self.log), die_at, nth), daemon=True)
+        self._process = _processes.Process(
+            target=_run, args=(self.settings, self.constants, str(self.log), die_at, nth), daemon=True
+        )
         self._process.start()
         if until_ready:
             until(lambda: not self.alive or self._answers(), "the daemon to answer", 20)
@@ -207,7 +215,7 @@ class DaemonProcess:
             self._process.join()
 
 
-def _run(settings: dict[str, str], log: str, die_at: str, nth: int) -> None:
+def _run(settings: dict[str, str], constants: dict[str, Any], log: str, die_at: str, nth: int) -> None:
     """In the new process: be a daemon."""
     from kvstore import config, daemon
 
@@ -215,6 +223,9 @@ def _run(settings: dict[str, str], log: str, die_at: str, nth: int) -> None:
     with open(log, "ab", buffering=0) as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
+    for name, value in constants.items():
+        module, _, constant = name.partition(":")
+        vars(importlib.import_module(module))[constant] = value
     _account(daemon.Daemon)
     if die_at:
         if die_at.startswith("recover."):
