@@ -138,7 +138,7 @@ class Service:
         in_host = self.host.blocks(record.scope)
         found = {index: block for index, block in enumerate(map(in_host.get, keys)) if block is not None}
         if p.headers and sum([len(block.header_bytes) for block in found.values()]) > MAX_HEADER_BYTES:
-            raise LimitExceeded(f"the headers of {len(found)} blocks are more than the {MAX_HEADER_BYTES} bytes of a reply.")
+            raise LimitExceeded(f"the headers of {len(found)} blocks are more than {MAX_HEADER_BYTES} bytes.")
         lease = self.ledger.new_lease(session, record.scope, ttl_s)
         self.ledger.lend(lease, found)
         granted = self._grant(lease, record, found, TierCode.HOST, p.headers)

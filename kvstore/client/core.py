@@ -250,6 +250,8 @@ class Core:
 
     def fetch(self, lease: int, block: LeasedBlock, into: memoryview) -> Flow[None]:
         """Copy a leased block into a buffer of its size."""
+        if len(into) != block.nbytes:
+            raise InvalidParams(f"into: a buffer of {len(into)} bytes was given for a block of {block.nbytes}.", "")
         if block.parts:
             yield Work(lambda: copy_parts(block.parts, into), block.nbytes)
         else:
