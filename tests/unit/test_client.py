@@ -147,6 +147,8 @@ async def test_lease_and_reserve_in_place(face: Face, shared_daemon: DaemonProce
     with lease:
         assert lease.valid()
         for k, block in zip(keys[:2], lease.blocks[:2], strict=True):
+            with pytest.raises(InvalidParams):
+                await face.read(lease, block, bytearray(SMALL + 1))
             buffer = bytearray(SMALL)
             await face.read(lease, block, buffer)
             assert bytes(buffer) == block.array.tobytes() == payload(k)
