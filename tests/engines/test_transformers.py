@@ -113,7 +113,7 @@ def stored(kv: KVStoreCache, daemon: Daemon, ids: Any) -> int:
 
 def test_cold_warm_and_after_a_restart_of_the_daemon(real: Any, tmp_path: Path) -> None:
     model, tokenizer = real
-    ids = tokenizer(TEXT * 4 + QUESTION, return_tensors="pt").input_ids
+    ids = tokenizer(TEXT * 2 + QUESTION, return_tensors="pt").input_ids
     whole = (ids.shape[1] - 1) // BLOCK * BLOCK
     truth, exact = run(model.generate, ids)
     daemon = Daemon(tmp_path, disk=True)
@@ -440,13 +440,24 @@ def test_kv_that_its_tokens_do_not_explain_is_not_stored(small: Any, attach: Any
     assert stored(kv, daemon, ids) == 0
 
 
-def interrupted(model: Any, inputs: dict[str, Any]) -> None:
-    """A forward pass that ends after the first layer."""
+def test_a_pass_that_failed_at_once_is_tried_again(small: Any, attach: Any) -> None:
+    kv = attach(small)
+    past = kv.load(prompt(60))
+    inputs = {"input_ids": prompt(60), "past_key_values": past}
+    with pytest.raises(RuntimeError, match="stopped"), torch.no_grad():
+        interrupted(small, inputs, layer=0)
+    with torch.no_grad():
+        small(**inputs)
+    assert past.store() == StoreReport(stored=3)
+
+
+def interrupted(model: Any, inputs: dict[str, Any], layer: int = 1) -> None:
+    """A forward pass that ends before a layer."""
 
     def stop(*_: Any) -> None:
         raise RuntimeError("stopped")
 
-    handle = model.model.layers[1].register_forward_pre_hook(stop)
+    handle = model.model.layers[layer].register_forward_pre_hook(stop)
     try:
         model(**inputs)
     finally:

@@ -46,8 +46,7 @@ class History:
 
     def begin(self, inputs: Mapping[str, Any], start: int, training: bool) -> None:
         """A forward pass begins with `start` tokens in the cache."""
-        if self._under_way is not None:
-            self.spoil("a forward pass did not end")
+        self._under_way = None  # a pass that failed is forgotten: if it left anything behind, the cache was changed
         if start != self.length:
             self.spoil(f"the cache holds {start} tokens where {self.length} were seen")
         problem = unsuitable(inputs, training)
@@ -75,8 +74,6 @@ class History:
     def settle(self) -> Rows:
         """Token ids of all positions, [batch, token]; worth nothing if `broken` is set afterwards."""
         seen, self._seen = self._seen, []
-        if self._under_way is not None:
-            self.spoil("a forward pass did not end")
         parts = [self.rows]
         for ids, positions, start in seen:
             if not _consecutive(positions, start, ids.shape[1]):
