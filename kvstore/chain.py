@@ -202,33 +202,35 @@ class TierChain:
             return await self._drop_all(scope)
         count = 0
         for key in keys:
-            block = BlockId(scope, key)
-            count += await self._drop_one(block)
+            count += await self._drop_one(BlockId(scope, key))
         return count
 
     async def _drop_one(self, block: BlockId) -> bool:
-        in_host = self.host.get(block)
-        if in_host is not None:
-            self.host.remove(in_host)
-        if block in self._arrivals:
-            self._forgotten.add(block)
-        found = in_host is not None
+        found = self._forget(block)
         for tier in self.below:
             found |= await tier.drop(block)
+        self._forget(block)  # a reader may have brought it up while a tier was forgetting it
         return found
 
     async def _drop_all(self, scope: Scope) -> int:
-        keys = set(self.host.blocks(scope))
-        for block in [b for b in self._arrivals if b.scope == scope]:
-            self._forgotten.add(block)
-        count = len(keys)
-        for key in keys:
-            found = self.host.get(BlockId(scope, key))
-            if found is not None:
-                self.host.remove(found)
+        count = self._forget_all(scope)
         for tier in self.below:
             count = max(count, await tier.clear(scope))
+        self._forget_all(scope)
         return count
+
+    def _forget(self, block: BlockId) -> bool:
+        """Take a block out of memory, and what is on its way up shall not arrive; whether it was in memory."""
+        if block in self._arrivals:
+            self._forgotten.add(block)
+        in_host = self.host.get(block)
+        if in_host is not None:
+            self.host.remove(in_host)
+        return in_host is not None
+
+    def _forget_all(self, scope: Scope) -> int:
+        coming = {block for block in self._arrivals if block.scope == scope}
+        return sum(map(self._forget, coming | {BlockId(scope, key) for key in self.host.blocks(scope)}))
 
     # -- life ----------------------------------------------------------------------------------------------------------
 

@@ -30,6 +30,11 @@ class WriteBehind:
         Where they go.
     writers : int
         Blocks written at once.
+
+    Attributes
+    ----------
+    blocks, bytes : int
+        Waiting or being written.
     """
 
     def __init__(self, host: HostTier, tier: Tier, writers: int) -> None:
@@ -40,17 +45,14 @@ class WriteBehind:
         self._writers = writers
         self._tasks: set[asyncio.Task[None]] = set()
         self._waiters: list[asyncio.Future[None]] = []
+        self.blocks = 0
         self.bytes = 0
-
-    @property
-    def blocks(self) -> int:
-        """Blocks waiting or being written."""
-        return len(self._queue) + self._busy
 
     def submit(self, block: HostBlock, durable: bool = False) -> asyncio.Future[StoreOutcome]:
         """Queue a block; durable ones first. The future says what became of it, and is never cancelled from here."""
         done: asyncio.Future[StoreOutcome] = asyncio.get_running_loop().create_future()
         self._host.soil(block)
+        self.blocks += 1
         self.bytes += block.nbytes
         if durable:
             self._queue.appendleft((block, True, done))
@@ -68,6 +70,7 @@ class WriteBehind:
             while self._queue:
                 block, durable, done = self._queue.popleft()
                 outcome = await self._write(block, durable)
+                self.blocks -= 1
                 self.bytes -= block.nbytes
                 self._host.clean(block)
                 if not done.done():
