@@ -8,6 +8,7 @@ import ctypes
 import json
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -153,8 +154,13 @@ class Daemon:
             server = await asyncio.get_running_loop().create_server(listener, host, port)
         except OSError as error:
             raise ConfigError(f"listen.tcp: cannot listen on {address} ({error.strerror or error}).") from None
-        for sock in server.sockets:
+        for sock in server.sockets:  # connections inherit these
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            # A host that vanished says nothing, and holds what it was lent until its connection ends.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
         self._servers.append(server)
 
     async def _start_http(self) -> None:
@@ -320,6 +326,9 @@ def run(loaded: Loaded) -> int:
     _set_up_logging(loaded)
     # What is in memory are people's prompts: no core dumps of them.
     ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+    # Each slab and each connection takes descriptors; the usual soft limit is for programs that use select().
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with contextlib.suppress(KeyboardInterrupt):
         return uvloop.run(_main(loaded))
     return 130
