@@ -26,7 +26,7 @@ from kvstore.disk.format import (
     part_sums,
     round_up,
 )
-from kvstore.disk.io import Files, let_go, move
+from kvstore.disk.io import Files, is_plain, let_go, move
 from kvstore.errors import CorruptBlock
 from kvstore.types import BlockHeader, BlockId, Scope
 
@@ -151,7 +151,7 @@ class BlockFiles:
         try:
             with self._namespace(block.scope) as ns:
                 info = files.stat_name(name, ns)
-                if not stat.S_ISREG(info.st_mode) or info.st_nlink != 1 or info.st_size != shape.file_bytes:
+                if not is_plain(info) or info.st_size != shape.file_bytes:
                     return ""
                 taken = self._new_tmp()
                 files.publish(name, ns, taken, tmp)
@@ -250,7 +250,7 @@ class BlockFiles:
                 raise
         try:
             info = self._files.stat(fd)
-            if not stat.S_ISREG(info.st_mode) or info.st_nlink != 1:
+            if not is_plain(info):
                 raise ForeignFile("not a regular file, or one with a second name")
             if info.st_size != shape.file_bytes:
                 raise WrongSize(f"the file has {info.st_size} bytes, its name says {shape.file_bytes}.")

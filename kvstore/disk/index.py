@@ -297,13 +297,14 @@ class Index:
                     if block not in self._hot:
                         yield block
             return
-        while self._cold_at < len(self._cold) and not self._is_cold(self._cold[self._cold_at]):
+        while self._cold_at < len(self._cold) and not self.is_cold(self._cold[self._cold_at]):
             self._cold_at += 1
         if self._cold_at == len(self._cold):
             self._cold, self._cold_at = [], 0
         for at in range(self._cold_at, len(self._cold)):
-            if self._is_cold(self._cold[at]):
+            if self.is_cold(self._cold[at]):
                 yield self._cold[at]
 
-    def _is_cold(self, block: BlockId) -> bool:
+    def is_cold(self, block: BlockId) -> bool:
+        """Whether a block was found at start and has not been used since."""
         return block not in self._hot and self.find(block) is not None

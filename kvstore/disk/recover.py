@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 
 from kvstore.disk.blocks import DESCRIPTION, BlockFiles, description_cost
 from kvstore.disk.directory import Directory
-from kvstore.disk.format import ENTRY_COST, Shape, is_domain, is_namespace, parse_name, round_up
+from kvstore.disk.format import ENTRY_COST, Shape, block_name, is_domain, is_namespace, parse_name, round_up
 from kvstore.disk.index import Space
-from kvstore.disk.io import Files, Listing, let_go
+from kvstore.disk.io import Files, let_go
 from kvstore.types import BlockId, Scope
 
 _KEY_HEX = 64
-_NO_SHAPE = Shape(0, 0)
+
+Named = tuple[bytes, Shape]
 
 
 @dataclass(slots=True)
@@ -27,16 +28,16 @@ class Recovered:
         Blocks by scope, as their names tell.
     quarantine : dict
         Cost of each file in quarantine, oldest first.
-    foreign : list of str
-        Paths of what we have not written and do not touch.
     texts : dict
         Descriptions of namespaces.
+    foreign : list of str
+        Paths of what we have not written and do not touch.
     """
 
     spaces: dict[Scope, Space] = field(default_factory=dict)
     quarantine: dict[str, int] = field(default_factory=dict)
-    foreign: list[str] = field(default_factory=list)
     texts: dict[Scope, bytes] = field(default_factory=dict)
+    foreign: list[str] = field(default_factory=list)
 
 
 def recover(directory: Directory, blocks: BlockFiles, files: Files) -> Recovered:
@@ -49,17 +50,17 @@ def recover(directory: Directory, blocks: BlockFiles, files: Files) -> Recovered
     """
     found = Recovered()
     shapes: dict[str, tuple[Shape, int]] = {}
-    for scope, path, listing in walk(directory, files, found.foreign):
+    for scope, path, at in walk(directory, files, found.foreign):
+        names = files.list_names(at)
         space = Space()
-        space.nbytes = _take_names(listing.files, space.blocks, shapes, path, found.foreign)
+        space.nbytes = _take_names(names, space.blocks, shapes, path, found.foreign)
         if not space.blocks:
             blocks.remove_namespace(scope)
             continue
-        if DESCRIPTION in listing.files:
-            text = blocks.description(scope)
-            if text is not None:
-                space.description = description_cost(len(text))
-                found.texts[scope] = text
+        text = blocks.description(scope) if DESCRIPTION in names else None
+        if text is not None:
+            space.description = description_cost(len(text))
+            found.texts[scope] = text
         found.spaces[scope] = space
     for name in sorted(files.list_dir(directory.quarantine).files):
         info = files.stat_name(name, directory.quarantine)
@@ -67,8 +68,8 @@ def recover(directory: Directory, blocks: BlockFiles, files: Files) -> Recovered
     return found
 
 
-def walk(directory: Directory, files: Files, foreign: list[str]) -> Iterator[tuple[Scope, str, Listing]]:
-    """Each namespace's scope, path and listing. What is none is added to `foreign`."""
+def walk(directory: Directory, files: Files, foreign: list[str]) -> Iterator[tuple[Scope, str, int]]:
+    """Each namespace's scope, path and open directory. What is none is added to `foreign`."""
     top = files.list_dir(directory.blocks)
     foreign += [f"blocks/{name}" for name in (*top.files, *top.others)]
     for domain in top.dirs:
@@ -80,13 +81,20 @@ def walk(directory: Directory, files: Files, foreign: list[str]) -> Iterator[tup
             foreign += [f"blocks/{domain}/{name}" for name in (*inner.files, *inner.others)]
             for ns in inner.dirs:
                 path = f"blocks/{domain}/{ns}"
-                if not is_namespace(ns):
+                if is_namespace(ns):
+                    with _opened(files, ns, at) as opened:
+                        yield Scope(domain, bytes.fromhex(ns)), path, opened
+                else:
                     foreign.append(path)
-                    continue
-                with _opened(files, ns, at) as fd:
-                    listing = files.list_dir(fd)
-                foreign += [f"{path}/{name}" for name in (*listing.dirs, *listing.others)]
-                yield Scope(domain, bytes.fromhex(ns)), path, listing
+
+
+@contextlib.contextmanager
+def _opened(files: Files, name: str, at: int) -> Iterator[int]:
+    fd = files.open_dir(name, at)
+    try:
+        yield fd
+    finally:
+        let_go(files, fd)
 
 
 def _take_names(
@@ -97,16 +105,13 @@ def _take_names(
     foreign: list[str],
 ) -> int:
     """Turn file names into blocks; what they cost. Most blocks share a few shapes, so each shape is read once."""
-    total = 0
+    total = count = 0
     fromhex = bytes.fromhex
     for name in names:
-        head, tail = name[:_KEY_HEX], name[_KEY_HEX:]
         try:
-            shape, cost = shapes[tail]
-            key = fromhex(head)
+            shape, cost = shapes[name[_KEY_HEX:]]
+            blocks[fromhex(name[:_KEY_HEX])] = shape
         except (KeyError, ValueError):
-            key, shape, cost = b"", _NO_SHAPE, 0
-        if key.hex() != head or not head:  # a shape not seen before, or no name of ours
             parsed = parse_name(name)
             if parsed is None:
                 if name != DESCRIPTION:
@@ -114,35 +119,41 @@ def _take_names(
                 continue
             key, shape = parsed
             cost = shape.cost
-            shapes[tail] = shape, cost
-        blocks[key] = shape
+            shapes[name[_KEY_HEX:]] = shape, cost
+            blocks[key] = shape
         total += cost
+        count += 1
+    if count != len(blocks):  # two spellings of one key: one is not ours, and the look that follows finds out which
+        total = sum(shape.cost for shape in blocks.values())
     return total
 
 
-def by_last_use(directory: Directory, files: Files) -> list[BlockId]:
-    """All blocks by the times of their files, oldest first. Slow: looks at each file."""
+def by_last_use(
+    directory: Directory, files: Files, found: dict[Scope, list[Named]]
+) -> tuple[list[BlockId], list[BlockId]]:
+    """Look at each file: blocks by last use, oldest first, and those that have no file of ours. Takes its time."""
     times: list[tuple[int, BlockId]] = []
-    foreign: list[str] = []
-    for scope, _, listing in walk(directory, files, foreign):
-        with (
-            contextlib.suppress(OSError),
-            _opened(files, scope.domain, directory.blocks) as domain,
-            _opened(files, scope.ns.hex(), domain) as at,
-        ):
-            for name in listing.files:
-                parsed = parse_name(name)
-                if parsed is not None:
-                    with contextlib.suppress(OSError):  # evicted meanwhile
-                        times.append((files.used_at(name, at), BlockId(scope, parsed[0])))
+    strangers: list[BlockId] = []
+    for scope, blocks in found.items():
+        try:
+            with _opened(files, scope.domain, directory.blocks) as domain, _opened(files, scope.ns.hex(), domain) as at:
+                for key, shape in blocks:
+                    block = BlockId(scope, key)
+                    used_at, plain = _used_at(files, block_name(key, shape), at)
+                    if plain:
+                        times.append((used_at, block))
+                    else:
+                        strangers.append(block)
+        except OSError:
+            times += [(0, BlockId(scope, key)) for key, _ in blocks]
     times.sort()
-    return [block for _, block in times]
+    return [block for _, block in times], strangers
 
 
-@contextlib.contextmanager
-def _opened(files: Files, name: str, at: int) -> Iterator[int]:
-    fd = files.open_dir(name, at)
+def _used_at(files: Files, name: str, at: int) -> tuple[int, bool]:
     try:
-        yield fd
-    finally:
-        let_go(files, fd)
+        return files.used_at(name, at)
+    except FileNotFoundError:
+        return 0, False
+    except OSError:  # says nothing about the block
+        return 0, True

@@ -96,8 +96,8 @@ class Store:
         index = self.index
         found = await self.thread(self._open)
         index.adopt(found.spaces, found.quarantine)
-        index.capacity += int(self.found_share * index.used)
         self.texts = found.texts
+        self.found = {"recovered_blocks": index.count, "foreign_files": len(found.foreign)}
         await self._bound_quarantine()
         if index.used > index.capacity:
             await self._order_blocks()
@@ -108,11 +108,7 @@ class Store:
         else:
             self._track(asyncio.ensure_future(self._order_blocks()))
         self.ready = True
-        self.found = {
-            "recovered_blocks": index.count,
-            "recover_s": time.perf_counter() - began,
-            "foreign_files": len(found.foreign),
-        }
+        self.found["recover_s"] = time.perf_counter() - began
 
     def _open(self) -> Recovered:
         self.directory = Directory(self.root, self.files)
@@ -123,11 +119,14 @@ class Store:
             raise DirectoryUnusable(f"disk.path: {self.root} cannot be read: {error}.") from error
 
     async def _order_blocks(self) -> None:
-        """Find out in which order the blocks found at start were last used."""
-        try:
-            self.index.set_cold(await self.thread(by_last_use, self.directory, self.files))
-        except OSError:  # the order is a hint; that of the listing will do
-            return
+        """Find out in which order the blocks found at start were last used, and which of them are no files of ours."""
+        found = {scope: list(space.blocks.items()) for scope, space in self.index.spaces.items()}
+        order, strangers = await self.thread(by_last_use, self.directory, self.files, found)
+        self.index.set_cold(order)
+        for block in strangers:
+            if self.index.is_cold(block):
+                await self.forget_lost(block)
+                self.found["foreign_files"] += 1
 
     async def close(self) -> None:
         """Finish what was begun and let go of the directory."""

@@ -47,7 +47,9 @@ def _survey(store: Store) -> tuple[list[Item], list[str]]:
     """In a thread: every block that a file name tells of, and the paths of everything else."""
     blocks: list[Item] = []
     foreign: list[str] = []
-    for scope, path, listing in walk(store.directory, store.files, foreign):
+    for scope, path, at in walk(store.directory, store.files, foreign):
+        listing = store.files.list_dir(at)
+        foreign += [f"{path}/{name}" for name in (*listing.dirs, *listing.others)]
         for name in listing.files:
             parsed = parse_name(name)
             if parsed is not None:
