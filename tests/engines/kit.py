@@ -202,7 +202,10 @@ class Engine:
         return get_kv_transfer_group()
 
     def metrics(self) -> dict[str, float]:
-        """The connector's counters, and vLLM's of external hits, as users see them."""
+        """The connector's counters, and vLLM's of external hits, as users see them.
+
+        Up to vLLM 0.26 `LLM` drops what is counted in steps that bring no token, so there they are too low.
+        """
         out: dict[str, float] = {}
         for metric in self.llm.get_metrics():
             if "kvstore" in metric.name or "external_prefix" in metric.name:

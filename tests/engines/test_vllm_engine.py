@@ -175,7 +175,7 @@ def test_block_table_followed_without_the_engines_help(vllm: Engine, monkeypatch
 
     def compare(name: str, tracked: Any, output: Any) -> list[int]:
         ids = told(name, tracked, output)
-        seen.append((ids, list(tracked.engine_ids)))
+        seen.append((list(ids), list(tracked.engine_ids)))
         return ids
 
     monkeypatch.setattr(SchedulerSide, "_table", staticmethod(compare))

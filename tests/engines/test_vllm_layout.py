@@ -50,6 +50,11 @@ def lossy_write(key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slo
     packed_write(key, value, cache, slots // 2 * 2)
 
 
+def broken_write(key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> None:
+    """An operation that can not be called like this."""
+    raise TypeError
+
+
 def make_cache(order: str, blocks: int, heads: int, tokens: int, dim: int, dtype: torch.dtype) -> torch.Tensor:
     """[block, head, token, 2 * dim] over memory in another order, as vLLM registers it."""
     sizes = {"B": blocks, "H": heads, "N": tokens, "C": 2 * dim}
@@ -90,7 +95,8 @@ def test_tiles_are_kept_whole_under_a_name_of_their_own() -> None:
     other = learn(cache, tiled_write, 2, 16, "another-version")
     assert other.layout != views.layout
     assert learn(cache, None, 2, 16, "test").layout != views.layout
-    assert learn(cache, lossy_write, 2, 16, "test").layout != CANONICAL
+    for write in (lossy_write, broken_write):
+        assert learn(cache, write, 2, 16, "test").layout != CANONICAL
 
 
 def test_layers_have_to_be_alike() -> None:
@@ -164,7 +170,7 @@ def test_the_real_cpu_backend(block_size: int, dtype: torch.dtype) -> None:
         isa = _get_attn_isa(dtype, block_size, dim)
     except TypeError:
         pytest.skip("this vLLM chooses its CPU kernels in another way")
-    impl = SimpleNamespace(attn_type="decoder", kv_cache_dtype="auto")
+    impl = SimpleNamespace(attn_type="decoder", kv_cache_dtype="auto", isa=isa)
     layer = SimpleNamespace(isa=isa, _k_scale_float=1.0, _v_scale_float=1.0)
 
     def write(key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> None:

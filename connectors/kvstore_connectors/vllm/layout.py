@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from kvstore.errors import ConfigError
+from kvstore_connectors.base import log
 
 CANONICAL = "lkthd1"
 """[layer][K|V][token][kv_head][dim], keys after RoPE."""
@@ -68,7 +69,10 @@ def learn(cache: torch.Tensor, write: WriteOp | None, heads: int, dim: int, prod
     """
     offsets = None
     if write is not None and cache.dim() == 4 and cache.shape[3] == 2 * dim and cache.shape[1] == heads:
-        offsets = probe(cache, write, dim)
+        try:
+            offsets = probe(cache, write, dim)
+        except Exception:
+            log.warning("kvstore: this backend's pages can not be probed; they are kept as they are.", exc_info=True)
     if offsets is None:
         return PageViews(_page_name(cache, None, producer), (cache,))
     views = [_affine_view(cache, side) for side in offsets]
