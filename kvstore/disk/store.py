@@ -96,6 +96,7 @@ class Store:
         index = self.index
         found = await self.thread(self._open)
         index.adopt(found.spaces, found.quarantine)
+        index.capacity += int(self.found_share * index.used)
         self.texts = found.texts
         self.found = {"recovered_blocks": index.count, "foreign_files": len(found.foreign)}
         await self._bound_quarantine()

@@ -473,6 +473,20 @@ async def test_a_smaller_budget_evicts_what_was_used_longest_ago(tmp_path: Path)
         assert tier.counters.evicted == 5
 
 
+async def test_a_budget_may_grow_by_a_share_of_what_was_found(tmp_path: Path) -> None:
+    root = tmp_path / "t"
+    async with opened(root) as tier:
+        for number in range(10):
+            await store(tier, block_of(number), 100_000)
+        used = tier.usage().used
+    async with opened(root, 600_000, found_share=0.5) as tier:
+        assert tier.usage().capacity == 600_000 + used // 2
+        assert tier.usage().blocks == 10
+    async with opened(root, 600_000, found_share=0.0) as tier:
+        assert tier.usage().capacity == 600_000
+        assert tier.usage().blocks < 10
+
+
 async def test_recency_outlives_a_restart(tmp_path: Path) -> None:
     root = tmp_path / "t"
     async with opened(root, 800_000) as tier:
