@@ -138,6 +138,37 @@ def test_lease_lost_during_the_copy(vllm: Engine, truth: Any, monkeypatch: pytes
     assert vllm.ask(numbers(700, 8))[0].cached == 640
 
 
+def test_nobody_finds_blocks_that_failed_to_load(vllm: Engine, truth: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A synchronous load's blocks are in the engine's prefix cache before they are filled. Its request is aborted right
+    after the load failed: who asks next must not be given what was never loaded."""
+    from vllm import SamplingParams
+
+    vllm.ask(numbers(700, 8))
+    vllm.forget()
+    core = vllm.llm.llm_engine
+    monkeypatch.setattr(Lease, "valid", lambda self: False)
+    core.add_request("aborted", {"prompt_token_ids": numbers(700, 8)}, SamplingParams(temperature=0.0, max_tokens=8))
+    before = vllm.metrics()["kvstore_load_failures"]
+    for _ in range(200):
+        core.step()
+        if vllm.metrics()["kvstore_load_failures"] > before:
+            break
+    core.abort_request(["aborted"])
+    monkeypatch.undo()
+    spoil(vllm)
+    assert vllm.ask(numbers(700, 8), local=True)[0].tokens == truth(8)
+
+
+def spoil(vllm: Engine) -> None:
+    """Overwrite every engine block that no request may find, as another request's KV would."""
+    pool = vllm.core.scheduler.kv_cache_manager.block_pool
+    for block in pool.blocks:
+        if block.block_hash is None:
+            for layer in vllm.worker_connector._worker._pages.caches:
+                for side in layer:
+                    side[block.block_id].fill_(0x40400000)  # 3.0
+
+
 def test_defect_while_loading_is_a_recompute(vllm: Engine, truth: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     vllm.ask(numbers(700, 9))
 

@@ -56,6 +56,7 @@ class KVStoreConnector(KVConnectorBase_V1):
         spec = check_supported(vllm_config, kv_cache_config)
         block_tokens = block_tokens_for(config, spec.block_size)
         self._meta: ConnectorMeta | None = None
+        self._block_pool: Any = None
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         if role == KVConnectorRole.SCHEDULER:
@@ -114,6 +115,10 @@ class KVStoreConnector(KVConnectorBase_V1):
             return
         self._scheduler.know_ranks(ranks)
 
+    def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
+        """The engine's blocks, some of which may have to leave its prefix cache."""
+        self._block_pool = gpu_block_pool
+
     @shielded()
     def on_new_request(self, request: Any) -> None:
         """Begin the lookup of a new request."""
@@ -165,7 +170,11 @@ class KVStoreConnector(KVConnectorBase_V1):
         if self._scheduler is None:
             return
         if connector_output.invalid_block_ids:
-            self._scheduler.failed(set(connector_output.invalid_block_ids))
+            spoiled = self._scheduler.failed(set(connector_output.invalid_block_ids))
+            # The engine put them into its prefix cache before they were loaded, and would leave them there should their
+            # request end before it has computed them again.
+            if spoiled and self._block_pool is not None:
+                self._block_pool.evict_blocks(spoiled)
         report = getattr(connector_output, "kv_connector_worker_meta", None)
         if isinstance(report, Report):
             self._scheduler.confirmed(report)

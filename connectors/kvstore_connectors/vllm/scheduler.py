@@ -325,13 +325,25 @@ class SchedulerSide:
         if open_queries:
             self._lookups.wait_any(open_queries, IDLE_WAIT_S)
 
-    def failed(self, engine_ids: set[int]) -> None:
-        """Blocks were reported as not loaded: their requests compute for themselves, and store again."""
+    def failed(self, engine_ids: set[int]) -> set[int]:
+        """Blocks were reported as not loaded: their requests compute for themselves, and store again.
+
+        Returns
+        -------
+        set of int
+            Engine blocks whose content is wrong until it has been computed again, and that other requests could find
+            under their hash already: those of synchronous loads, and all that was computed on top of them.
+        """
+        spoiled: set[int] = set()
         for tracked in self._requests.values():
             if tracked.loading and not engine_ids.isdisjoint(tracked.loading):
                 tracked.given_up = True
                 tracked.present = 0
                 tracked.loading = []
+            if not self._async:
+                first = next((place for place, one in enumerate(tracked.engine_ids) if one in engine_ids), None)
+                spoiled.update(tracked.engine_ids[first:] if first is not None else ())
+        return spoiled
 
     def confirmed(self, report: Report) -> None:
         """Workers have been through the synchronous loads of some steps; failures among them are known by now."""

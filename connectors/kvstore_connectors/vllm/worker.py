@@ -177,7 +177,6 @@ class WorkerSide:
         self._saver: Saver | None = None
         self._failed: set[int] = set()
         self._report = Report()
-        self._sync_failed = False
 
     # -- start ---------------------------------------------------------------------------------------------------------
 
@@ -189,6 +188,7 @@ class WorkerSide:
         ConfigError
             If this cache can not be stored.
         """
+        self._end_threads()  # of an earlier cache, should the engine have made a new one
         layers, page_tokens = self._learn(caches)
         pages = make_pages(layers, self._block_tokens, self._spec.block_size, page_tokens)
         attention = "mla" if type(self._spec).__name__.startswith("MLA") else "full"
@@ -217,7 +217,6 @@ class WorkerSide:
     def _learn(self, caches: dict[str, Any]) -> tuple[list[PageViews], int]:
         context = self._vllm_config.compilation_config.static_forward_context
         producer = f"{_version()}/{self._spec.dtype}"
-        known: dict[Any, PageViews] = {}
         layers: list[PageViews] = []
         seen: set[tuple[int, Any]] = set()
         page_tokens = self._spec.block_size
@@ -236,7 +235,6 @@ class WorkerSide:
             page_tokens = self._spec.block_size * self._num_blocks // cache.shape[0]
             kind = type(getattr(layer, "impl", None)).__qualname__
             views = learn(cache, write_op(layer), self._spec.num_kv_heads, self._spec.head_size, f"{producer}/{kind}")
-            known[name] = views
             layers.append(views)
         if not layers:
             raise ConfigError("vllm: this rank keeps no KV.", _REMEDY)
@@ -312,11 +310,15 @@ class WorkerSide:
     def close(self) -> None:
         """End threads and connections."""
         self._breaker.close()
+        self._end_threads()
+        self._load_link.close()
+        self._save_link.close()
+
+    def _end_threads(self) -> None:
         for thread in (self._loader, self._saver):
             if thread is not None:
                 thread.close()
-        self._load_link.close()
-        self._save_link.close()
+        self._loader = self._saver = None
 
 
 _REMEDY = "Run this model without the connector."
