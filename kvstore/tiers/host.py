@@ -100,6 +100,7 @@ class HostTier:
         self.used_bytes = 0
         self.leased_bytes = 0
         self.dirty_bytes = 0
+        self.busy_bytes = 0
         self._pinned: set[HostBlock] = set()
         self._scopes: dict[Scope, dict[bytes, HostBlock]] = {}
         self._scope_bytes: dict[Scope, int] = {}
@@ -174,6 +175,9 @@ class HostTier:
 
         Only blocks of `domain` if one is given, and only such as lie in `slabs` alone.
         """
+        idle_bytes = self.used_bytes - self.busy_bytes
+        if not idle_bytes or bytes_needed > idle_bytes:
+            return 0  # without looking at each block: in a burst this is asked for every one that is offered
         now = time.monotonic()
         victims: list[HostBlock] = []
         for block in self.policy.victims():
@@ -225,6 +229,8 @@ class HostTier:
         """Note a reader."""
         if not block.refs:
             self.leased_bytes += block.footprint
+            if not block.dirty:
+                self.busy_bytes += block.footprint
         block.refs += 1
 
     def unacquire(self, block: HostBlock) -> None:
@@ -238,6 +244,8 @@ class HostTier:
         """Note that a lower tier has yet to be told of a block: it is kept until `clean`."""
         if not block.dirty:
             self.dirty_bytes += block.footprint
+            if not block.refs:
+                self.busy_bytes += block.footprint
         block.dirty += 1
 
     def clean(self, block: HostBlock) -> None:
@@ -253,7 +261,11 @@ class HostTier:
         self._pinned.add(block)
 
     def _settle(self, block: HostBlock) -> None:
-        if block.gone and not block.refs and not block.dirty:
+        """Note that it is no longer read, or no longer dirty."""
+        if block.refs or block.dirty:
+            return
+        self.busy_bytes -= block.footprint
+        if block.gone:
             self._detached.discard(block)
             self._return(block)
 
@@ -309,8 +321,9 @@ class HostTier:
             raise InternalError("host: a block was released more often than acquired.")
         leased = sum(block.footprint for block in self._every() if block.refs)
         dirty = sum(block.footprint for block in self._every() if block.dirty)
-        if (leased, dirty) != (self.leased_bytes, self.dirty_bytes):
-            raise InternalError("host: leased or dirty bytes are miscounted.")
+        busy = sum(block.footprint for block in self._every() if block.refs or block.dirty)
+        if (leased, dirty, busy) != (self.leased_bytes, self.dirty_bytes, self.busy_bytes):
+            raise InternalError("host: leased, dirty or busy bytes are miscounted.")
         if self.index_bytes > self.index_capacity:
             raise InternalError("host: the index exceeds its share of the budget.")
 

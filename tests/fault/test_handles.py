@@ -581,6 +581,27 @@ async def test_a_reservation_that_ends_while_it_waits_leaks_nothing(ending: str)
     house.check()
 
 
+async def test_a_store_refused_in_a_burst_costs_no_walk_through_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing can be evicted nobody looks for it, or a burst would hold up everybody else."""
+    gate = Gate()
+    house = House(1 << 20, [gate])
+    a = house.session("uid-1")
+    stored = await fill(house, a)
+    walks: list[int] = []
+    order = house.host.policy.victims
+    monkeypatch.setattr(house.host.policy, "victims", lambda: walks.append(1) or order())
+    reply = await house.reserve(a, *[m.Offer(key(n, "burst"), SMALL) for n in range(100)])
+    assert {other.status for other in reply.others} == {"host_full"}
+    assert len(reply.others) == 100
+    assert walks == []
+    gate.open.set()
+    assert await house.chain.drain(5) == 0
+    reply = await house.reserve(a, *[m.Offer(key(n, "burst"), SMALL) for n in range(stored)])
+    assert len(reply.rooms) == stored
+    assert walks
+    house.check()
+
+
 async def test_waiting_for_room_while_the_last_write_ends() -> None:
     """The write may end between the refusal and the wait for it."""
     gate = Gate()
