@@ -10,6 +10,7 @@ import pytest
 from kit import ENGINE_BLOCK, Daemon, Engine, engine, numbers
 
 from kvstore.client.handles import Lease
+from kvstore_connectors.vllm.jobs import LoadJob
 from kvstore_connectors.vllm.transfers import Transfers
 
 BLOCK = 64
@@ -145,22 +146,28 @@ def test_nobody_finds_blocks_that_failed_to_load(vllm: Engine, truth: Any, monke
 
     vllm.ask(numbers(700, 8))
     vllm.forget()
+    spoil(vllm)
+    failures = []
+
+    def fail(self: Transfers, link: Any, job: LoadJob, *rest: Any) -> set[int]:
+        failures.append(job.request)
+        return set(job.engine_ids)
+
+    monkeypatch.setattr(Transfers, "load", fail)
     core = vllm.llm.llm_engine
-    monkeypatch.setattr(Lease, "valid", lambda self: False)
     core.add_request("aborted", {"prompt_token_ids": numbers(700, 8)}, SamplingParams(temperature=0.0, max_tokens=8))
-    before = vllm.metrics()["kvstore_load_failures"]
-    for _ in range(200):
+    for _ in range(500):
         core.step()
-        if vllm.metrics()["kvstore_load_failures"] > before:
+        if failures:
             break
     core.abort_request(["aborted"])
+    assert failures
     monkeypatch.undo()
-    spoil(vllm)
     assert vllm.ask(numbers(700, 8), local=True)[0].tokens == truth(8)
 
 
 def spoil(vllm: Engine) -> None:
-    """Overwrite every engine block that no request may find, as another request's KV would."""
+    """Overwrite every engine block that no request may find, as other requests' KV would."""
     pool = vllm.core.scheduler.kv_cache_manager.block_pool
     for block in pool.blocks:
         if block.block_hash is None:
