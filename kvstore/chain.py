@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import Callable
 
@@ -18,6 +19,7 @@ from kvstore.types import (
     Dropped,
     DropReason,
     Exists,
+    Extent,
     Hit,
     Miss,
     MissReason,
@@ -29,6 +31,9 @@ from kvstore.types import (
 from kvstore.writebehind import WriteBehind
 
 log = logging.getLogger("kvstore.chain")
+
+ROOM_S = 5.0
+"""How long a promotion waits for memory that is being written down. Whoever asked for it may give up sooner."""
 
 Arrival = Callable[[HostBlock | Miss, TierCode], None]
 """Told, on the event loop, that a promotion ended. It must acquire the block before it returns, or not at all."""
@@ -124,7 +129,7 @@ class TierChain:
             nbytes = tier.size(block)
             if nbytes is None:
                 continue
-            extents = self.host.allocate(block.scope.domain, nbytes)
+            extents = await self._room(block.scope.domain, nbytes)
             if extents is None:
                 return Miss(MissReason.NO_SPACE), tier.code
             kept = False
@@ -149,6 +154,16 @@ class TierChain:
                 if not kept:
                     self.host.free(extents)
         return miss, TierCode.ABSENT
+
+    async def _room(self, domain: str, nbytes: int) -> tuple[Extent, ...] | None:
+        """Memory for a block that comes up. Where all of it waits to be written down, wait for that."""
+        deadline = time.monotonic() + ROOM_S
+        while True:
+            extents = self.host.allocate(domain, nbytes)
+            left = deadline - time.monotonic()
+            if extents is not None or not self.dirty_blocks or left <= 0:
+                return extents
+            await self.progress(left)
 
     # -- storing -------------------------------------------------------------------------------------------------------
 
