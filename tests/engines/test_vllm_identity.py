@@ -23,7 +23,7 @@ from kvstore_connectors.vllm.identity import (
     request_scope,
     weights_digest,
 )
-from kvstore_connectors.vllm.support import check_supported
+from kvstore_connectors.vllm.support import check_address, check_supported
 
 
 def settings(model: Path | str, **changes: Any) -> SimpleNamespace:
@@ -202,6 +202,16 @@ def test_settings_are_checked_at_start() -> None:
     for bad in ({"block_tokens": 2.5}, {"load_deadline_ms": 0}, {"async_load": 1}, {"address": 7}, {"token": None}):
         with pytest.raises(ConfigError, match=next(iter(bad))):
             ConnectorConfig.from_extra(bad)
+
+
+def test_daemons_without_shared_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_address("")
+    check_address("/run/kvstore.sock")
+    with pytest.raises(ConfigError, match="shared memory"):
+        check_address("tcp://host:7071")
+    monkeypatch.setenv("KVSTORE_CLIENT_ADDRESS", "tcp://host:7071")
+    with pytest.raises(ConfigError, match="kvstore serve"):
+        check_address("")
 
 
 def test_block_tokens_follow_the_engines_blocks() -> None:

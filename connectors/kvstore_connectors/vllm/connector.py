@@ -16,7 +16,7 @@ from kvstore_connectors.vllm.jobs import ConnectorMeta, Handshake, Report
 from kvstore_connectors.vllm.lookups import Lookups
 from kvstore_connectors.vllm.scheduler import SchedulerSide
 from kvstore_connectors.vllm.stats import KVStorePromMetrics, KVStoreStats
-from kvstore_connectors.vllm.support import check_supported, fix_hash_seed, recompute_on_failure
+from kvstore_connectors.vllm.support import check_address, check_supported, fix_hash_seed, recompute_on_failure
 from kvstore_connectors.vllm.worker import START_WAIT_S, WorkerSide
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ class KVStoreConnector(KVConnectorBase_V1):
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         config = ConnectorConfig.from_extra(vllm_config.kv_transfer_config.kv_connector_extra_config or {})
+        check_address(config.address)
         spec = check_supported(vllm_config, kv_cache_config)
         block_tokens = block_tokens_for(config, spec.block_size)
         self._meta: ConnectorMeta | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from kvstore.client.address import parse_address
 from kvstore.errors import ConfigError
 from kvstore_connectors.base import log
 
@@ -33,6 +34,20 @@ def check_supported(vllm_config: Any, kv_cache_config: Any) -> Any:
     spec = groups[0].kv_cache_spec
     _check_spec(spec)
     return spec
+
+
+def check_address(address: str) -> None:
+    """Refuse a daemon on another host: blocks travel through shared memory.
+
+    Raises
+    ------
+    ConfigError
+    """
+    if not isinstance(parse_address(address or None), str):
+        raise ConfigError(
+            f"vllm: the daemon at {address or 'KVSTORE_CLIENT_ADDRESS'} is reached over TCP, without shared memory.",
+            "Run `kvstore serve` on this host and give the path of its socket as `address`.",
+        )
 
 
 def _check_settings(vllm_config: Any) -> None:

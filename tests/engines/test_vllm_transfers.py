@@ -1,0 +1,227 @@
+"""Loads and saves of a worker without an engine, and the breaker in front of them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fakes import BLOCK, ENGINE_BLOCK, RANKS, FakeClient, eventually, hash_of
+
+from kvstore.errors import DeadlineExceeded, VersionMismatch
+from kvstore.keys import derived_key, namespace_digest
+from kvstore.types import BlockHeader, MissReason
+from kvstore_connectors.base import Breaker, Link, Tally, shielded
+from kvstore_connectors.vllm.identity import Scope
+from kvstore_connectors.vllm.jobs import LoadJob, SaveBlock, SaveJob
+from kvstore_connectors.vllm.layout import PageViews
+from kvstore_connectors.vllm.pages import HostPages
+from kvstore_connectors.vllm.transfers import Transfers
+from kvstore_connectors.vllm.worker import Loader
+
+# -- loads and saves -----------------------------------------------------------------------------------------------------
+
+
+class Rank:
+    """A worker's pages and transfers over a fake daemon: 2 layers, pages of 4 tokens, blocks of 8."""
+
+    def __init__(self, deadline_s: float = 0.5) -> None:
+        self.client = FakeClient()
+        self.tally = Tally()
+        self.breaker = Breaker("test", self.tally)
+        self.link = Link(lambda: self.client, self.breaker, self.tally)
+        assert self.breaker.start(1.0)
+        self.caches = [torch.zeros(2, 64, ENGINE_BLOCK, 2, 4) for _ in range(2)]
+        views = [PageViews("lkthd1", (cache[0], cache[1])) for cache in self.caches]
+        self.pages = HostPages(views, BLOCK, ENGINE_BLOCK, ENGINE_BLOCK)
+        self.transfers = Transfers(self.pages, RANKS[0], self.tally, deadline_s)
+
+    def store(self, count: int) -> list[bytes]:
+        """Fill engine blocks 0.. with random numbers and store `count` blocks of them."""
+        for cache in self.caches:
+            cache[:, : 2 * count] = torch.randn(2, 2 * count, ENGINE_BLOCK, 2, 4)
+        hashes = [hash_of(i) for i in range(count)]
+        blocks = [SaveBlock(h, b"", i * BLOCK, b"", [2 * i, 2 * i + 1]) for i, h in enumerate(hashes)]
+        self.transfers.save(self.link, [SaveJob("r", Scope(), blocks)])
+        return hashes
+
+    def job(self, hashes: list[bytes], first: int = 32, skip: int = 0) -> LoadJob:
+        """Load into engine blocks from `first` on."""
+        count = 2 * len(hashes) - skip
+        return LoadJob("r", Scope(), hashes, skip, list(range(first, first + count)), count * ENGINE_BLOCK, True)
+
+    def same(self, source: range, target: range) -> bool:
+        return all(torch.equal(cache[:, list(source)], cache[:, list(target)]) for cache in self.caches)
+
+
+@pytest.fixture
+def rank() -> Iterator[Rank]:
+    made = Rank()
+    yield made
+    made.breaker.close()
+
+
+def test_stored_and_loaded(rank: Rank) -> None:
+    hashes = rank.store(3)
+    assert rank.transfers.load(rank.link, rank.job(hashes, skip=1)) == set()
+    assert rank.same(range(1, 6), range(32, 37))
+    counts = rank.tally.peek()
+    assert (counts["saved_blocks"], counts["loaded_blocks"]) == (3, 3)
+    rank.transfers.save(rank.link, [SaveJob("r", Scope(), [SaveBlock(hashes[0], b"", 0, b"", [0, 1])])])
+    assert rank.tally.peek()["save_exists"] == 1
+
+
+@pytest.mark.parametrize("scope", [Scope(lora="a"), Scope(salt="b"), Scope(epoch="c")])
+def test_another_scope_finds_nothing(rank: Rank, scope: Scope) -> None:
+    job = rank.job(rank.store(1))
+    job.scope = scope
+    assert rank.transfers.load(rank.link, job) == {32, 33}
+
+
+def test_everything_behind_a_hole_has_failed(rank: Rank) -> None:
+    hashes = rank.store(4)
+    del rank.client.blocks[namespace_digest(RANKS[0]), derived_key(namespace_digest(RANKS[0]), hashes[2])]
+    assert rank.transfers.load(rank.link, rank.job(hashes, skip=1)) == {35, 36, 37, 38}
+    assert rank.same(range(1, 4), range(32, 35))
+    assert rank.tally.peek()["recomputed_tokens"] == 16
+
+
+def test_a_lease_that_ended_is_worth_nothing(rank: Rank) -> None:
+    job = rank.job(rank.store(2))
+    rank.client.valid = False
+    assert rank.transfers.load(rank.link, job) == {32, 33, 34, 35}
+
+
+def test_blocks_of_another_size_are_refused(rank: Rank) -> None:
+    hashes = rank.store(2)
+    ns = namespace_digest(RANKS[0])
+    rank.client.blocks[ns, derived_key(ns, hashes[1])] += b"x"
+    assert rank.transfers.load(rank.link, rank.job(hashes)) == {34, 35}
+    assert rank.tally.peek()["load_wrong_size"] == 1
+
+
+def test_slow_tiers_are_asked_again_until_the_deadline(rank: Rank) -> None:
+    hashes = rank.store(3)
+    slow = derived_key(namespace_digest(RANKS[0]), hashes[1])
+    rank.client.refuse[slow] = [MissReason.DEADLINE, MissReason.DEADLINE]
+    assert rank.transfers.load(rank.link, rank.job(hashes)) == set()
+    assert rank.client.calls.count("lease") == 3
+    rank.client.refuse[slow] = [MissReason.DEADLINE] * 1_000_000
+    begun = time.monotonic()
+    assert rank.transfers.load(rank.link, rank.job(hashes)) == {34, 35, 36, 37}
+    assert 0.4 < time.monotonic() - begun < 2
+
+
+@pytest.mark.parametrize("reason", [MissReason.CORRUPT, MissReason.NO_SPACE, MissReason.TIER_DOWN])
+def test_other_reasons_are_final(rank: Rank, reason: MissReason) -> None:
+    hashes = rank.store(2)
+    rank.client.refuse[derived_key(namespace_digest(RANKS[0]), hashes[0])] = [reason]
+    assert rank.transfers.load(rank.link, rank.job(hashes)) == {32, 33, 34, 35}
+    assert rank.client.calls.count("lease") == 1
+
+
+def test_a_promise_that_can_not_be_kept_fails_as_a_whole(rank: Rank) -> None:
+    job = LoadJob("r", Scope(), [], 0, [32, 33], 8, True)
+    assert rank.transfers.load(rank.link, job) == {32, 33}
+
+
+def test_every_load_is_reported_once_and_failures_not_later(rank: Rank) -> None:
+    done = threading.Event()
+
+    def load(job: LoadJob, after: Any, stop: Callable[[], bool]) -> set[int]:
+        done.wait(1)
+        if job.request == "bad":
+            raise ZeroDivisionError
+        return set()
+
+    loader = Loader(load)
+    loader.submit(LoadJob("good", Scope(), [], 0, [1], 4, True), None)
+    loader.submit(LoadJob("bad", Scope(), [], 0, [2, 3], 8, True), None)
+    assert loader.take(0.001) == (set(), set())
+    done.set()
+    finished: set[str] = set()
+    failed: set[int] = set()
+    deadline = time.monotonic() + 5
+    while len(finished) < 2 and time.monotonic() < deadline:
+        names, blocks = loader.take(0.01)
+        assert not names & finished
+        finished |= names
+        failed |= blocks
+        if "bad" in names:
+            assert failed == {2, 3}
+    assert finished == {"good", "bad"}
+    begun = time.monotonic()
+    loader.take(1.0)  # nothing is under way: nothing to wait for
+    assert time.monotonic() - begun < 0.1
+    loader.close()
+
+
+# -- the breaker -------------------------------------------------------------------------------------------------------
+
+
+def test_one_failure_opens_and_an_answer_closes(rank: Rank) -> None:
+    rank.client.error = DeadlineExceeded("hung.")
+    assert rank.link.run("load", lambda client: client.lookup_many([], prefix=False)) is None
+    assert not rank.breaker.allow()
+    calls = len(rank.client.calls)
+    for _ in range(100):
+        rank.link.run("load", lambda client: client.lookup_many([], prefix=False))
+    assert len(rank.client.calls) == calls
+    assert rank.tally.peek()["skipped_load"] == 100
+    rank.client.error = None
+    assert eventually(rank.breaker.allow)
+    assert rank.link.run("load", lambda client: client.lookup_many([], prefix=False)) == []
+
+
+def test_a_failed_call_is_not_an_outage(rank: Rank) -> None:
+    def fail(client: Any) -> None:
+        raise ValueError
+
+    assert rank.link.run("save", fail) is None
+    assert rank.breaker.allow()
+    assert rank.tally.peek()["failed_save"] == 1
+
+
+def test_errors_that_last_are_tried_rarely(caplog: pytest.LogCaptureFixture) -> None:
+    tally = Tally()
+    breaker = Breaker("test", tally)
+    client = FakeClient()
+    client.error = VersionMismatch("protocol 2.")
+    Link(lambda: client, breaker, tally)
+    with caplog.at_level("WARNING", logger="kvstore.connector"):
+        assert not breaker.start(0.5)
+        time.sleep(0.3)
+    assert len([r for r in caplog.records if "continuing without" in r.getMessage()]) == 1
+    begun = time.monotonic()
+    breaker.close()
+    assert time.monotonic() - begun < 1
+    assert not breaker.allow()
+
+
+def test_hooks_never_raise() -> None:
+    @shielded(lambda: (0, False))
+    def hook() -> tuple[int, bool]:
+        raise ZeroDivisionError
+
+    assert hook() == (0, False)
+
+
+def test_headers_carry_what_a_block_is(rank: Rank) -> None:
+    offered: list[tuple[bytes, int, BlockHeader]] = []
+    reserve = rank.client.reserve
+
+    def spy(offers: Any, **options: Any) -> Any:
+        offered.extend(offers)
+        return reserve(offers, **options)
+
+    rank.client.reserve = spy  # type: ignore[method-assign]
+    tokens = np.arange(8, dtype="<i4").tobytes()
+    block = SaveBlock(hash_of(3), hash_of(1), 8, tokens, [0, 1])
+    rank.transfers.save(rank.link, [SaveJob("r", Scope(), [block])])
+    digest = namespace_digest(RANKS[0])
+    assert offered[0][0] == derived_key(digest, hash_of(3))
+    assert offered[0][2] == BlockHeader(parent=derived_key(digest, hash_of(1)), tokens=tokens, position=8)
