@@ -25,12 +25,12 @@ from kvstore.errors import ConfigError, KVStoreError
 from kvstore.eviction import make_policy
 from kvstore.namespaces import describe_namespace, read_description
 from kvstore.obs.snapshot import snapshot
-from kvstore.rules import show_size
 from kvstore.service import Service
 from kvstore.sockets import SocketDir
 from kvstore.tiers.base import Tier
 from kvstore.tiers.host import HostTier
 from kvstore.types import Scope
+from kvstore.units import format_size
 from kvstore.wire.fds import FdServer
 from kvstore.wire.server import Listener, Traffic
 
@@ -274,12 +274,12 @@ class Daemon:
         ]
         if s.listen.tcp:
             lines.append(f"  tcp      {s.listen.tcp}  (with a token)")
-        lines.append(f"  memory   up to {show_size(s.host.bytes)} in shared memory ({pages})")
+        lines.append(f"  memory   up to {format_size(s.host.bytes)} in shared memory ({pages})")
         for tier in self.chain.below:
             state, usage = tier.describe_state(), tier.usage()
             how = "direct I/O" if state.get("direct_io", True) else f"buffered I/O: {state.get('direct_io_reason')}"
             lines.append(
-                f"  {tier.name:<8} up to {show_size(usage.capacity)} in {state.get('path', '?')} ({how}), "
+                f"  {tier.name:<8} up to {format_size(usage.capacity)} in {state.get('path', '?')} ({how}), "
                 f"{usage.blocks} blocks found"
             )
         if not self.chain.below:

@@ -5,7 +5,7 @@ Rates need two snapshots; with one, the counters since start are shown.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -75,9 +75,8 @@ def _space(now: Snapshot) -> Table:
     """What each tier holds of what it may."""
     table = _table("Tier", "", "Used", "Of", "Blocks", "State", left=2)
     for name, state in _states(now):
-        used, capacity, free = (number(state, key) for key in ("used", "capacity", "free"))
-        if free is not None and capacity is not None:
-            used = capacity - free  # memory made ready ahead of need is not in use
+        used, capacity, held = (number(state, key) for key in ("used", "capacity", "blocks_bytes"))
+        used = used if held is None else held  # memory made ready ahead of need is not in use
         blocks = _number(number(state, "blocks"))
         table.add_row(Text(name, "bold"), _bar(used, capacity), _size(used), _size(capacity), blocks, _state(state))
     return table
@@ -133,18 +132,22 @@ def _namespaces(now: Snapshot) -> Table | None:
     listed = sorted(namespaces(now), key=lambda each: -_total(each, "bytes"))
     if not listed:
         return None
-    table = _table("Model", "Namespace", "Blocks", "Bytes", left=2)
+    table = _table("Model", "Namespace", "Blocks", "Bytes", left=2)  # a block in two tiers is kept twice
     for each in listed[:MAX_NAMESPACES]:
         table.add_row(
             Text(clean(each.get("model") or "unnamed")[:60]),
             Text(_short(each.get("digest", "")), "dim"),
-            _number(_total(each, "blocks")),
-            _size(_total(each, "bytes")),
+            _by_tier(each, "blocks", _whole),
+            _by_tier(each, "bytes", format_size),
         )
     hidden = len(listed) - MAX_NAMESPACES
     if hidden > 0:
         table.add_row(Text(f"and {_whole(hidden)} more", "dim"))
     return table
+
+
+def _by_tier(each: Snapshot, field: str, show: Callable[[float], str]) -> str:
+    return ", ".join(f"{clean(tier)} {show(value)}" for tier, value in numbers(each, field).items())
 
 
 def _requests(now: Snapshot, before: Snapshot | None, seconds: float) -> Table | None:

@@ -251,7 +251,7 @@ def test_status_shows_tiers_sessions_queue_namespaces_and_trouble() -> None:
     rows = {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
     assert rows["host"] == ["host", "11", "22", "33", "44", "55", "0"]
     assert rows["lookup"][:3] == ["lookup", "100", "1"]
-    assert rows["llama"][2] == "10"
+    assert "host 4, disk 6" in text
 
 
 def test_rates_are_the_growth_between_two_looks_at_one_daemon() -> None:
