@@ -43,7 +43,7 @@ def bounded(daemon: DaemonProcess) -> None:
         assert tier["used"] <= tier["capacity"]
 
 
-@pytest.mark.parametrize("batch", [1, 8, TWICE])
+@pytest.mark.parametrize("batch", [8, TWICE])
 @pytest.mark.parametrize("wait_s", [0.0, 5.0])
 def test_a_burst_of_twice_the_memory(make_daemon: MakeDaemon, wait_s: float, batch: int) -> None:
     daemon = make_daemon(WITH_DISK).start()

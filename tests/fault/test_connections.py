@@ -76,7 +76,7 @@ def is_closed(sock: socket.socket) -> bool:
 
 def test_ten_thousand_half_open_connections(make_daemon: MakeDaemon) -> None:
     """Each has sent a part of a frame. They cost little, are ended when their time is over, and others go on."""
-    daemon = make_daemon({"listen.max_connections": "20000"}, {"kvstore.wire.server:HANDSHAKE_S": 4.0}).start()
+    daemon = make_daemon({"listen.max_connections": "20000"}, {"kvstore.wire.server:HANDSHAKE_S": 3.0}).start()
     limit = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)[0]
     count = min(CROWD, limit - 500, resource.getrlimit(resource.RLIMIT_NOFILE)[1] - 500)
     with Bystander(daemon.socket) as other:
