@@ -185,9 +185,10 @@ def test_a_daemon_killed_while_it_starts(make_daemon: MakeDaemon, point: str) ->
     daemon = make_daemon(SMALL_HOST)
     record = Record()
     deaths = 0
+    late = point == "recover.listed"  # passed once in a start, when the daemon answers already
     for nth in range(1, 5):
-        daemon.start(die_at=point, nth=nth, until_ready=False)
-        until(lambda: not daemon.alive or daemon._answers(), "the daemon to die or to answer")
+        daemon.start(die_at=point, nth=1 if late else nth, until_ready=False)
+        until(lambda: not daemon.alive or (not late and daemon._answers()), "the daemon to die or to answer")
         if daemon.alive:
             daemon.kill()
         else:
@@ -198,7 +199,7 @@ def test_a_daemon_killed_while_it_starts(make_daemon: MakeDaemon, point: str) ->
         with daemon.client() as client:
             killed(daemon, lambda client=client: record.work(client))
         assert daemon.tmp_files() != []
-    assert deaths >= (1 if point in ("recover.lock", "recover.format", "recover.listed") else 2)
+    assert deaths >= {"recover.lock": 1, "recover.format": 1, "recover.listed": 4}.get(point, 2)
     daemon.start()
     in_order(daemon)
     with daemon.client() as client:
