@@ -36,6 +36,8 @@ class Session:
         No shared memory: payloads travel in frames.
     notify : callable
         Sends a notice, unless the connection is gone.
+    lent : int
+        Blocks in its leases, each as often as it was lent.
     """
 
     id: int
@@ -45,6 +47,7 @@ class Session:
     name: str = ""
     token: bytes = field(default_factory=lambda: secrets.token_bytes(16))
     greeted: bool = False
+    lent: int = 0
     leases: dict[int, Lease] = field(default_factory=dict)
     reservations: dict[int, Reservation] = field(default_factory=dict)
 
@@ -145,6 +148,7 @@ class Ledger:
         for block in blocks.values():
             self._host.acquire(block)
         lease.blocks |= blocks
+        lease.session.lent += len(blocks)
 
     def lease(self, session: Session, lease_id: int) -> Lease:
         """A lease of this session.
@@ -164,6 +168,7 @@ class Ledger:
         """Give back what a lease holds."""
         lease.ended = True
         del self.leases[lease.id], lease.session.leases[lease.id]
+        lease.session.lent -= len(lease.blocks)
         for block in lease.blocks.values():
             self._host.unacquire(block)
         lease.blocks.clear()

@@ -41,6 +41,9 @@ log = logging.getLogger("kvstore.service")
 MAX_HANDLES = 4096
 """Leases, and reservations, that one connection may have open."""
 
+MAX_LENT = 1 << 18
+"""Blocks in the leases of one connection, each as often as it was lent: 64 Mi tokens at 256 a block."""
+
 MAX_HEADER_BYTES = 2 << 20
 """Block headers in one reply; with the extents of as many blocks as a request names it stays within a frame."""
 
@@ -134,6 +137,8 @@ class Service:
         record = self.namespaces.find(session.domain, p.ns)
         keys = m.split_keys(p.keys)
         self._limit(session.leases)
+        if session.lent + len(keys) > MAX_LENT:
+            raise LimitExceeded(f"this connection holds {session.lent} leased blocks; {MAX_LENT} are the most allowed.")
         ttl_s = min(p.ttl_s, self._max_ttl_s)
         in_host = self.host.blocks(record.scope)
         found = {index: block for index, block in enumerate(map(in_host.get, keys)) if block is not None}

@@ -24,7 +24,7 @@ from kvstore.chain import TierChain
 from kvstore.errors import ForeignHandle, HandshakeRequired, LeaseExpired, LimitExceeded, TierDown, UnknownNamespace
 from kvstore.eviction.lru import LRU
 from kvstore.leases import Session
-from kvstore.service import MAX_HANDLES, Service
+from kvstore.service import MAX_HANDLES, MAX_LENT, Service
 from kvstore.tiers.base import Finding, Tier, TierCounters, Usage
 from kvstore.tiers.host import HostTier
 from kvstore.types import BlockHeader, BlockId, Dropped, Extent, Hit, LoadOutcome, MissReason, Scope, Stored, TierCode
@@ -716,6 +716,25 @@ async def test_limits_of_one_session() -> None:
         house.ask(a, m.Lease(NS, b""))
     house.ask(a, m.Release(list(a.leases)))
     house.ask(a, m.Lease(NS, b""))
+
+
+async def test_blocks_lent_to_one_session_are_bounded() -> None:
+    """A block may be leased many times over, but what the daemon remembers of that is bounded."""
+    house = House()
+    a, b = house.session("uid-1"), house.session("uid-1")
+    await house.put(a, key(1))
+    many = m.Lease(NS, key(1) * m.MAX_KEYS)
+    leases = [house.ask(a, many).lease for _ in range(MAX_LENT // m.MAX_KEYS)]
+    for too_many in (many, m.Lease(NS, key(1))):
+        with pytest.raises(LimitExceeded):
+            house.ask(a, too_many)
+    assert len(house.ask(b, many).granted) == m.MAX_KEYS
+    house.ask(a, m.Release(leases[:1]))
+    assert len(house.ask(a, many).granted) == m.MAX_KEYS
+    house.service.ledger.close(a)
+    house.service.ledger.close(b)
+    assert (a.lent, b.lent) == (0, 0)
+    house.check()
 
 
 async def test_nothing_before_hello() -> None:
