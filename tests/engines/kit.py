@@ -212,14 +212,6 @@ class Engine:
                 out[metric.name.removeprefix("vllm:")] = metric.value
         return out
 
-    @staticmethod
-    def seconds(name: str) -> float:
-        """One of the connector's counters of time; vLLM's own list of metrics knows whole numbers only."""
-        from prometheus_client import REGISTRY
-
-        found = [s.value for m in REGISTRY.collect() for s in m.samples if s.name == f"vllm:kvstore_{name}_total"]
-        return sum(found)
-
     def connected(self, wait_s: float = 10.0) -> bool:
         """Wait until both sides of the connector reach the daemon."""
         deadline = time.monotonic() + wait_s

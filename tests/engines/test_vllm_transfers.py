@@ -23,7 +23,7 @@ from kvstore_connectors.vllm.pages import HostPages
 from kvstore_connectors.vllm.transfers import Transfers
 from kvstore_connectors.vllm.worker import Loader
 
-# -- loads and saves -----------------------------------------------------------------------------------------------------
+# -- loads and saves --------------------------------------------------------------------------------------------------
 
 
 class Rank:
