@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from kvstore import machine
 from kvstore.errors import ConfigError
-from kvstore.rules import Secret, is_loopback, show, show_size, split_address
+from kvstore.rules import Secret, show, show_size, split_address
 from kvstore.settings import ENV_PREFIX, GROUPS, RULES, Env, Settings, Values, env_names, flag_names
 
 __all__ = ["Loaded", "Row", "Secret", "Settings", "find_file", "load", "split_address"]
@@ -121,8 +121,6 @@ def load(flags: Mapping[str, str] | None = None, env: Env | None = None, file: P
         except ValueError as error:
             what = "the given value" if key == "listen.token" else repr(raw)[:200]
             raise ConfigError(f"{key}: {what} ({origin}) {error}.", _REMEDY) from None
-    if origins["host.slab_bytes"] == "default":
-        values["host.slab_bytes"] = min(values["host.slab_bytes"], values["host.bytes"])
     _read_token(values, origins)
     settings = _build(values)
     _check(settings, origins)
@@ -205,9 +203,9 @@ def _build(values: Values) -> Settings:
 def _check(settings: Settings, origins: dict[str, str]) -> None:
     """Rules that concern more than one setting."""
     listen, host = settings.listen, settings.host
-    if listen.tcp and not listen.token and not is_loopback(listen.tcp):
+    if listen.tcp and not listen.token:  # on loopback too: other users of the machine reach that as well
         raise ConfigError(
-            f"listen.tcp: {listen.tcp!r} ({origins['listen.tcp']}) is beyond loopback and there is no token.",
+            f"listen.tcp: {listen.tcp!r} ({origins['listen.tcp']}) is given and there is no token.",
             "Make one with `openssl rand -hex 32` and give it with --listen-token-file or KVSTORE_TOKEN.",
         )
     if host.slab_bytes > host.bytes:

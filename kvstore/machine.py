@@ -94,6 +94,12 @@ def auto_host_bytes() -> int:
     return min(max(quarter, GIB // 4), 64 * GIB)
 
 
+def auto_slab_bytes(host_bytes: int) -> int:
+    """Slabs few enough that a client with 1,024 descriptors can map them all, small enough to come and go."""
+    wanted = 1 << (max(host_bytes // 64, 1) - 1).bit_length()
+    return min(max(wanted, 64 << 20), GIB, host_bytes)
+
+
 DISK_SHARE = 0.25
 """Share of free space that the automatic budget of the disk tier is."""
 

@@ -106,7 +106,14 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ]
     slab_bytes: Annotated[
-        int, Rule("Size of one shared memory file; larger blocks span several.", "64MiB", size(1 << 20, 16 << 30))
+        int,
+        Rule(
+            "Size of one shared memory file; larger blocks span several.",
+            "auto",
+            size(1 << 20, 16 << 30),
+            lambda _, values: machine.auto_slab_bytes(values["host.bytes"]),
+            "host.bytes / 64 rounded up to a power of two, between 64MiB and 1GiB, at most host.bytes",
+        ),
     ]
     ahead_bytes: Annotated[int, Rule("Memory kept touched and ready ahead of need.", "256MiB", size(0))]
     policy: Annotated[str, Rule("Eviction policy.", "lru", choice("kvstore.eviction:POLICIES"))]

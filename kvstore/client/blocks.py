@@ -31,7 +31,8 @@ def as_bytes(buffer: Buffer, writable: bool = False) -> memoryview:
     except (TypeError, ValueError) as error:
         if not isinstance(buffer, np.ndarray) or not buffer.flags.c_contiguous:
             raise InvalidParams(f"buffer: not contiguous memory ({error}).", "") from None
-        view = memoryview(buffer.reshape(-1).view(np.uint8))  # a type or shape that the buffer protocol does not know
+        # A type or shape that the buffer protocol does not know.
+        view = memoryview(cast("bytes", buffer.reshape(-1).view(np.uint8)))
     if writable and view.readonly:
         raise InvalidParams("buffer: it is read-only.", "")
     return view

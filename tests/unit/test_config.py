@@ -40,7 +40,7 @@ def test_without_anything_every_setting_has_a_value_and_a_default_origin() -> No
     loaded = load({}, {})
     assert set(loaded.origins) == set(RULES)
     assert set(loaded.origins.values()) == {"default", "default (auto)"}
-    assert loaded.settings.host.slab_bytes == 64 << 20
+    assert loaded.settings.host.slab_bytes >= 64 << 20
     assert loaded.settings.limits.max_block_bytes == GIB
     assert loaded.settings.http.address == "127.0.0.1:7070"
     assert loaded.settings.drain_s == 10.0
@@ -80,7 +80,7 @@ def test_each_setting_can_be_given_by_flag_environment_and_file(key: str, tmp_pa
     group, _, name = key.rpartition(".")
     value = text if written_as(key) == "N" else f'"{text}"'
     file = toml(tmp_path, (f"[{group}]\n" if group else "") + f"{name} = {value}\n")
-    base = {"host.bytes": "256MiB"} if key == "host.slab_bytes" else {}
+    base = {"host.slab_bytes": {"host.bytes": "256MiB"}, "listen.tcp": {"listen.token": "x" * 16}}.get(key, {})
 
     by_flag, by_env, by_file = load(base | {key: text}, {}), load(base, {env_names(key)[0]: text}), load(base, {}, file)
     assert by_flag.value(key) == by_env.value(key) == by_file.value(key)
@@ -228,10 +228,9 @@ def test_any_text_is_taken_or_refused_with_a_config_error(text: str) -> None:
 # -- tokens and addresses ----------------------------------------------------------------------------------------------
 
 
-def test_tcp_beyond_loopback_needs_a_token() -> None:
-    assert "beyond loopback and there is no token" in refused({"listen.tcp": "0.0.0.0:7071"})
-    assert "beyond loopback and there is no token" in refused({"listen.tcp": "kv.internal:7071"})
-    assert load({"listen.tcp": "127.0.0.1:7071"}, {}).settings.listen.tcp == "127.0.0.1:7071"
+def test_tcp_needs_a_token() -> None:
+    for address in ("0.0.0.0:7071", "kv.internal:7071", "127.0.0.1:7071"):
+        assert "there is no token" in refused({"listen.tcp": address})
     opened = load({"listen.tcp": "0.0.0.0:7071"}, {"KVSTORE_TOKEN": "0123456789abcdef"})
     assert opened.settings.listen.token.reveal() == "0123456789abcdef"
 
@@ -287,6 +286,9 @@ def test_addresses(written: str, parts: tuple[str, int], loopback: bool) -> None
 
 def test_a_small_host_tier_takes_a_smaller_slab_but_a_named_one_is_held_against_it() -> None:
     assert load({"host.bytes": "32MiB"}, {}).settings.host.slab_bytes == 32 << 20
+    assert load({"host.bytes": "1GiB"}, {}).settings.host.slab_bytes == 64 << 20
+    assert load({"host.bytes": "9GiB"}, {}).settings.host.slab_bytes == 256 << 20
+    assert load({"host.bytes": "900GiB"}, {}).settings.host.slab_bytes == 1 << 30
     assert "is more than host.bytes, 32MiB" in refused({"host.bytes": "32MiB", "host.slab_bytes": "64MiB"})
 
 
