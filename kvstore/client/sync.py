@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import socket
 import threading
 import time
@@ -67,6 +68,7 @@ class KVStoreClient:
         self.core.forget = self._forget
         self._lock = threading.RLock()
         self._socket: socket.socket | None = None
+        self._poll = select.poll()
         self._mailbox = Mailbox(self._tell)
 
     # -- operations ----------------------------------------------------------------------------------------------------
@@ -307,11 +309,14 @@ class KVStoreClient:
     # -- socket --------------------------------------------------------------------------------------------------------
 
     def _ensure(self, deadline: float) -> None:
-        if self._socket is not None and not at_end(self._socket):
+        if self._socket is not None and not any(event & ~select.POLLIN for _, event in self._poll.poll(0)):
             return
         self._disconnect()
         timeout = max(0.001, deadline - time.monotonic())
         self._socket = _connect(self.address, timeout)
+        self._socket.setblocking(False)
+        self._poll = select.poll()
+        self._poll.register(self._socket, select.POLLIN | select.POLLRDHUP)
         self._mailbox = Mailbox(self._tell)
         fd_path = f"{self.address}.fd" if isinstance(self.address, str) else None
         try:
@@ -330,8 +335,10 @@ class KVStoreClient:
         if self._socket is None:
             raise ConnectionLost("the connection to the daemon is gone.")
         try:
-            self._socket.settimeout(max(0.001, deadline - time.monotonic()))
-            self._socket.sendall(data)
+            sent = self._send_now(self._socket, data)
+            while sent < len(data):
+                _wait_to_write(self._socket, deadline)
+                sent += self._send_now(self._socket, memoryview(data)[sent:])
         except TimeoutError:
             self._disconnect()  # half a frame may be out
             raise DeadlineExceeded("the daemon did not take a request in time.") from None
@@ -342,6 +349,13 @@ class KVStoreClient:
             self._disconnect()
             raise
 
+    @staticmethod
+    def _send_now(sock: socket.socket, data: bytes | memoryview) -> int:
+        try:
+            return sock.send(data)
+        except BlockingIOError:
+            return 0
+
     def _receive(self, deadline: float) -> bool:
         """Take in what the daemon sends next; whether something came before the deadline."""
         if self._socket is None:
@@ -350,10 +364,11 @@ class KVStoreClient:
         if left <= 0:
             return False
         try:
-            self._socket.settimeout(left)
+            if not self._poll.poll(1e3 * left):
+                return False
             nbytes = self._socket.recv_into(self._mailbox.reader.buffer())
-        except TimeoutError:
-            return False
+        except BlockingIOError:  # it seemed to be there
+            return True
         except OSError as error:
             self._disconnect()
             raise ConnectionLost(f"the connection to the daemon broke ({error}).") from None
@@ -377,6 +392,13 @@ class KVStoreClient:
 
     def _forget(self, lease: int) -> None:
         self._mailbox.forget(lease)
+
+
+def _wait_to_write(sock: socket.socket, deadline: float) -> None:
+    poll = select.poll()
+    poll.register(sock, select.POLLOUT)
+    if not poll.poll(max(1.0, 1e3 * (deadline - time.monotonic()))):
+        raise TimeoutError
 
 
 def _connect(address: tuple[str, int] | str, timeout_s: float) -> socket.socket:
