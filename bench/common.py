@@ -13,6 +13,8 @@ import json
 import os
 import platform
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -64,6 +66,19 @@ def running_daemon(settings: Mapping[str, str] | None = None, root: Path | None 
                 process.wait(20)
             except subprocess.TimeoutExpired:
                 process.kill()
+
+
+def pid_of(address: str) -> int:
+    """Process that listens on a Unix socket."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.connect(address)
+        raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return struct.unpack("3i", raw)[0]
+
+
+def cpu_seconds(pid: int) -> float:
+    """Processor time that the main thread of a process has used, to the nanosecond."""
+    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
 
 
 def key(number: int, kind: str = "") -> bytes:

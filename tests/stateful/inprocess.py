@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import os
 import shutil
 import socket
@@ -11,12 +13,14 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
 import uvloop
 
 from kvstore import config
 from kvstore.daemon import Daemon
 
 T = TypeVar("T")
+_ports = itertools.cycle(range(20_000 + os.getpid() % 1000 * 10, 30_000))
 TOKEN = "a token of the tests, long enough"
 
 
@@ -113,8 +117,6 @@ class InProcessDaemon:
 
 
 def _without_drain(settings: Any) -> Any:
-    import msgspec
-
     return msgspec.structs.replace(settings, drain_s=0.0)
 
 
@@ -131,6 +133,9 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
+    """A port that is free now, and that the kernel gives to nobody who merely asks for any."""
+    for port in _ports:
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("unreachable: the ports never end")
