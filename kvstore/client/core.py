@@ -337,7 +337,8 @@ class Core:
     ) -> Flow[tuple[int, float, int, list[Room | Exists | Dropped]]]:
         """Ask for room: (id, local expiry, epoch, blocks)."""
         sent = time.monotonic()
-        wire = [m.Offer(_key(key), nbytes, msgspec.msgpack.encode(header)) for key, nbytes, header in offers]
+        join_keys([key for key, _, _ in offers])  # each is a digest, and they are not too many
+        wire = [m.Offer(key, nbytes, msgspec.msgpack.encode(header)) for key, nbytes, header in offers]
         reply: m.ReserveReply = yield from self.in_namespace(
             namespace, lambda ns: Call("reserve", m.Reserve(ns, wire, ttl_s, wait_s))
         )
@@ -419,11 +420,6 @@ def join_keys(keys: Sequence[bytes]) -> bytes:
     if len(keys) > m.MAX_KEYS:
         raise InvalidParams(f"keys: {len(keys)} are more than the {m.MAX_KEYS} of one request.", "")
     return joined
-
-
-def _key(key: bytes) -> bytes:
-    join_keys([key])
-    return key
 
 
 def _codes(reply: m.LookupReply, asked: int) -> list[TierCode]:
