@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from binascii import unhexlify
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -51,13 +52,13 @@ def recover(directory: Directory, blocks: BlockFiles, files: Files) -> Recovered
     found = Recovered()
     shapes: dict[str, tuple[Shape, int]] = {}
     for scope, path, at in walk(directory, files, found.foreign):
-        names = files.list_names(at)
-        space = Space()
-        space.nbytes = _take_names(names, space.blocks, shapes, path, found.foreign)
+        space, strange = Space(), []
+        space.nbytes = _take_names(files.list_names(at), space.blocks, shapes, strange)
+        found.foreign += [f"{path}/{name}" for name in strange if name != DESCRIPTION]
         if not space.blocks:
             blocks.remove_namespace(scope)
             continue
-        text = blocks.description(scope) if DESCRIPTION in names else None
+        text = blocks.description(scope) if DESCRIPTION in strange else None
         if text is not None:
             space.description = description_cost(len(text))
             found.texts[scope] = text
@@ -98,24 +99,18 @@ def _opened(files: Files, name: str, at: int) -> Iterator[int]:
 
 
 def _take_names(
-    names: list[str],
-    blocks: dict[bytes, Shape],
-    shapes: dict[str, tuple[Shape, int]],
-    path: str,
-    foreign: list[str],
+    names: list[str], blocks: dict[bytes, Shape], shapes: dict[str, tuple[Shape, int]], strange: list[str]
 ) -> int:
     """Turn file names into blocks; what they cost. Most blocks share a few shapes, so each shape is read once."""
     total = count = 0
-    fromhex = bytes.fromhex
     for name in names:
         try:
             shape, cost = shapes[name[_KEY_HEX:]]
-            blocks[fromhex(name[:_KEY_HEX])] = shape
+            blocks[unhexlify(name[:_KEY_HEX])] = shape
         except (KeyError, ValueError):
             parsed = parse_name(name)
             if parsed is None:
-                if name != DESCRIPTION:
-                    foreign.append(f"{path}/{name}")
+                strange.append(name)
                 continue
             key, shape = parsed
             cost = shape.cost
