@@ -145,8 +145,7 @@ class Ledger:
 
     def lend(self, lease: Lease, blocks: dict[int, HostBlock]) -> None:
         """Add blocks to a lease, by index."""
-        for block in blocks.values():
-            self._host.acquire(block)
+        self._host.acquire(blocks.values())
         lease.blocks |= blocks
         lease.session.lent += len(blocks)
 
@@ -169,8 +168,7 @@ class Ledger:
         lease.ended = True
         del self.leases[lease.id], lease.session.leases[lease.id]
         lease.session.lent -= len(lease.blocks)
-        for block in lease.blocks.values():
-            self._host.unacquire(block)
+        self._host.unacquire(lease.blocks.values())
         lease.blocks.clear()
 
     # -- reservations --------------------------------------------------------------------------------------------------

@@ -225,20 +225,22 @@ class HostTier:
         else:
             self._return(block)
 
-    def acquire(self, block: HostBlock) -> None:
-        """Note a reader."""
-        if not block.refs:
-            self.leased_bytes += block.footprint
-            if not block.dirty:
-                self.busy_bytes += block.footprint
-        block.refs += 1
+    def acquire(self, blocks: Iterable[HostBlock]) -> None:
+        """Note a reader of some blocks."""
+        for block in blocks:
+            if not block.refs:
+                self.leased_bytes += block.footprint
+                if not block.dirty:
+                    self.busy_bytes += block.footprint
+            block.refs += 1
 
-    def unacquire(self, block: HostBlock) -> None:
-        """Note that a reader is done."""
-        block.refs -= 1
-        if not block.refs:
-            self.leased_bytes -= block.footprint
-            self._settle(block)
+    def unacquire(self, blocks: Iterable[HostBlock]) -> None:
+        """Note that a reader of some blocks is done."""
+        for block in blocks:
+            block.refs -= 1
+            if not block.refs:
+                self.leased_bytes -= block.footprint
+                self._settle(block)
 
     def soil(self, block: HostBlock) -> None:
         """Note that a lower tier has yet to be told of a block: it is kept until `clean`."""

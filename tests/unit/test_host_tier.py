@@ -78,7 +78,7 @@ def test_it_evicts_on_demand_and_the_oldest_first(host: HostTier) -> None:
 def test_it_evicts_all_it_needs_or_nothing(host: HostTier) -> None:
     blocks = fill(host, 2 * PAGE_BYTES)
     for block in blocks[2:]:
-        host.acquire(block)
+        host.acquire([block])
     assert put(host, 1000, 5 * PAGE_BYTES) is None
     assert numbers(host) == list(range(len(blocks)))
     assert put(host, 1000, 4 * PAGE_BYTES) is not None
@@ -91,7 +91,7 @@ def test_what_is_needed_stays(host: HostTier, why: str) -> None:
     kept, rest = blocks[:5], blocks[5:]
     for block in kept:
         if why == "leased":
-            host.acquire(block)
+            host.acquire([block])
         elif why == "dirty":
             host.soil(block)
         else:
@@ -104,7 +104,7 @@ def test_what_is_needed_stays(host: HostTier, why: str) -> None:
     assert all(block.gone for block in rest)
     for block in kept:
         if why == "leased":
-            host.unacquire(block)
+            host.unacquire([block])
         elif why == "dirty":
             host.clean(block)
         else:
@@ -128,19 +128,19 @@ def test_a_dropped_block_keeps_its_memory_while_it_is_read(host: HostTier) -> No
     assert block is not None
     for view in host.arena.views(block.extents):
         view[:] = bytes([7]) * len(view)
-    host.acquire(block)
-    host.acquire(block)
+    host.acquire([block])
+    host.acquire([block])
     host.soil(block)
     host.remove(block)
     assert host.get(block.id) is None
     host.check()
     fill(host)
     assert all(bytes(view) == bytes([7]) * len(view) for view in host.arena.views(block.extents))
-    host.unacquire(block)
+    host.unacquire([block])
     host.clean(block)
     host.check()
     assert block.extents
-    host.unacquire(block)
+    host.unacquire([block])
     assert block.extents == ()
 
 
@@ -150,12 +150,12 @@ def test_tail_before_head(host: HostTier) -> None:
     prompt = blocks[:6]
     host.touch(prompt)
     for block in blocks[6:]:
-        host.acquire(block)
+        host.acquire([block])
     for left in range(5, -1, -1):
         assert put(host, 1000 + left, 2 * PAGE_BYTES) is not None
         for block in blocks[6:]:
             assert not block.gone
-        host.acquire(host.get(block_id(1000 + left)))  # type: ignore[arg-type]
+        host.acquire([host.get(block_id(1000 + left))])  # type: ignore[list-item]
         assert [block.gone for block in prompt] == [n >= left for n in range(6)]
 
 
@@ -284,14 +284,14 @@ class HostMachine(RuleBasedStateMachine):
         blocks = list(self.host.all_blocks())
         if blocks:
             block = data.draw(st.sampled_from(range(len(blocks))))
-            self.host.acquire(blocks[block])
+            self.host.acquire([blocks[block]])
             self.host.touch([blocks[block]])
             self.leased.append(blocks[block])
 
     @precondition(lambda self: self.leased)
     @rule()
     def release(self) -> None:
-        self.host.unacquire(self.leased.pop(0))
+        self.host.unacquire([self.leased.pop(0)])
 
     @precondition(lambda self: self.dirty)
     @rule()
