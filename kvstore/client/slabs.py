@@ -61,9 +61,10 @@ class SlabMap:
             slab = self._slabs.get(slab_id)
             if slab is None:
                 raise SlabNotMapped
-            if offset < 0 or length < 0 or offset + length > len(slab):
+            part = slab[offset : offset + length]
+            if len(part) != length or offset < 0:
                 raise ForeignHandle(f"an extent of {length} bytes at {offset} lies outside slab {slab_id}.")
-            out.append(slab[offset : offset + length])
+            out.append(part)
             left -= length
         if left:
             raise ForeignHandle(f"the extents of a block of {nbytes} bytes hold {nbytes - left}.")

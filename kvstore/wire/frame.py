@@ -113,8 +113,7 @@ class FrameReader:
             return False
         begin = self._start + PREFIX.size
         self._start = begin + head_bytes
-        with memoryview(self._buffer) as view:
-            head = bytes(view[begin : self._start])
+        head = bytes(memoryview(self._buffer)[begin : self._start])
         places = self._on_head(head, payload_bytes)
         if payload_bytes:
             self._expect(places, payload_bytes)
