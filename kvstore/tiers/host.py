@@ -219,6 +219,7 @@ class HostTier:
         if not self._scopes[scope]:
             del self._scopes[scope], self._scope_bytes[scope]
         self.policy.remove(block)
+        self._pinned.discard(block)
         block.gone = True
         if block.refs or block.dirty:
             self._detached.add(block)
@@ -260,7 +261,10 @@ class HostTier:
     def pin(self, block: HostBlock, until: float) -> None:
         """Keep a block from eviction until a monotonic time; a time that has passed ends the pin."""
         block.pin_until = until
-        self._pinned.add(block)
+        if until > time.monotonic():
+            self._pinned.add(block)
+        else:
+            self._pinned.discard(block)
 
     def _settle(self, block: HostBlock) -> None:
         """Note that it is no longer read, or no longer dirty."""

@@ -123,6 +123,17 @@ def test_a_pin_ends_by_itself(host: HostTier) -> None:
     assert put(host, 1000, 2 * PAGE_BYTES) is not None
 
 
+def test_a_pinned_block_that_is_dropped_is_forgotten(host: HostTier) -> None:
+    """With all it takes, also if nobody ever asks how much is pinned."""
+    for number in range(10):
+        block = put(host, number)
+        assert block is not None
+        host.pin(block, time.monotonic() + 60)
+        assert host.breakdown()["pinned_bytes"] == PAGE_BYTES
+        host.remove(block)
+    assert not host._pinned
+
+
 def test_a_dropped_block_keeps_its_memory_while_it_is_read(host: HostTier) -> None:
     block = put(host, 1, 3 * PAGE_BYTES)
     assert block is not None
