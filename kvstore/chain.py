@@ -93,12 +93,13 @@ class TierChain:
 
     # -- bringing up ---------------------------------------------------------------------------------------------------
 
-    def promote(self, block: BlockId, arrival: Arrival) -> None:
-        """Bring a block into host memory, once however many ask for it meanwhile, and tell each of them."""
+    def promote(self, block: BlockId, arrival: Arrival | None = None) -> None:
+        """Bring a block into host memory, once however many ask for it meanwhile, and tell each who wants to know."""
+        told = [] if arrival is None else [arrival]
         if block in self._arrivals:
-            self._arrivals[block].append(arrival)
+            self._arrivals[block] += told
             return
-        self._arrivals[block] = [arrival]
+        self._arrivals[block] = told
         self._waiting.append(block)
         if self._running < self._parallel:
             self._running += 1

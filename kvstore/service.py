@@ -216,7 +216,7 @@ class Service:
         for key in m.split_keys(p.keys):
             block = BlockId(scope, key)
             if self.host.get(block) is None and self.chain.find_below(scope, key) is not None:
-                self.chain.promote(block, lambda found, code: None)
+                self.chain.promote(block)
                 started += 1
         return m.CountReply(started)
 

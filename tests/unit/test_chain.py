@@ -248,6 +248,21 @@ async def test_many_who_ask_at_once_read_once(houses: Houses) -> None:
     assert found[0].header.position == 1
 
 
+async def test_asking_again_without_waiting_holds_nothing(houses: Houses) -> None:
+    gate = Gate("get")
+    below = FakeTier(gate)
+    house = houses(below)
+    below.blocks[block_id(1)] = (BlockHeader(), payload(key(1)))
+    for _ in range(1000):  # prefetches, while the tier hangs
+        house.chain.promote(block_id(1))
+    await gate.waiting.wait()
+    assert house.chain._arrivals == {block_id(1): []}
+    gate.open.set()
+    found, _ = await house.promote(1)
+    assert isinstance(found, HostBlock)
+    assert below.calls["get"] == 1
+
+
 async def test_promotions_are_bounded_and_all_end(houses: Houses) -> None:
     at_once = most = 0
 
