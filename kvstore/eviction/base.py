@@ -24,21 +24,33 @@ class EvictionPolicy(ABC, Generic[Item]):
     - All methods but `victims` MUST be O(1).
     - Within one call of `touch` the items are blocks of one prompt, first block first. Tails MUST go before heads: a
       block is of no use once its parent is gone.
+    - Two items are equal if and only if they are the same block, also in another life: a policy MAY remember what it
+      saw leave, in a bounded number of such ghosts.
     """
 
     name: str
 
     @abstractmethod
-    def insert(self, item: Item, nbytes: int) -> None:
-        """Add an item that is not there yet."""
+    def insert(self, item: Item, nbytes: int, *, cost: float = 1.0, parent: Item | None = None) -> None:
+        """Add an item that is not there yet.
+
+        Parameters
+        ----------
+        nbytes : int
+            What it occupies.
+        cost : float
+            What it would take to compute it again, in any unit that is the same for all items; at least 0.
+        parent : Item, optional
+            The block before it in its prompt, whether or not that is there.
+        """
 
     @abstractmethod
     def touch(self, items: list[Item]) -> None:
         """Note a use of these items, which are there."""
 
     @abstractmethod
-    def remove(self, item: Item) -> None:
-        """Forget an item that is there (evicted, dropped or moved)."""
+    def remove(self, item: Item, *, evicted: bool = False) -> None:
+        """Take out an item that is there: `evicted` for want of room, else dropped, which leaves no ghost."""
 
     @abstractmethod
     def victims(self) -> Iterator[Item]:

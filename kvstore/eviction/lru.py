@@ -16,7 +16,7 @@ class LRU(EvictionPolicy[Item]):
     def __init__(self) -> None:
         self._order: OrderedDict[Item, None] = OrderedDict()
 
-    def insert(self, item: Item, nbytes: int) -> None:
+    def insert(self, item: Item, nbytes: int, *, cost: float = 1.0, parent: Item | None = None) -> None:
         self._order[item] = None
 
     def touch(self, items: list[Item]) -> None:
@@ -24,7 +24,7 @@ class LRU(EvictionPolicy[Item]):
         for item in reversed(items):
             move(item)
 
-    def remove(self, item: Item) -> None:
+    def remove(self, item: Item, *, evicted: bool = False) -> None:
         del self._order[item]
 
     def victims(self) -> Iterator[Item]:
