@@ -55,7 +55,7 @@ class TierChain:
     def __init__(self, host: HostTier, below: list[Tier], parallel: int = 8) -> None:
         self.host = host
         self.below = below
-        self.queues = [WriteBehind(host, tier, parallel) for tier in below]
+        self.queues = [WriteBehind(host, tier, parallel, self._loading) for tier in below]
         self._parallel = parallel
         self._arrivals: dict[BlockId, list[Arrival]] = {}
         self._waiting: deque[BlockId] = deque()
@@ -106,6 +106,9 @@ class TierChain:
             task = asyncio.get_running_loop().create_task(self._promote_until_empty())
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+
+    def _loading(self) -> bool:
+        return self._running > 0
 
     async def _promote_until_empty(self) -> None:
         try:

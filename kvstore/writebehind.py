@@ -4,6 +4,9 @@ A block in this queue is still in host memory and still a hit; it is merely `dir
 evicted. The queue needs no bound of its own: what it holds is memory of the host tier, which is bounded. When that
 runs out of clean blocks a store waits for this queue if its caller allows, or is dropped, and says so. An engine
 never waits.
+
+Loads go first: while blocks are being brought up, one writer at a time goes on, so that a load finds the medium nearly
+to itself and the queue still gets shorter.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
+from collections.abc import Callable
 
 from kvstore.tiers.base import Tier
 from kvstore.tiers.host import HostBlock, HostTier
@@ -30,6 +34,8 @@ class WriteBehind:
         Where they go.
     writers : int
         Blocks written at once.
+    loading : callable
+        Whether blocks are being brought up now.
 
     Attributes
     ----------
@@ -37,12 +43,13 @@ class WriteBehind:
         Waiting or being written.
     """
 
-    def __init__(self, host: HostTier, tier: Tier, writers: int) -> None:
+    def __init__(self, host: HostTier, tier: Tier, writers: int, loading: Callable[[], bool] = lambda: False) -> None:
         self.tier = tier
         self._host = host
         self._queue: deque[tuple[HostBlock, bool, asyncio.Future[StoreOutcome]]] = deque()
         self._busy = 0
         self._writers = writers
+        self._loading = loading
         self._tasks: set[asyncio.Task[None]] = set()
         self._waiters: list[asyncio.Future[None]] = []
         self.blocks = 0
@@ -58,16 +65,23 @@ class WriteBehind:
             self._queue.appendleft((block, True, done))
         else:
             self._queue.append((block, False, done))
-        if self._busy < self._writers:
+        self._hire()
+        return done
+
+    def _may_write(self) -> int:
+        return 1 if self._loading() else self._writers
+
+    def _hire(self) -> None:
+        """One more writer, if there is work for it and loads leave it room."""
+        if self._queue and self._busy < self._may_write():
             self._busy += 1
             task = asyncio.get_running_loop().create_task(self._write_until_empty())
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
-        return done
 
     async def _write_until_empty(self) -> None:
         try:
-            while self._queue:
+            while self._queue and self._busy <= self._may_write():
                 block, durable, done = self._queue.popleft()
                 outcome = await self._write(block, durable)
                 self.blocks -= 1
@@ -76,6 +90,7 @@ class WriteBehind:
                 if not done.done():
                     done.set_result(outcome)
                 self._progress()
+                self._hire()
         finally:
             self._busy -= 1
             self._progress()

@@ -16,13 +16,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from kvstore.disk.buffers import Scratch, as_bytes, image_of
 from kvstore.disk.directory import Directory
 from kvstore.disk.format import (
-    ENTRY_COST,
     PART_BYTES,
     Shape,
     block_name,
     check_payload,
     decode_header,
     encode_header,
+    file_cost,
     part_sums,
     round_up,
 )
@@ -371,4 +371,4 @@ class BlockFiles:
 
 def description_cost(nbytes: int) -> int:
     """What a description takes of the budget."""
-    return round_up(nbytes) + ENTRY_COST
+    return file_cost(nbytes)

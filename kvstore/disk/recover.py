@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from kvstore.disk.blocks import DESCRIPTION, BlockFiles, description_cost
 from kvstore.disk.directory import Directory
-from kvstore.disk.format import ENTRY_COST, Shape, block_name, is_domain, is_namespace, parse_name, round_up
+from kvstore.disk.format import Shape, block_name, file_cost, is_domain, is_namespace, parse_name
 from kvstore.disk.index import Space
 from kvstore.disk.io import Files, let_go
 from kvstore.types import BlockId, Scope
@@ -65,7 +65,7 @@ def recover(directory: Directory, blocks: BlockFiles, files: Files) -> Recovered
         found.spaces[scope] = space
     for name in sorted(files.list_dir(directory.quarantine).files):
         info = files.stat_name(name, directory.quarantine)
-        found.quarantine[name] = round_up(info.st_size) + ENTRY_COST
+        found.quarantine[name] = file_cost(info.st_size)
     return found
 
 

@@ -489,12 +489,12 @@ async def test_a_budget_may_grow_by_a_share_of_what_was_found(tmp_path: Path) ->
 
 async def test_recency_outlives_a_restart(tmp_path: Path) -> None:
     root = tmp_path / "t"
-    async with opened(root, 800_000) as tier:
+    async with opened(root, 830_000) as tier:
         for number in range(7):
             assert await store(tier, block_of(number), 100_000) == Stored()
             os.utime(file_of(root, block_of(number)), (1e9 + number, 1e9 + number))
         assert await load(tier, block_of(0), 100_000)
-    async with opened(root, 800_000) as tier:
+    async with opened(root, 830_000) as tier:
         await asyncio.sleep(0.05)  # the order is found out after the start
         assert await load(tier, block_of(2), 100_000)
         for number in range(10, 14):
@@ -505,16 +505,16 @@ async def test_recency_outlives_a_restart(tmp_path: Path) -> None:
 
 async def test_eviction_before_the_order_is_known(tmp_path: Path) -> None:
     root = tmp_path / "t"
-    async with opened(root, 800_000) as tier:
+    async with opened(root, 830_000) as tier:
         for number in range(7):
             await store(tier, block_of(number), 100_000)
     files = GatedFiles("used_at")
-    tier = DiskTier(root, 800_000, files=files)
+    tier = DiskTier(root, 830_000, files=files)
     await tier.start()
     assert await load(tier, block_of(3), 100_000)
     for number in range(10, 14):
         assert await store(tier, block_of(number), 100_000) == Stored()
-        assert tier.usage().used <= 800_000
+        assert tier.usage().used <= 830_000
     assert tier.contains(*block_of(3)), "used since start"
     assert sum(tier.contains(*block_of(number)) for number in range(7)) == 3
     files.gate.set()
