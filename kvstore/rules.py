@@ -99,13 +99,13 @@ def _within(number: float, low: float, high: float, write: Callable[[Any], str])
 
 
 def choice(*words: str) -> Parser:
-    """One of some words; a single ``module:TABLE`` stands for the keys of that table."""
+    """One of some words; a single ``module:function`` stands for the words that it returns."""
 
     def parse(value: object) -> str:
         known = words
         if len(words) == 1 and ":" in words[0]:
-            module, _, table = words[0].partition(":")
-            known = tuple(sorted(getattr(importlib.import_module(module), table)))
+            module, _, function = words[0].partition(":")
+            known = tuple(getattr(importlib.import_module(module), function)())
         if value not in known:
             raise ValueError(f"is not one of {', '.join(known)}")
         return str(value)

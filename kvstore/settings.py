@@ -116,7 +116,7 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ]
     ahead_bytes: Annotated[int, Rule("Memory kept touched and ready ahead of need.", "256MiB", size(0))]
-    policy: Annotated[str, Rule("Eviction policy.", "lru", choice("kvstore.eviction:POLICIES"))]
+    policy: Annotated[str, Rule("Eviction policy.", "lhd", choice("kvstore.eviction:names"))]
 
 
 class Disk(msgspec.Struct, frozen=True, kw_only=True):
@@ -143,7 +143,7 @@ class Disk(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ]
     threads: Annotated[int, Rule("Threads for disk I/O.", "4", integer(1, 64))]
-    policy: Annotated[str, Rule("Eviction policy.", "lru", choice("kvstore.eviction:POLICIES"))]
+    policy: Annotated[str, Rule("Eviction policy.", "lhd", choice("kvstore.eviction:names"))]
     deadline_s: Annotated[
         float, Rule("Longest time one read or write may take before it counts as failed.", "10s", duration(0.01, 3600))
     ]

@@ -14,7 +14,11 @@ from dataclasses import dataclass, field
 from kvstore.disk.directory import FIXED_COST
 from kvstore.disk.format import ALIGN, ENTRY_COST, Shape
 from kvstore.eviction.base import EvictionPolicy
-from kvstore.types import BlockId, Scope
+from kvstore.eviction.cost import recompute_cost
+from kvstore.types import BlockHeader, BlockId, Scope
+
+_UNKNOWN = BlockHeader()
+"""Of a block found at start nothing is known but its name; its header is in its file."""
 
 NAMESPACE_COST = 2 * (ALIGN + ENTRY_COST)
 """What a namespace's directory takes, and its share of the domain's."""
@@ -164,22 +168,25 @@ class Index:
             self._close(reservation.scope, empty)
         return empty
 
-    def insert(self, block: BlockId, shape: Shape) -> None:
+    def insert(self, block: BlockId, shape: Shape, header: BlockHeader = _UNKNOWN) -> None:
         """Make a block findable. Its bytes were charged before."""
         space = self.spaces[block.scope]
         space.blocks[block.key] = shape
         space.nbytes += shape.cost
         self.count += 1
+        self._order(block, shape, header)
+
+    def _order(self, block: BlockId, shape: Shape, header: BlockHeader = _UNKNOWN) -> None:
         self._hot.add(block)
-        self._policy.insert(block, shape.nbytes)
+        parent = BlockId(block.scope, header.parent) if header.parent else None
+        self._policy.insert(block, shape.nbytes, cost=recompute_cost(header, shape.nbytes), parent=parent)
 
     def touch(self, blocks: Iterable[BlockId]) -> None:
         """Note a use of blocks of one prompt, first block first."""
         known = [block for block in blocks if self.find(block) is not None]
         for block in known:
             if block not in self._hot:
-                self._hot.add(block)
-                self._policy.insert(block, self.spaces[block.scope].blocks[block.key].nbytes)
+                self._order(block, self.spaces[block.scope].blocks[block.key])
         self._policy.touch(known)
 
     # -- staying -------------------------------------------------------------------------------------------------------
@@ -240,7 +247,7 @@ class Index:
                 chosen.append(block)
                 need -= self.spaces[block.scope].blocks[block.key].cost
         for block in chosen:
-            self._forget(block, leaving, keep)
+            self._forget(block, leaving, keep, evicted=True)
         self.evicted += len(chosen)
         return leaving
 
@@ -262,7 +269,7 @@ class Index:
             self.used += shape.cost
             self.insert(block, shape)
 
-    def _forget(self, block: BlockId, leaving: Departure, keep: Scope | None) -> None:
+    def _forget(self, block: BlockId, leaving: Departure, keep: Scope | None, *, evicted: bool = False) -> None:
         space = self.spaces[block.scope]
         shape = space.blocks.pop(block.key)
         space.nbytes -= shape.cost
@@ -270,7 +277,7 @@ class Index:
         self._pins.pop(block, None)
         if block in self._hot:
             self._hot.remove(block)
-            self._policy.remove(block)
+            self._policy.remove(block, evicted=evicted)
         reading = self._reads.pop(block, None)
         if reading is None:
             leaving.nbytes += shape.cost

@@ -165,7 +165,7 @@ class Store:
         finally:
             kept = self._kept(shape.cost, wrote)
             if wrote.error is None:
-                self.index.insert(block, shape)
+                self.index.insert(block, shape, header)
             empty = self.index.settle(reservation, kept, wrote.failed)
         if wrote.error is None and (error is not None or not wanted()):
             await self.remove(self.index.forget([block]))

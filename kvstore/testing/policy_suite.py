@@ -87,6 +87,57 @@ class PolicySuite(ABC):
         policy.touch([1, 1])
         assert list(policy.victims()) == [1]
 
+    def test_no_block_leaves_before_those_behind_it(self) -> None:
+        """Random trees of prompts, used and evicted at random: what is left is always closed toward the heads."""
+        policy, rng = self.make(), random.Random(2)
+        parents: dict[int, int | None] = {}
+        held: set[int] = set()
+        for number in range(3000):
+            parent = rng.choice([None, *sorted(held)[-20:]]) if held else None
+            parents[number] = parent
+            policy.insert(number, self.size, parent=parent)
+            held.add(number)
+            if rng.random() < 0.5:
+                chain = [rng.choice(sorted(held)[:40])]
+                while (before := parents[chain[0]]) is not None:
+                    chain.insert(0, before)
+                policy.touch(chain)
+            while len(held) > 60:
+                victims = policy.victims()
+                for item in [next(victims) for _ in range(rng.randrange(1, 4))]:
+                    assert all(parents[other] != item for other in held), "a block behind it is still held"
+                    policy.remove(item, evicted=True)
+                    held.remove(item)
+        order = list(policy.victims())
+        assert sorted(order) == sorted(held)
+        at: dict[int | None, int] = {item: place for place, item in enumerate(order)}
+        assert all(at[item] < at[parents[item]] for item in held if parents[item] in at)
+
+    def test_a_dropped_parent_holds_nothing_back(self) -> None:
+        policy = self.make()
+        policy.insert(1, self.size)
+        policy.insert(2, self.size, parent=1)
+        policy.remove(1)
+        policy.insert(3, self.size, parent=2)
+        policy.insert(1, self.size)
+        assert sorted(policy.victims()) == [1, 2, 3]
+        assert list(policy.victims()).index(3) < list(policy.victims()).index(2)
+
+    def test_what_left_may_come_back_again_and_again(self) -> None:
+        policy, held = self.make(), list[int]()
+        for turn in range(2000):
+            item = turn * 7 % 97
+            if item in held:
+                policy.touch([item])
+                continue
+            policy.insert(item, self.size)
+            held.append(item)
+            if len(held) > 30:
+                leaving = next(policy.victims())
+                policy.remove(leaving, evicted=True)
+                held.remove(leaving)
+        assert sorted(policy.victims()) == sorted(held)
+
     def test_random_use_keeps_the_items_exact(self) -> None:
         policy, model, rng = self.make(), set[int](), random.Random(1)
         for _ in range(5000):

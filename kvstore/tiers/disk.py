@@ -78,7 +78,7 @@ class DiskTier(Tier):
         root: Path | str,
         capacity: int,
         *,
-        policy: str = "lru",
+        policy: str = "lhd",
         threads: int = 4,
         found_share: float = 0.0,
         files: Files | None = None,

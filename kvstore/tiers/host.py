@@ -15,6 +15,7 @@ import msgspec
 from kvstore.arena import PAGE_BYTES, Arena
 from kvstore.errors import InternalError
 from kvstore.eviction.base import EvictionPolicy
+from kvstore.eviction.cost import recompute_cost
 from kvstore.tiers.base import TierCounters, Usage
 from kvstore.types import BlockHeader, BlockId, Extent, Scope
 
@@ -90,7 +91,7 @@ class HostTier:
 
     name = "host"
 
-    def __init__(self, capacity: int, policy: EvictionPolicy[HostBlock], slab_bytes: int, ahead_bytes: int) -> None:
+    def __init__(self, capacity: int, policy: EvictionPolicy[BlockId], slab_bytes: int, ahead_bytes: int) -> None:
         self.index_capacity = capacity // _INDEX_SHARE
         self.capacity = capacity
         self.arena = Arena(capacity - self.index_capacity, slab_bytes, ahead_bytes)
@@ -119,7 +120,7 @@ class HostTier:
 
     def touch(self, blocks: list[HostBlock]) -> None:
         """Note a use of blocks of one prompt, first block first."""
-        self.policy.touch(blocks)
+        self.policy.touch([block.id for block in blocks])
 
     # -- memory --------------------------------------------------------------------------------------------------------
 
@@ -180,9 +181,10 @@ class HostTier:
             return 0  # without looking at each block: in a burst this is asked for every one that is offered
         now = time.monotonic()
         victims: list[HostBlock] = []
-        for block in self.policy.victims():
+        for scope, key in self.policy.victims():
             if bytes_needed <= 0 and index_needed <= 0:
                 break
+            block = self._scopes[scope][key]
             if (
                 self.evictable(block, now)
                 and (domain is None or block.id.scope.domain == domain)
@@ -194,7 +196,7 @@ class HostTier:
         if bytes_needed > 0 or index_needed > 0:
             return 0
         for block in victims:
-            self.remove(block)
+            self.remove(block, evicted=True)
         self.counters.evicted += len(victims)
         return len(victims)
 
@@ -207,18 +209,19 @@ class HostTier:
             raise InternalError("host: a block was inserted twice under one key.")
         del self._lent[block.extents[0]]
         index[block.id.key] = block
-        self.policy.insert(block, block.nbytes)
+        parent = BlockId(block.id.scope, block.header.parent) if block.header.parent else None
+        self.policy.insert(block.id, block.nbytes, cost=recompute_cost(block.header, block.nbytes), parent=parent)
         self.used_bytes += block.footprint
         self._scope_bytes[block.id.scope] = self._scope_bytes.get(block.id.scope, 0) + block.nbytes
 
-    def remove(self, block: HostBlock) -> None:
+    def remove(self, block: HostBlock, *, evicted: bool = False) -> None:
         """Take a block out of the index. Its memory goes back now, or with its last reader or writer-behind."""
         scope = block.id.scope
         del self._scopes[scope][block.id.key]
         self._scope_bytes[scope] -= block.nbytes
         if not self._scopes[scope]:
             del self._scopes[scope], self._scope_bytes[scope]
-        self.policy.remove(block)
+        self.policy.remove(block.id, evicted=evicted)
         self._pinned.discard(block)
         block.gone = True
         if block.refs or block.dirty:

@@ -24,6 +24,30 @@ class TestPolicies(PolicySuite):
     def test_the_name_is_that_of_the_table(self) -> None:
         assert self.make().name == self.policy_name
 
+    def test_a_flood_of_prompts_used_once_does_not_wash_out_what_is_used(self) -> None:
+        policy = self.make()
+        hot = list(range(40))
+        for item in hot:
+            policy.insert(item, self.size, parent=item - 1 if item else None)
+        held, hits = set(hot), 0
+        for turn in range(400):
+            present = [item for item in hot if item in held]
+            hits += len(present)
+            policy.touch(present)
+            for item in hot:
+                if item not in held:
+                    policy.insert(item, self.size, parent=item - 1 if item - 1 in held else None)
+                    held.add(item)
+            for step in range(10):
+                item = 1000 + turn * 10 + step
+                policy.insert(item, self.size, parent=item - 1 if step else None)
+                held.add(item)
+            while len(held) > 100:
+                leaving = next(policy.victims())
+                policy.remove(leaving, evicted=True)
+                held.remove(leaving)
+        assert hits > 0.95 * 400 * len(hot)
+
     def test_an_unknown_name_is_refused(self) -> None:
         with pytest.raises(ConfigError, match="eviction"):
             make_policy("no-such-policy")

@@ -241,10 +241,10 @@ def test_check_finds_a_wrong_count(host: HostTier) -> None:
     with pytest.raises(InternalError):
         host.check()
     block.refs = 0
-    host.policy.remove(block)
+    host.policy.remove(block.id)
     with pytest.raises(InternalError, match="policy"):
         host.check()
-    host.policy.insert(block, block.nbytes)
+    host.policy.insert(block.id, block.nbytes)
 
 
 @given(st.integers(1, 1 << 22), st.integers(1 << 14, 1 << 20))
