@@ -22,7 +22,10 @@
     ├── StorageError                  KV600  a tier cannot do its work
     │   ├── CorruptBlock              KV601
     │   ├── TierDown                  KV602
-    │   └── DirectoryUnusable         KV603
+    │   ├── DirectoryUnusable         KV603
+    │   └── CodecError                KV610  a codec cannot do its work
+    │       ├── CannotEncode          KV611
+    │       └── CannotDecode          KV612
     └── InternalError                 KV900  a defect of ours; the message names what failed
 
 What a cache is expected to say (absent, dropped, throttled) is a value (`kvstore.types`), never an exception.
@@ -210,6 +213,27 @@ class DirectoryUnusable(StorageError):
 
     code = "KV603"
     default_remedy = "Choose another directory with --disk-path, or switch the tier off with --disk-bytes 0."
+
+
+class CodecError(StorageError):
+    """A codec cannot do its work. The block is kept as it is, or counts as a miss."""
+
+    code = "KV610"
+    default_remedy = "docs/codecs.md tells what each codec needs."
+
+
+class CannotEncode(CodecError):
+    """A block, or a chain of codecs, that cannot be encoded: shape, values or something of the model that is missing."""
+
+    code = "KV611"
+    default_remedy = "Use a chain that fits (docs/codecs.md); `raw` and `lossless` take any block."
+
+
+class CannotDecode(CodecError):
+    """Encoded bytes that need what is not here: a codec, a basis, a key, a rotation."""
+
+    code = "KV612"
+    default_remedy = "The block counts as a miss; docs/codecs.md tells what each codec needs."
 
 
 class InternalError(KVStoreError):

@@ -1,0 +1,282 @@
+"""A chain of steps, as one codec: exact sizes first, then encoding into a buffer, then decoding into a tensor.
+
+Nothing is allocated but one unit of layers in float32 and the part at hand. What a header says about sizes is
+compared with the tensor that the caller wants filled before any of it is believed.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+import xxhash
+
+from kvstore.codecs import frame
+from kvstore.codecs.base import BlockCoder, BlockSpec, BlockStep, Bytes, ByteStep, Context, Step
+from kvstore.errors import CannotDecode, CannotEncode, CorruptBlock
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """Steps in order: block to block, one coder, bytes to bytes.
+
+    Attributes
+    ----------
+    blocks : tuple of BlockStep
+        What is done to the block before coding.
+    coder : BlockCoder
+        What makes bytes of it.
+    byte_steps : tuple of ByteStep
+        What is done to each part.
+    """
+
+    blocks: tuple[BlockStep, ...]
+    coder: BlockCoder
+    byte_steps: tuple[ByteStep, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.blocks and self.coder.native:
+            raise CannotEncode(f"{self.coder.name} keeps the block's own bytes, so no step may change it before.")
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """All steps, in the order of encoding."""
+        return (*self.blocks, self.coder, *self.byte_steps)
+
+    @property
+    def lossy(self) -> bool:
+        """Whether a decoded block may differ from the one encoded."""
+        return any(step.lossy for step in self.steps)
+
+    @property
+    def exact_size(self) -> bool:
+        """Whether `bound` is the encoded size; otherwise the size is known once `encode` has run."""
+        return all(step.exact for step in self.byte_steps)
+
+    def __str__(self) -> str:
+        return "|".join(_text(step) for step in self.steps)
+
+    def bound(self, spec: BlockSpec, context: Context | None = None) -> int:
+        """Most bytes that such a block can take encoded; exactly its bytes if `exact_size`."""
+        return self._plan(spec, context or Context()).nbytes
+
+    def encode(self, block: torch.Tensor, spec: BlockSpec, out: Bytes, context: Context | None = None) -> int:
+        """Encode a block into a buffer of at least `bound` bytes.
+
+        Parameters
+        ----------
+        block : torch.Tensor
+            ``[layer][K|V][token][kv_head][dim]`` in the dtype of ``spec``.
+        spec : BlockSpec
+            What the block is.
+        out : numpy.ndarray
+            Flat, writable, uint8.
+        context : Context, optional
+            What the steps need.
+
+        Returns
+        -------
+        int
+            Bytes used.
+
+        Raises
+        ------
+        CannotEncode
+            The chain does not fit the block; nothing of ``out`` is valid then.
+        """
+        context = context or Context()
+        plan = self._plan(spec, context)
+        if tuple(block.shape) != spec.shape or block.dtype != spec.torch_dtype:
+            raise CannotEncode(f"the block is {tuple(block.shape)} {block.dtype}, not {spec.shape} {spec.dtype}.")
+        if out.size < plan.nbytes:
+            raise CannotEncode(f"the buffer has {out.size} bytes of {plan.nbytes}.")
+        checks = np.zeros(plan.sizes.shape, np.uint64)
+        sizes = plan.sizes.copy()
+        parts: list[list[Bytes]] = [[] for _ in range(plan.planes)]
+        for unit, first in enumerate(plan.firsts):
+            layers = block[first : first + plan.span]
+            if self.byte_steps:
+                places = [np.empty(int(raw), np.uint8) for raw in plan.raw[:, unit]]
+            else:
+                places = [out[o : o + n] for o, n in zip(plan.offsets[:, unit], plan.sizes[:, unit], strict=True)]
+            self._encode_unit(layers, spec.of(len(layers)), first, places, context)
+            for plane, part in enumerate(places):
+                for step in self.byte_steps:
+                    part = step.encode(part, _label(plan.label, plane, unit), context)
+                sizes[plane, unit] = part.size
+                checks[plane, unit] = xxhash.xxh3_64_intdigest(part.data)
+                if self.byte_steps:
+                    parts[plane].append(part)
+        end = frame.head_nbytes(plan.label, plan.units, plan.planes)
+        for part in (part for plane in parts for part in plane):
+            out[end : end + part.size] = part
+            end += part.size
+        frame.seal_head(out, plan.label, sizes, checks)
+        return end if self.byte_steps else plan.nbytes
+
+    def _encode_unit(
+        self, layers: torch.Tensor, spec: BlockSpec, first: int, places: Sequence[Bytes], context: Context
+    ) -> None:
+        if not self.coder.native:
+            layers = layers.to(torch.float32)
+            if not bool(torch.isfinite(layers).all()):
+                raise CannotEncode(f"layer {first} has values that are not finite.")
+        for step in self.blocks:
+            layers = step.forward(layers, spec, first, context)
+        self.coder.encode(layers, spec, first, places, context)
+
+    def decode(
+        self,
+        data: Bytes,
+        spec: BlockSpec,
+        out: torch.Tensor,
+        context: Context | None = None,
+        *,
+        layers: range | None = None,
+        planes: int | None = None,
+    ) -> None:
+        """Decode a block, or some layers of it, into a tensor.
+
+        Parameters
+        ----------
+        data : numpy.ndarray
+            The encoded block, or a prefix of it that holds ``planes`` whole planes.
+        spec : BlockSpec
+            What the block must be.
+        out : torch.Tensor
+            ``[layer][K|V][token][kv_head][dim]`` for the layers asked for, in the dtype of ``spec``.
+        context : Context, optional
+            What the steps need.
+        layers : range, optional
+            Consecutive layers, from and to the borders of units; all by default.
+        planes : int, optional
+            How many planes to use; all by default.
+
+        Raises
+        ------
+        CorruptBlock
+            The bytes are not what was encoded.
+        CannotDecode
+            Something that is needed is not here, or the block is another than expected. After an error the contents
+            of ``out`` are of no meaning.
+        """
+        context = context or Context()
+        parsed = frame.read(data)
+        if parsed.spec != spec or parsed.chain != str(self):
+            raise CannotDecode(f"the block is {parsed.spec} by {parsed.chain}, not {spec} by {self}.")
+        plan = self._plan(spec, context, decoding=True)
+        for step, wanted in zip(self.steps, parsed.references, strict=True):
+            if wanted != step.reference(context):
+                raise CannotDecode(f"{step.name} used {wanted or 'nothing'}, but {step.reference(context)!r} is here.")
+        if (parsed.planes, parsed.units) != (plan.planes, plan.units) or (parsed.sizes > plan.sizes).any():
+            raise CorruptBlock("the directory is not of such a block.")
+        if self.exact_size and (parsed.sizes != plan.sizes).any():
+            raise CorruptBlock("the parts have other sizes than such a block has.")
+        used = plan.planes if planes is None else planes
+        if not (self.coder.required() or plan.planes) <= used <= plan.planes:
+            raise CannotDecode(f"{self} cannot be read from {used} of {plan.planes} planes.")
+        wanted_layers = range(spec.layers) if layers is None else layers
+        units = plan.units_of(wanted_layers, spec.layers)
+        if tuple(out.shape) != spec.of(len(wanted_layers)).shape or out.dtype != spec.torch_dtype:
+            raise CannotDecode(f"the tensor to fill is {tuple(out.shape)} {out.dtype}.")
+        for unit in units:
+            first = plan.firsts[unit]
+            target = out[first - wanted_layers.start :][: plan.span]
+            parts = [
+                self._part(parsed, data, plane, unit, int(plan.raw[plane, unit]), context) for plane in range(used)
+            ]
+            self._decode_unit(parts, spec.of(len(target)), first, target, context)
+
+    def _part(self, parsed: frame.Frame, data: Bytes, plane: int, unit: int, raw: int, context: Context) -> Bytes:
+        part = parsed.part(data, plane, unit)
+        inner = [raw]
+        for step in self.byte_steps:
+            inner.append(step.bound(inner[-1]))
+        for step, nbytes in zip(reversed(self.byte_steps), reversed(inner[:-1]), strict=True):
+            part = step.decode(part, nbytes, _label(parsed.label, plane, unit), context)
+        if part.size != raw:
+            raise CorruptBlock(f"part {unit} of plane {plane} has {part.size} bytes of {raw}.")
+        return part
+
+    def _decode_unit(
+        self, parts: Sequence[Bytes], spec: BlockSpec, first: int, target: torch.Tensor, context: Context
+    ) -> None:
+        if not self.blocks:
+            self.coder.decode(parts, spec, first, target, context)
+            return
+        unit = torch.empty(spec.shape, dtype=torch.float32)
+        self.coder.decode(parts, spec, first, unit, context)
+        for step in reversed(self.blocks):
+            unit = step.inverse(unit, spec, first, context)
+        target.copy_(unit)
+
+    def _plan(self, spec: BlockSpec, context: Context, *, decoding: bool = False) -> _Plan:
+        try:
+            for step in self.steps:
+                step.check(spec)
+            span = self.coder.span(spec, context)
+            firsts = tuple(range(0, spec.layers, span))
+            rows = [self.coder.planes(spec.of(min(span, spec.layers - first)), first, context) for first in firsts]
+            references = tuple(step.reference(context) for step in self.steps)
+        except CannotEncode as error:
+            if decoding:
+                raise CannotDecode(error.cause) from None
+            raise
+        raw = np.array(rows, np.int64).T
+        sizes = raw.copy()
+        for step in self.byte_steps:
+            sizes = np.vectorize(step.bound, otypes=[np.int64])(sizes)
+        label = frame.head(spec, str(self), references, len(firsts), len(raw))
+        return _Plan(span, firsts, raw, sizes, label)
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """Where everything of a block goes: ``raw`` and ``sizes`` are ``[plane, unit]``, before and after byte steps."""
+
+    span: int
+    firsts: tuple[int, ...]
+    raw: np.ndarray
+    sizes: np.ndarray
+    label: bytes
+
+    @property
+    def units(self) -> int:
+        return len(self.firsts)
+
+    @property
+    def planes(self) -> int:
+        return len(self.raw)
+
+    @property
+    def offsets(self) -> np.ndarray:
+        flat = self.sizes.ravel()
+        start = frame.head_nbytes(self.label, self.units, self.planes)
+        return (start + np.cumsum(flat) - flat).reshape(self.sizes.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return frame.head_nbytes(self.label, self.units, self.planes) + int(self.sizes.sum())
+
+    def units_of(self, layers: range, count: int) -> range:
+        first, last = layers.start, layers.stop
+        if (
+            layers.step != 1
+            or not 0 <= first < last <= count
+            or first % self.span
+            or (last % self.span and last < count)
+        ):
+            raise CannotDecode(f"layers {first} to {last} are not whole units of {self.span} layers.")
+        return range(first // self.span, -(-last // self.span))
+
+
+def _label(head: bytes, plane: int, unit: int) -> bytes:
+    return head + struct.pack("<II", plane, unit)
+
+
+def _text(step: Step) -> str:
+    values = ",".join(f"{f.name}={getattr(step, f.name)}" for f in fields(step))  # pyright: ignore[reportArgumentType]
+    return f"{step.name}({values})" if values else step.name

@@ -1,0 +1,36 @@
+"""raw: the engine's own bytes. One part a layer, checksummed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from kvstore.codecs.base import BlockCoder, BlockSpec, Bytes, Context
+
+
+def as_bytes(unit: torch.Tensor) -> Bytes:
+    """The bytes of a contiguous tensor, as a view."""
+    return unit.reshape(-1).view(torch.uint8).numpy()
+
+
+@dataclass(frozen=True)
+class Raw(BlockCoder):
+    """Copy."""
+
+    name: ClassVar[str] = "raw"
+    native: ClassVar[bool] = True
+
+    def planes(self, spec: BlockSpec, layer: int, context: Context) -> tuple[int, ...]:
+        del layer, context
+        return (spec.nbytes,)
+
+    def encode(self, unit: torch.Tensor, spec: BlockSpec, layer: int, out: Sequence[Bytes], context: Context) -> None:
+        del spec, layer, context
+        out[0][:] = as_bytes(unit.contiguous())
+
+    def decode(self, planes: Sequence[Bytes], spec: BlockSpec, layer: int, out: torch.Tensor, context: Context) -> None:
+        del layer, context
+        out.copy_(torch.from_numpy(planes[0].copy()).view(spec.torch_dtype).view(spec.shape))
