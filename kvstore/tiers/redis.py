@@ -1,0 +1,562 @@
+"""The Redis tier: blocks in Redis or Valkey, or a cluster of them, shared by the daemons of a fleet.
+
+A put reserves its bytes in the shared index by a script (which names what leaves for them), writes the parts over
+several connections, then the record, and tells everybody. A get reads the record, then the parts, and verifies every
+byte: what Redis returns is not trusted. Without a connection the tier holds nothing and refuses at once; it connects
+again by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Awaitable, Coroutine, Iterable, Sequence
+from typing import Any, TypeVar, cast
+
+import redis.asyncio as redis
+from redis.asyncio.cluster import RedisCluster
+from redis.backoff import NoBackoff
+from redis.exceptions import AuthenticationError, AuthorizationError, OutOfMemoryError, RedisError, ResponseError
+from redis.retry import Retry
+
+from kvstore.errors import ConfigError, CorruptBlock
+from kvstore.remote import index as ix
+from kvstore.remote import record as rec
+from kvstore.tiers.base import Finding, Tier, TierCounters, Usage
+from kvstore.types import (
+    BlockHeader,
+    BlockId,
+    Dropped,
+    DropReason,
+    Exists,
+    Hit,
+    LoadOutcome,
+    Miss,
+    MissReason,
+    Scope,
+    Stored,
+    StoreOutcome,
+    TierCode,
+)
+
+log = logging.getLogger("kvstore.redis")
+
+T = TypeVar("T")
+_FAILURES = (RedisError, OSError, TimeoutError, asyncio.TimeoutError)
+OWNER = "owner"
+"""What the domain of the daemon's own user is called in Redis: that user may have another number on another host."""
+_BATCH = 256
+
+
+class RedisTier(Tier):
+    """Blocks as Redis values.
+
+    Parameters
+    ----------
+    url : str
+        ``redis://``, ``rediss://`` or ``unix://``, with user and password if there are any.
+    capacity : int
+        Bytes that this deployment (all daemons with this prefix) keeps there.
+    prefix : str
+        What the names of all keys begin with.
+    cluster : bool
+        Whether it is a cluster.
+    connections : int
+        Connections over which one block's parts travel.
+    ttl_s : float
+        How long a block stays after its last use.
+    timeout_s : float
+        Longest time one command may take.
+    key : bytes
+        32 bytes: seal everything with AES-256-GCM. Empty: checksums alone.
+    own_domain : str
+        The trust domain of the daemon's own user.
+
+    Raises
+    ------
+    ConfigError
+        If the URL or the key cannot be used.
+    """
+
+    name = "redis"
+    code = TierCode.REDIS
+
+    def __init__(
+        self,
+        url: str,
+        capacity: int,
+        *,
+        prefix: str = "kvstore",
+        cluster: bool = False,
+        connections: int = 4,
+        ttl_s: float = 7 * 86_400.0,
+        timeout_s: float = 2.0,
+        key: bytes = b"",
+        own_domain: str = "",
+    ) -> None:
+        if key and len(key) != 32:
+            raise ConfigError(f"redis.key_file: the key has {len(key)} bytes; it must have 32.")
+        self.counters = TierCounters()
+        self._capacity = capacity
+        self._names = ix.Names(prefix)
+        self._seal = rec.Seal(key) if key else None
+        self._own_domain = own_domain
+        self._lanes = connections
+        self._ttl_s = int(ttl_s)
+        self._timeout_s = timeout_s
+        self._client = _make_client(url, cluster, 2 * connections + 4, timeout_s)
+        self._origin = os.urandom(8).hex()
+        self._mirror = ix.Mirror()
+        self._about: dict[Scope, bytes] = {}
+        self._pins: dict[BlockId, float] = {}
+        self._later: dict[bytes, tuple[float, bool]] = {}
+        self._writing: dict[BlockId, bool] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._follower: asyncio.Task[None] | None = None
+        self._synced = asyncio.Event()
+        self._closed = False
+        self._error = "not started"
+
+    # -- life ----------------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Connect and read what is there; if that fails, go on trying in the background."""
+        self._follower = asyncio.get_running_loop().create_task(self._follow())
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._synced.wait(), self._timeout_s)
+
+    async def close(self) -> None:
+        """Finish what was accepted and disconnect."""
+        self._closed = True
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+        if self._follower is not None:
+            self._follower.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._follower
+            self._follower = None
+        self._synced.clear()
+        with contextlib.suppress(*_FAILURES):
+            await self._client.aclose()
+
+    # -- the index -----------------------------------------------------------------------------------------------------
+
+    async def _follow(self) -> None:
+        """Keep the copy of the index up to date, and connect again whenever that fails."""
+        wait_s = 0.1
+        while True:
+            try:
+                at, number = await self._read_index()
+                self._error, wait_s = "", 0.1
+                self._synced.set()
+                while at:
+                    at, number = await self._read_log(at, number)
+            except _FAILURES as error:
+                self._failed(error)
+                await asyncio.sleep(wait_s)
+                wait_s = min(5.0, 2 * wait_s)
+
+    def _failed(self, error: BaseException) -> None:
+        reason = "refused" if isinstance(error, AuthenticationError | AuthorizationError) else "cannot be reached"
+        if isinstance(error, TimeoutError | redis.TimeoutError):
+            reason = "does not answer in time"
+        if self._synced.is_set() or not self._error:
+            log.warning("redis: %s (%s)", reason, error)
+        self._error = f"{reason}: {error}"
+        self._synced.clear()
+
+    async def _read_index(self) -> tuple[bytes, int]:
+        """Read all of it; the place in the stream from which on it changes, and the number of the last change."""
+        number = int(await self._ask(self._client.get(self._names.seq)) or 0)
+        last = await self._ask(self._client.xrevrange(self._names.log, count=1))
+        mirror, cursor = ix.Mirror(), 0
+        while True:
+            cursor, found = await self._ask(self._client.hscan(self._names.blocks, cursor, count=1000))
+            for member, value in found.items():
+                block, place = self._block(member), ix.Place.unpack(value)
+                if block is not None and place is not None:
+                    mirror.add(block, place)
+            if not int(cursor):
+                break
+        about = await self._ask(self._client.hgetall(self._names.about))
+        for member, text in about.items():
+            block = self._block(member + bytes(32))
+            if block is not None and len(text) <= 65536:
+                self._about[block.scope] = text
+        self._mirror = mirror
+        if not last:
+            return b"0-0", number
+        return last[0][0], min(number, int(last[0][1].get(b"n", number)))
+
+    async def _read_log(self, at: bytes, number: int) -> tuple[bytes, int]:
+        """Apply what changed; empty bytes if something was missed and the index has to be read again."""
+        found = await self._ask(self._client.xread({self._names.log: at}, count=1000, block=500), self._timeout_s + 0.5)
+        for _, changes in found or ():
+            for place_in_log, change in changes:
+                if int(change[b"n"]) > number + 1:
+                    return b"", 0
+                at, number = place_in_log, max(number, int(change[b"n"]))
+                if change[b"o"].decode(errors="replace") != self._origin:
+                    self._apply(change)
+        return at, number
+
+    def _apply(self, change: dict[bytes, bytes]) -> None:
+        block, place = self._block(change[b"m"]), ix.Place.unpack(change[b"v"])
+        if block is None or place is None:
+            return
+        if change[b"k"] == b"stored":
+            self._mirror.add(block, place)
+        else:
+            self._mirror.remove(block, place.write)
+
+    def _member(self, block: BlockId) -> bytes:
+        own = block.scope.domain == self._own_domain
+        return ix.member_of(block, OWNER if own else block.scope.domain)
+
+    def _block(self, member: bytes) -> BlockId | None:
+        domain = ix.domain_of(member)
+        return ix.block_of(member, self._own_domain if domain == OWNER and self._own_domain else domain)
+
+    async def _script(self, text: str, *args: bytes | str | float) -> Any:
+        return await self._ask(self._client.eval(text, 5, *self._names.index, self._origin, *args))
+
+    async def _ask(self, reply: Any, timeout_s: float = 0.0) -> Any:
+        return await asyncio.wait_for(cast("Awaitable[Any]", reply), timeout_s or self._timeout_s)
+
+    # -- looking -------------------------------------------------------------------------------------------------------
+
+    def size(self, block: BlockId) -> int | None:
+        """Payload bytes of a block that is there, as far as is known. No I/O."""
+        place = self._mirror.find(block) if self._synced.is_set() else None
+        return None if place is None or block in self._writing else place.nbytes
+
+    def usage(self) -> Usage:
+        """Bytes and blocks of the whole deployment."""
+        return Usage(self._capacity, self._mirror.used, self._mirror.count)
+
+    def scopes(self) -> dict[Scope, tuple[int, int]]:
+        """(blocks, bytes of the budget) of each scope."""
+        held = self._mirror.scopes.items()
+        return {scope: (len(blocks), sum(place.cost for place in blocks.values())) for scope, blocks in held}
+
+    def describe_state(self) -> dict[str, Any]:
+        """Whether it is connected, and if not why."""
+        return {"connected": self._synced.is_set(), "last_error": self._error, "sealed": self._seal is not None}
+
+    async def describe(self, scope: Scope, text: bytes) -> None:
+        """Keep a short text beside the blocks of a scope."""
+        if self._synced.is_set() and self._about.get(scope) != text and 0 < len(text) <= 65536:
+            self._about[scope] = text
+            member = self._member(BlockId(scope, b""))
+            with contextlib.suppress(*_FAILURES):
+                await self._ask(self._client.hset(self._names.about, key=cast("Any", member), value=cast("Any", text)))
+
+    def descriptions(self) -> dict[Scope, bytes]:
+        """The texts kept by `describe`."""
+        return dict(self._about)
+
+    # -- get -----------------------------------------------------------------------------------------------------------
+
+    async def get(self, block: BlockId, into: Sequence[memoryview]) -> LoadOutcome:
+        """Read a block into the caller's buffers and verify every byte."""
+        outcome = await self._get(block, into)
+        if isinstance(outcome, Hit):
+            self.counters.hits += 1
+            self.counters.bytes_read += outcome.nbytes
+            self.touch([block])
+        else:
+            self.counters.misses += 1
+        return outcome
+
+    async def _get(self, block: BlockId, into: Sequence[memoryview]) -> LoadOutcome:
+        if self._closed or not self._synced.is_set():
+            return Miss(MissReason.TIER_DOWN)
+        place = self._mirror.find(block)
+        if place is None or block in self._writing:
+            return Miss(MissReason.ABSENT)
+        if sum(view.nbytes for view in into) != place.nbytes:
+            return Miss(MissReason.LOST)  # it was replaced after the caller had asked for its size
+        began = time.perf_counter()
+        views = [view.cast("B") for view in into]
+        try:
+            found = await self._read(block, place, views)
+        except CorruptBlock as error:
+            log.warning("%s", error)
+            self.counters.corrupt += 1
+            await self._quietly(self._remove([block]))
+            return Miss(MissReason.CORRUPT)
+        except _FAILURES as error:
+            self._error = str(error)
+            return Miss(MissReason.TIER_DOWN)
+        if found is None:  # expired, evicted by the server, or dropped a moment ago
+            await self._quietly(self._remove([block]))
+            return Miss(MissReason.LOST)
+        self.counters.read_s += time.perf_counter() - began
+        return Hit(found.header, place.nbytes)
+
+    async def _read(self, block: BlockId, place: ix.Place, into: Sequence[memoryview]) -> rec.Record | None:
+        """Read and verify a block; None if its record is not there."""
+        member = self._member(block)
+        value = await self._ask(self._client.getrange(self._names.record(member), 0, rec.MAX_RECORD))
+        if not value:
+            return None
+        known = self._known(block)
+        record = rec.decode(known, value, self._seal)
+        if (record.nbytes, record.write) != (place.nbytes, place.write):
+            raise CorruptBlock("redis: a record is not the one that the index names.")
+        keys = self._names.parts(member, place)
+        lanes = [range(lane, len(keys), self._lanes) for lane in range(min(self._lanes, len(keys)))]
+        await _all(self._read_lane(known, record, keys, lane, into) for lane in lanes)
+        return record
+
+    async def _read_lane(
+        self, block: BlockId, record: rec.Record, keys: list[str], lane: range, into: Sequence[memoryview]
+    ) -> None:
+        most = rec.PART_BYTES + rec.SEAL_BYTES
+        for first in range(0, len(lane), 4):  # what is read at once is bounded, whatever the server has there
+            numbers = lane[first : first + 4]
+            pipe = self._client.pipeline(**self._plain)
+            for number in numbers:
+                pipe.getrange(keys[number], 0, most)
+            for number, value in zip(numbers, await self._ask(pipe.execute()), strict=True):
+                part = rec.open_part(block, record, number, value, self._seal)
+                rec.scatter(part, number * rec.PART_BYTES, into)
+
+    def _known(self, block: BlockId) -> BlockId:
+        """A block as its record names it: with the name that its domain has in Redis."""
+        domain = OWNER if block.scope.domain == self._own_domain else block.scope.domain
+        return BlockId(Scope(domain, block.scope.ns), block.key)
+
+    @property
+    def _plain(self) -> dict[str, Any]:
+        return {} if isinstance(self._client, RedisCluster) else {"transaction": False}
+
+    # -- put -----------------------------------------------------------------------------------------------------------
+
+    async def put(
+        self, block: BlockId, header: BlockHeader, payload: Sequence[memoryview], nbytes: int, *, durable: bool = False
+    ) -> StoreOutcome:
+        """Store a block. Durable is what the server has synced to its append-only file."""
+        outcome = await self._to_the_end(block, self._put(block, header, payload, nbytes, durable))
+        if isinstance(outcome, Stored):
+            self.counters.stored += 1
+            self.counters.bytes_written += nbytes
+        elif isinstance(outcome, Exists):
+            self.counters.exists += 1
+        else:
+            self.counters.drop(outcome.reason.value)
+        return outcome
+
+    async def _put(
+        self, block: BlockId, header: BlockHeader, payload: Sequence[memoryview], nbytes: int, durable: bool
+    ) -> StoreOutcome:
+        if self._closed or not self._synced.is_set():
+            return Dropped(DropReason.TIER_DOWN)
+        if block in self._writing:
+            return Dropped(DropReason.IN_FLIGHT)
+        if self._mirror.find(block) is not None:
+            return Exists()
+        cost = ix.cost_of(nbytes)
+        if cost > self._capacity:
+            return Dropped(DropReason.TOO_LARGE)
+        self._writing[block] = True
+        began = time.perf_counter()
+        try:
+            return await self._write(block, header, payload, nbytes, cost, durable)
+        except OutOfMemoryError:
+            await self._quietly(self._remove([block]))
+            return Dropped(DropReason.TIER_FULL)
+        except _FAILURES as error:
+            self._error = str(error)
+            full = isinstance(error, ResponseError) and "OOM" in str(error)
+            await self._quietly(self._remove([block]))
+            return Dropped(DropReason.TIER_FULL if full else DropReason.TIER_DOWN)
+        finally:
+            del self._writing[block]
+            self.counters.write_s += time.perf_counter() - began
+
+    async def _write(
+        self,
+        block: BlockId,
+        header: BlockHeader,
+        payload: Sequence[memoryview],
+        nbytes: int,
+        cost: int,
+        durable: bool,
+    ) -> StoreOutcome:
+        await self._flush()
+        write, record, parts = rec.encode(self._known(block), header, payload, nbytes, self._seal)
+        member, place = self._member(block), ix.Place(cost, nbytes, write)
+        reply = await self._script(ix.RESERVE, member, cost, self._capacity, place.pack(), self._ttl_s, ix.WRITING_S)
+        if reply[0] != b"room":
+            return Exists() if reply[0] == b"exists" else Dropped(DropReason.TIER_FULL)
+        self._mirror.add(block, place)
+        await self._unlink(reply[1:], evicted=True)
+        keys = self._names.parts(member, place)
+        lanes = [range(lane, len(keys), self._lanes) for lane in range(min(self._lanes, len(keys)))]
+        await _all(self._write_lane(keys, parts, lane) for lane in lanes)
+        await self._ask(self._client.set(self._names.record(member), record, ex=self._ttl_s))
+        if not await self._script(ix.COMMIT, member, place.pack()) or not self._writing[block]:
+            await self._remove([block])
+            return Dropped(DropReason.ABORTED)
+        if durable and not await self._synced_to_disk():
+            return Dropped(DropReason.NOT_DURABLE)
+        return Stored()
+
+    async def _write_lane(self, keys: list[str], parts: Sequence[memoryview | bytes], lane: range) -> None:
+        for first in range(0, len(lane), 4):
+            pipe = self._client.pipeline(**self._plain)
+            for number in lane[first : first + 4]:
+                pipe.set(keys[number], cast("bytes", parts[number]), ex=self._ttl_s)
+            await self._ask(pipe.execute())
+
+    async def _synced_to_disk(self) -> bool:
+        try:
+            reply = await self._ask(self._client.execute_command("WAITAOF", 1, 0, int(self._timeout_s * 900)))
+        except (*_FAILURES, TypeError, IndexError):
+            return False
+        return int(reply[0]) >= 1
+
+    async def _to_the_end(self, block: BlockId, work: Coroutine[Any, Any, T]) -> T:
+        """Run to the end even if the caller is cancelled: nothing half-written may stay, and its buffers are in use."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if block in self._writing:
+                self._writing[block] = False
+            while not task.done():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait([task])
+            raise
+
+    # -- forgetting ----------------------------------------------------------------------------------------------------
+
+    async def drop(self, block: BlockId) -> bool:
+        """Forget a block, also one that is being written; whether it was there."""
+        if block in self._writing:
+            self._writing[block] = False
+            return True
+        if self._mirror.find(block) is None:
+            return False
+        return bool(await self._quietly(self._remove([block])))
+
+    async def clear(self, scope: Scope) -> int:
+        """Forget every block of a scope; how many there were."""
+        blocks = [BlockId(scope, key) for key in self._mirror.scopes.get(scope, {})]
+        for block in self._writing:
+            if block.scope == scope:
+                self._writing[block] = False
+        count = 0
+        for first in range(0, len(blocks), _BATCH):
+            count += await self._quietly(self._remove(blocks[first : first + _BATCH])) or 0
+        return count
+
+    async def _remove(self, blocks: list[BlockId]) -> int:
+        """Take blocks out of the index and delete their values; how many there were."""
+        known = [(block, self._mirror.find(block)) for block in blocks]
+        gone = await self._script(ix.REMOVE, *(self._member(block) for block in blocks))
+        for block, place in known:
+            if place is not None:
+                self._mirror.remove(block, place.write)
+        await self._unlink(gone)
+        return len(gone) // 2
+
+    async def _unlink(self, gone: list[bytes], evicted: bool = False) -> None:
+        """Delete the values of blocks that a script took out: member and value in turn."""
+        keys: list[str] = []
+        for member, value in zip(gone[::2], gone[1::2], strict=True):
+            place, block = ix.Place.unpack(value), self._block(member)
+            if place is None or block is None:
+                continue
+            self._mirror.remove(block, place.write)
+            self._pins.pop(block, None)
+            self.counters.evicted += evicted
+            keys += [self._names.record(member), *self._names.parts(member, place)]
+        if keys:
+            pipe = self._client.pipeline(**self._plain)
+            for name in keys:
+                pipe.unlink(name)
+            await self._ask(pipe.execute())
+
+    async def _quietly(self, work: Coroutine[Any, Any, T]) -> T | None:
+        try:
+            return await work
+        except _FAILURES as error:
+            self._error = str(error)
+            return None
+
+    # -- staying -------------------------------------------------------------------------------------------------------
+
+    def touch(self, blocks: Iterable[BlockId]) -> None:
+        """Note a use of blocks of one prompt, first block first; told to Redis with the next put, in one go."""
+        for depth, block in enumerate(blocks):
+            if self._mirror.find(block) is not None and self._pins.get(block, 0.0) <= time.monotonic():
+                self._later[self._member(block)] = (-1e-6 * depth, False)
+
+    def pin(self, block: BlockId, until: float) -> bool:
+        """Keep a block from eviction until a monotonic time; whether it is there, as far as is known."""
+        if self.size(block) is None:
+            return False
+        left = max(0.0, until - time.monotonic())
+        self._later[self._member(block)] = (left, True)
+        if left:
+            self._pins[block] = until
+        else:
+            self._pins.pop(block, None)
+        return True
+
+    async def _flush(self) -> None:
+        """Tell Redis of uses and pins."""
+        while self._later:
+            some = [(member, *self._later.pop(member)) for member in list(self._later)[:_BATCH]]
+            args = [arg for member, delta, back in some for arg in (member, f"{delta:.6f}", "1" if back else "0")]
+            await self._script(ix.TOUCH, *args)
+            pipe = self._client.pipeline(**self._plain)
+            for member, _, _ in some:
+                block = self._block(member)
+                place = None if block is None else self._mirror.find(block)
+                for name in [] if place is None else [self._names.record(member), *self._names.parts(member, place)]:
+                    pipe.expire(name, self._ttl_s)
+            await self._ask(pipe.execute())
+
+    async def check(self, fix: bool = False) -> list[Finding]:
+        """Read and verify every block that the index names."""
+        findings: list[Finding] = []
+        for block in [BlockId(scope, key) for scope, keys in self._mirror.scopes.items() for key in keys]:
+            place = self._mirror.find(block)
+            if place is None or block in self._writing:
+                continue
+            try:
+                record = await self._read(block, place, [memoryview(bytearray(place.nbytes))])
+                what = "" if record is not None else "the index names a block that is not there"
+            except CorruptBlock as error:
+                what = error.cause
+            if what:
+                fixed = fix and bool(await self._quietly(self._remove([block])))
+                findings.append(Finding(what, self._names.record(self._member(block)), fixed))
+        return findings
+
+
+def _make_client(url: str, cluster: bool, connections: int, timeout_s: float) -> redis.Redis | RedisCluster:
+    limits = {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s, "max_connections": connections}
+    try:
+        if cluster:
+            return RedisCluster.from_url(url, retry=Retry(NoBackoff(), 1), **limits)
+        pool = redis.BlockingConnectionPool.from_url(url, retry=Retry(NoBackoff(), 0), timeout=timeout_s, **limits)
+        return redis.Redis(connection_pool=pool)
+    except (ValueError, RedisError) as error:
+        raise ConfigError(f"redis.url: {error}.") from None
+
+
+async def _all(works: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Run some work at the same time; if one fails the others end first, and then that error is raised."""
+    done = await asyncio.gather(*works, return_exceptions=True)
+    for error in done:
+        if error is not None:
+            raise error
