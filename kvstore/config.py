@@ -119,7 +119,7 @@ def load(flags: Mapping[str, str] | None = None, env: Env | None = None, file: P
         try:
             values[key], origins[key] = rule.parse(raw), origin
         except ValueError as error:
-            what = "the given value" if key == "listen.token" else repr(raw)[:200]
+            what = "the given value" if key in ("listen.token", "redis.url") else repr(raw)[:200]
             raise ConfigError(f"{key}: {what} ({origin}) {error}.", _REMEDY) from None
     _read_token(values, origins)
     settings = _build(values)

@@ -99,16 +99,36 @@ class Daemon:
         self.ready = True
 
     def _lower_tiers(self) -> list[Tier]:
-        s = self._settings
-        if not s.disk.bytes:
-            return []
-        from kvstore.tiers.disk import DiskTier
         from kvstore.tiers.wrappers import Breaker
 
-        # The automatic budget is a share of free space; what is ours already counts with the same share.
-        share = machine.DISK_SHARE if "auto" in self.loaded.origins["disk.bytes"] else 0.0
-        disk = DiskTier(s.disk.path, s.disk.bytes, threads=s.disk.threads, policy=s.disk.policy, found_share=share)
-        return [Breaker(disk, deadline_s=s.disk.deadline_s)]
+        s = self._settings
+        tiers: list[Tier] = []
+        if s.disk.bytes:
+            from kvstore.tiers.disk import DiskTier
+
+            # The automatic budget is a share of free space; what is ours already counts with the same share.
+            share = machine.DISK_SHARE if "auto" in self.loaded.origins["disk.bytes"] else 0.0
+            disk = DiskTier(s.disk.path, s.disk.bytes, threads=s.disk.threads, policy=s.disk.policy, found_share=share)
+            tiers.append(Breaker(disk, deadline_s=s.disk.deadline_s))
+        if s.redis.url:
+            tiers.append(Breaker(self._redis_tier(), deadline_s=4 * s.redis.timeout_s))
+        return tiers
+
+    def _redis_tier(self) -> Tier:
+        from kvstore.tiers.redis import RedisTier, read_key
+
+        s = self._settings.redis
+        return RedisTier(
+            s.url.reveal(),
+            s.bytes,
+            prefix=s.prefix,
+            cluster=s.cluster,
+            connections=s.connections,
+            ttl_s=s.ttl_s,
+            timeout_s=s.timeout_s,
+            key=b"" if s.key_file is None else read_key(s.key_file),
+            own_domain=f"uid-{os.getuid()}",
+        )
 
     def _restore_namespaces(self) -> None:
         """Know the names of what is on disk, and leave a description there of what is new."""

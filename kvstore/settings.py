@@ -18,7 +18,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 import msgspec
 
 from kvstore import machine
-from kvstore.rules import Secret, address, choice, duration, integer, path, secret, size, switch, uids
+from kvstore.rules import Secret, address, choice, duration, integer, path, secret, size, switch, text, uids
 
 Values = dict[str, Any]
 Env = Mapping[str, str]
@@ -149,6 +149,30 @@ class Disk(msgspec.Struct, frozen=True, kw_only=True):
     ]
 
 
+class Redis(msgspec.Struct, frozen=True, kw_only=True):
+    """Redis tier: blocks in Redis or Valkey, shared by the daemons of a fleet."""
+
+    url: Annotated[
+        Secret,
+        Rule(
+            "redis://, rediss:// or unix:// URL, with user and password if there are any; empty: no such tier.",
+            "",
+            secret(1),
+            alias="redis",
+        ),
+    ]
+    cluster: Annotated[bool, Rule("Whether the server is a node of a cluster.", "false", switch)]
+    bytes: Annotated[int, Rule("Bytes that all daemons with this prefix keep there.", "16GiB", size(1 << 20))]
+    prefix: Annotated[str, Rule("What the names of all keys begin with; one for each deployment.", "kvstore", text)]
+    key_file: Annotated[
+        Path | None,
+        Rule("File with 64 hex digits: seal everything there with AES-256-GCM.", "", path(optional=True)),
+    ]
+    connections: Annotated[int, Rule("Connections over which the parts of one block travel.", "4", integer(1, 64))]
+    ttl_s: Annotated[float, Rule("How long a block stays after its last use.", "7d", duration(60, 31_536_000))]
+    timeout_s: Annotated[float, Rule("Longest time one command may take.", "2s", duration(0.01, 60))]
+
+
 class Http(msgspec.Struct, frozen=True, kw_only=True):
     """Status page, metrics and health."""
 
@@ -183,6 +207,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     listen: Listen
     host: Host
     disk: Disk
+    redis: Redis
     http: Http
     limits: Limits
     log: Log

@@ -14,6 +14,7 @@ import logging
 import os
 import time
 from collections.abc import Awaitable, Coroutine, Iterable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import redis.asyncio as redis
@@ -45,7 +46,9 @@ from kvstore.types import (
 log = logging.getLogger("kvstore.redis")
 
 T = TypeVar("T")
-_FAILURES = (RedisError, OSError, TimeoutError, asyncio.TimeoutError)
+_LIES = (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError)
+"""What a reply of another shape than was asked for ends in: no server of ours."""
+_FAILURES = (RedisError, OSError, TimeoutError, asyncio.TimeoutError, *_LIES)
 OWNER = "owner"
 """What the domain of the daemon's own user is called in Redis: that user may have another number on another host."""
 _BATCH = 256
@@ -163,6 +166,8 @@ class RedisTier(Tier):
         reason = "refused" if isinstance(error, AuthenticationError | AuthorizationError) else "cannot be reached"
         if isinstance(error, TimeoutError | redis.TimeoutError):
             reason = "does not answer in time"
+        elif isinstance(error, _LIES):
+            reason = "answers what was not asked"
         if self._synced.is_set() or not self._error:
             log.warning("redis: %s (%s)", reason, error)
         self._error = f"{reason}: {error}"
@@ -543,6 +548,27 @@ class RedisTier(Tier):
         return findings
 
 
+def read_key(file: Path) -> bytes:
+    """The key in a file of 64 hex digits.
+
+    Raises
+    ------
+    ConfigError
+        If it cannot be read or is anything else.
+    """
+    try:
+        key = bytes.fromhex(file.read_text("ascii"))
+    except OSError as error:
+        raise ConfigError(f"redis.key_file: {file}: {error.strerror or error}.") from None
+    except ValueError:
+        key = b""
+    if len(key) != 32:
+        raise ConfigError(
+            f"redis.key_file: {file} does not hold 64 hex digits.", "Make one with `openssl rand -hex 32`."
+        )
+    return key
+
+
 def _make_client(url: str, cluster: bool, connections: int, timeout_s: float) -> redis.Redis | RedisCluster:
     limits = {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s, "max_connections": connections}
     try:
@@ -551,7 +577,7 @@ def _make_client(url: str, cluster: bool, connections: int, timeout_s: float) ->
         pool = redis.BlockingConnectionPool.from_url(url, retry=Retry(NoBackoff(), 0), timeout=timeout_s, **limits)
         return redis.Redis(connection_pool=pool)
     except (ValueError, RedisError) as error:
-        raise ConfigError(f"redis.url: {error}.") from None
+        raise ConfigError(f"redis.url: {error}.", "Write redis://host:6379, rediss://… or unix:///path.") from None
 
 
 async def _all(works: Iterable[Coroutine[Any, Any, None]]) -> None:
