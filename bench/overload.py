@@ -1,11 +1,10 @@
-"""Stores at four times what the disk takes, for minutes: budgets hold at every sample, drops are listed, loads unharmed.
+"""Stores at four times what the disk takes, for minutes: budgets hold at every sample, drops listed, loads unharmed.
 
 A writer in a process of its own offers new blocks at a fixed rate and never waits. Beside it two kinds of load run at a
-fixed pace, first with the writer silent (idle), then under it: *hot* blocks that stay in host memory, and *cold* ones that
-come from disk each time (a set larger than host memory, pinned on disk so that the flood does not evict it). Memory is
-sampled as what the kernel charges the daemon for shared pages, disk as the blocks its directory occupies, both against
-the budget. Cold loads and the writer share one disk, so their companion is the same reads, direct and without a daemon,
-beside a raw writer on the same disk.
+fixed pace, first with the writer silent (idle), then under it: *hot* blocks that stay in host memory, and *cold* ones
+that come from disk each time (a set larger than host memory, pinned on disk so that the flood does not evict it).
+Memory is sampled as what the kernel charges the daemon for shared pages, disk as the blocks its directory occupies,
+both against the budget.
 
     python bench/overload.py --seconds 600 --out bench/results/overload.json
 """

@@ -223,7 +223,7 @@ class CodecError(StorageError):
 
 
 class CannotEncode(CodecError):
-    """A block, or a chain of codecs, that cannot be encoded: shape, values or something of the model that is missing."""
+    """A block or chain of codecs that cannot be encoded: shape, values, or something of the model that is missing."""
 
     code = "KV611"
     default_remedy = "Use a chain that fits (docs/codecs.md); `raw` and `lossless` take any block."

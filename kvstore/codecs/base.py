@@ -13,16 +13,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
 
 from kvstore.errors import CannotDecode, CannotEncode
 from kvstore.rope import Rotary
-
-if TYPE_CHECKING:
-    from kvstore.codecs.basis import Basis
 
 T = TypeVar("T")
 Bytes = np.ndarray
@@ -102,7 +99,7 @@ class Context:
     ----------
     rotary : Rotary, optional
         The model's rotation; needed by ``prerope``.
-    bases : mapping of str to Basis
+    bases : mapping of str to object
         Calibrated bases by digest; needed by ``pca``.
     keys : mapping of str to bytes
         Sealing keys by key id; needed by ``seal``.
@@ -115,7 +112,7 @@ class Context:
     """
 
     rotary: Rotary | None = None
-    bases: Mapping[str, Basis] = field(default_factory=dict)
+    bases: Mapping[str, Any] = field(default_factory=dict)
     keys: Mapping[str, bytes] = field(default_factory=dict)
     importance: torch.Tensor | None = None
     query_peaks: torch.Tensor | None = None

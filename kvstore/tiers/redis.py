@@ -137,7 +137,7 @@ class RedisTier(Tier):
         while self._tasks:
             await asyncio.wait(self._tasks)
         if self._follower is not None:
-            self._follower.cancel()
+            self._follower.cancel()  # it looks at `_closed` too: a timeout that ends just then would swallow this
             with contextlib.suppress(asyncio.CancelledError):
                 await self._follower
             self._follower = None
@@ -150,12 +150,12 @@ class RedisTier(Tier):
     async def _follow(self) -> None:
         """Keep the copy of the index up to date, and connect again whenever that fails."""
         wait_s = 0.1
-        while True:
+        while not self._closed:
             try:
                 at, number = await self._read_index()
                 self._error, wait_s = "", 0.1
                 self._synced.set()
-                while at:
+                while at and not self._closed:
                     at, number = await self._read_log(at, number)
             except _FAILURES as error:
                 self._failed(error)
