@@ -56,6 +56,9 @@ def test_codes_are_stable() -> None:
         "KV601": "CorruptBlock",
         "KV602": "TierDown",
         "KV603": "DirectoryUnusable",
+        "KV610": "CodecError",
+        "KV611": "CannotEncode",
+        "KV612": "CannotDecode",
         "KV900": "InternalError",
     }
 
