@@ -15,10 +15,12 @@
     ├── RequestError                  KV400  well-formed, but cannot be served as asked
     │   ├── LeaseExpired              KV401
     │   ├── LimitExceeded             KV402
-    │   └── ShuttingDown              KV403
+    │   ├── ShuttingDown              KV403
+    │   └── QuotaRefused              KV404  a rule about quotas that cannot be kept, or its file is bad
     ├── Unavailable                   KV500  the daemon cannot be reached
     │   ├── ConnectionLost            KV501
-    │   └── DeadlineExceeded          KV502
+    │   ├── DeadlineExceeded          KV502
+    │   └── DeviceUnavailable         KV503  a CUDA device, or what drives it, is not there
     ├── StorageError                  KV600  a tier cannot do its work
     │   ├── CorruptBlock              KV601
     │   ├── TierDown                  KV602
@@ -166,6 +168,14 @@ class ShuttingDown(RequestError):
     http_status = 503
 
 
+class QuotaRefused(RequestError):
+    """A rule about quotas is not well written, promises more than there is, or its file cannot be read or written."""
+
+    code = "KV404"
+    default_remedy = "docs/quotas.md tells how rules are written."
+    http_status = 400
+
+
 class Unavailable(KVStoreError):
     """The daemon cannot be reached."""
 
@@ -185,6 +195,13 @@ class DeadlineExceeded(Unavailable):
 
     code = "KV502"
     default_remedy = "Continue without the cache; raise the timeout if the daemon is merely busy."
+
+
+class DeviceUnavailable(Unavailable):
+    """A CUDA device, its driver or CuPy is not there, or it refused what was asked of it."""
+
+    code = "KV503"
+    default_remedy = "`nvidia-smi` shows the devices; the engine goes on without what needs them."
 
 
 class StorageError(KVStoreError):
