@@ -10,9 +10,11 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 
-from kvstore.tiers.base import Tier
+from kvstore.estimates import TierEstimate
+from kvstore.prefetch import PrefetchQueue
+from kvstore.tiers.base import Sized, Tier
 from kvstore.tiers.host import HostBlock, HostTier, encode_header
 from kvstore.types import (
     BlockId,
@@ -21,6 +23,7 @@ from kvstore.types import (
     Exists,
     Extent,
     Hit,
+    LoadOutcome,
     Miss,
     MissReason,
     Scope,
@@ -28,6 +31,7 @@ from kvstore.types import (
     StoreOutcome,
     TierCode,
 )
+from kvstore.watcher import Watcher
 from kvstore.writebehind import WriteBehind
 
 log = logging.getLogger("kvstore.chain")
@@ -35,8 +39,22 @@ log = logging.getLogger("kvstore.chain")
 ROOM_S = 5.0
 """How long a promotion waits for memory that is being written down. Whoever asked for it may give up sooner."""
 
+AHEAD_SHARE = 4
+"""Blocks that are to be fetched ahead fill at most one part in so many of host memory."""
+
 Arrival = Callable[[HostBlock | Miss, TierCode], None]
 """Told, on the event loop, that a promotion ended. It must acquire the block before it returns, or not at all."""
+
+Holdings = Mapping[TierCode, tuple[Callable[[], Iterable[Scope]], Callable[[Scope], Mapping[bytes, Sized]]]]
+"""Of each tier: the scopes it has blocks of, and the blocks of one of them."""
+
+Wanted = Callable[[], bool]
+"""Whether somebody who asked for a promotion still waits for it."""
+
+
+def always() -> bool:
+    """For promotions that nobody takes back."""
+    return True
 
 
 class TierChain:
@@ -57,7 +75,12 @@ class TierChain:
         self.below = below
         self.queues = [WriteBehind(host, tier, parallel, self._loading) for tier in below]
         self._parallel = parallel
-        self._arrivals: dict[BlockId, list[Arrival]] = {}
+        self._arrivals: dict[BlockId, list[tuple[Arrival, Wanted]]] = {}
+        self.ahead = PrefetchQueue(host.arena.capacity // AHEAD_SHARE)
+        self._most_ahead = max(1, parallel // 4)
+        self._prefetching = 0
+        self._estimates = {tier.code: TierEstimate() for tier in below}
+        self._ahead: dict[BlockId, tuple[TierEstimate, int]] = {}
         self._waiting: deque[BlockId] = deque()
         self._running = 0
         self._tasks: set[asyncio.Task[None]] = set()
@@ -78,6 +101,22 @@ class TierChain:
             at = codes.find(TierCode.ABSENT, at + 1)
         return bytes(codes)
 
+    def speeds(self, codes: bytes) -> dict[int, tuple[float, float, float]]:
+        """What a load costs now (`Speed`) from each lower tier that a `locate` named, as far as that was measured."""
+        speeds = {code: self._estimates[code].speed() for code in self._estimates if code in codes}
+        return {int(code): speed for code, speed in speeds.items() if speed is not None}
+
+    def watch(self, watcher: Watcher) -> None:
+        """Have somebody told of every block that comes into a tier of this daemon, or leaves one."""
+        self.host.watcher = watcher
+        for tier in self.below:
+            tier.watch(watcher)
+
+    def holdings(self) -> Holdings:
+        """Of each tier: the scopes it has blocks of, and the blocks of one of them; live, not a copy."""
+        below: Holdings = {tier.code: (tier.scopes, tier.held) for tier in self.below}
+        return {TierCode.HOST: (self.host.scopes, self.host.blocks), **below}
+
     def find_below(self, scope: Scope, key: bytes) -> Tier | None:
         """The nearest lower tier that says it has the block."""
         for tier in self.below:
@@ -93,52 +132,105 @@ class TierChain:
 
     # -- bringing up ---------------------------------------------------------------------------------------------------
 
-    def promote(self, block: BlockId, arrival: Arrival | None = None) -> None:
-        """Bring a block into host memory, once however many ask for it meanwhile, and tell each who wants to know."""
-        told = [] if arrival is None else [arrival]
-        if block in self._arrivals:
-            self._arrivals[block] += told
+    def promote(self, block: BlockId, arrival: Arrival, wanted: Wanted = always) -> None:
+        """Bring a block into host memory, once however many ask for it meanwhile, and tell each who asked.
+
+        If none of them wants it any more when its turn comes it is not read, and they are told `Miss(DEADLINE)`.
+        """
+        asked = self._arrivals.get(block)
+        if asked is not None:
+            asked.append((arrival, wanted))
             return
-        self._arrivals[block] = told
+        self._arrivals[block] = [(arrival, wanted)]
+        self.ahead.discard(block)
         self._waiting.append(block)
+        self._expect(block)
+        self._hire()
+
+    def prefetch(self, block: BlockId) -> bool:
+        """Bring a block up when nobody waits for others, if there is room in the queue; whether it is on its way."""
+        if block in self._arrivals:
+            return True
+        tier = None if self.host.get(block) is not None else self.find_below(block.scope, block.key)
+        nbytes = None if tier is None else tier.size(block)
+        if nbytes is None or not self.ahead.add(block, nbytes):
+            return False
+        if self._prefetching < self._most_ahead:
+            self._hire()
+        return True
+
+    def _hire(self) -> None:
         if self._running < self._parallel:
             self._running += 1
             task = asyncio.get_running_loop().create_task(self._promote_until_empty())
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
+    def _expect(self, block: BlockId) -> None:
+        """Count a block into the queue in front of its tier."""
+        tier = self.find_below(block.scope, block.key)
+        nbytes = None if tier is None else tier.size(block)
+        if tier is not None and nbytes is not None:
+            estimate = self._estimates[tier.code]
+            estimate.queued(nbytes)
+            self._ahead[block] = (estimate, nbytes)
+
+    def _expect_no_more(self, block: BlockId) -> None:
+        ahead = self._ahead.pop(block, None)
+        if ahead is not None:
+            estimate, nbytes = ahead
+            estimate.left(nbytes)
+
     def _loading(self) -> bool:
-        return self._running > 0
+        return self._running > self._prefetching
 
     async def _promote_until_empty(self) -> None:
+        """Serve those who wait; when nobody does, fetch ahead, with some of the workers only."""
         try:
-            while self._waiting:
-                block = self._waiting.popleft()
-                found: HostBlock | Miss = Miss(MissReason.LOST)
-                code = TierCode.ABSENT
-                try:
-                    found, code = await self._promote(block)
-                except Exception:
-                    log.exception("a promotion failed")
-                finally:
-                    self._forgotten.discard(block)
-                    for arrival in self._arrivals.pop(block):
-                        arrival(found, code)
+            while True:
+                if self._waiting:
+                    await self._serve(self._waiting.popleft(), asked=True)
+                elif self._prefetching < self._most_ahead and (block := self.ahead.take()) is not None:
+                    self._arrivals[block] = []
+                    self._expect(block)
+                    self._prefetching += 1
+                    try:
+                        await self._serve(block, asked=False)
+                    finally:
+                        self._prefetching -= 1
+                else:
+                    return
         finally:
             self._running -= 1
 
-    async def _promote(self, block: BlockId) -> tuple[HostBlock | Miss, TierCode]:
+    async def _serve(self, block: BlockId, *, asked: bool) -> None:
+        found: HostBlock | Miss = Miss(MissReason.LOST)
+        code = TierCode.ABSENT
+        try:
+            if not asked or any(wanted() for _, wanted in self._arrivals[block]):
+                found, code = await self._promote(block, patient=asked)
+            else:
+                found = Miss(MissReason.DEADLINE)
+        except Exception:
+            log.exception("a promotion failed")
+        finally:
+            self._forgotten.discard(block)
+            self._expect_no_more(block)
+            for arrival, _ in self._arrivals.pop(block):
+                arrival(found, code)
+
+    async def _promote(self, block: BlockId, *, patient: bool) -> tuple[HostBlock | Miss, TierCode]:
         miss = Miss(MissReason.ABSENT)
         for tier in self.below:
             nbytes = tier.size(block)
             if nbytes is None:
                 continue
-            extents = await self._room(block.scope.domain, nbytes)
+            extents = await self._room(block.scope, nbytes, ROOM_S if patient else 0.0)
             if extents is None:
                 return Miss(MissReason.NO_SPACE), tier.code
             kept = False
             try:
-                outcome = await tier.get(block, self.host.arena.views(extents))
+                outcome = await self._read(tier, block, extents, nbytes)
                 if isinstance(outcome, Hit):
                     present = self.host.get(block)
                     if present is not None:  # stored afresh meanwhile
@@ -159,11 +251,22 @@ class TierChain:
                     self.host.free(extents)
         return miss, TierCode.ABSENT
 
-    async def _room(self, domain: str, nbytes: int) -> tuple[Extent, ...] | None:
+    async def _read(self, tier: Tier, block: BlockId, extents: tuple[Extent, ...], nbytes: int) -> LoadOutcome:
+        """Ask a tier for a block, and learn from it how fast the tier is."""
+        estimate, came = self._estimates[tier.code], 0
+        estimate.begun()
+        try:
+            outcome = await tier.get(block, self.host.arena.views(extents))
+            came = nbytes if isinstance(outcome, Hit) else 0
+            return outcome
+        finally:
+            estimate.ended(came)
+
+    async def _room(self, scope: Scope, nbytes: int, wait_s: float) -> tuple[Extent, ...] | None:
         """Memory for a block that comes up. Where all of it waits to be written down, wait for that."""
-        deadline = time.monotonic() + ROOM_S
+        deadline = time.monotonic() + wait_s
         while True:
-            extents = self.host.allocate(domain, nbytes)
+            extents = self.host.allocate(scope.domain, nbytes, scope=scope)
             left = deadline - time.monotonic()
             if extents is not None or not self.dirty_blocks or left <= 0:
                 return extents
@@ -204,15 +307,14 @@ class TierChain:
     # -- keeping and forgetting ----------------------------------------------------------------------------------------
 
     def pin(self, scope: Scope, keys: list[bytes], until: float) -> int:
-        """Pin blocks where they are; how many were found."""
+        """Pin blocks where they are, as far as pins have room; how many were found and pinned."""
         count = 0
         for key in keys:
             block = BlockId(scope, key)
             in_host = self.host.get(block)
-            if in_host is not None:
-                self.host.pin(in_host, until)
+            pinned = in_host is not None and self.host.pin(in_host, until)
             below = [tier.pin(block, until) for tier in self.below]
-            count += in_host is not None or any(below)
+            count += pinned or any(below)
         return count
 
     async def drop(self, scope: Scope, keys: list[bytes] | None) -> int:
@@ -240,6 +342,7 @@ class TierChain:
 
     def _forget(self, block: BlockId) -> bool:
         """Take a block out of memory, and what is on its way up shall not arrive; whether it was in memory."""
+        self.ahead.discard(block)
         if block in self._arrivals:
             self._forgotten.add(block)
         in_host = self.host.get(block)
@@ -248,6 +351,7 @@ class TierChain:
         return in_host is not None
 
     def _forget_all(self, scope: Scope) -> int:
+        self.ahead.discard_scope(scope)
         coming = {block for block in self._arrivals if block.scope == scope}
         return sum(map(self._forget, coming | {BlockId(scope, key) for key in self.host.blocks(scope)}))
 

@@ -31,11 +31,13 @@ from kvstore.tiers.base import Tier
 from kvstore.tiers.host import HostTier
 from kvstore.types import Scope
 from kvstore.units import format_size
+from kvstore.where import Where
 from kvstore.wire.fds import FdServer
 from kvstore.wire.server import Listener, Traffic
 
 if TYPE_CHECKING:
     from kvstore.http import HttpServer
+    from kvstore.remote_events import EventExchange
 
 log = logging.getLogger("kvstore.daemon")
 
@@ -65,6 +67,7 @@ class Daemon:
         self._servers: list[asyncio.Server] = []
         self._listeners: list[Listener] = []
         self._http: HttpServer | None = None
+        self._exchange: EventExchange | None = None
         self._fds: FdServer | None = None
 
     # -- start ---------------------------------------------------------------------------------------------------------
@@ -79,7 +82,8 @@ class Daemon:
         """
         s = self._settings
         self._sockets = SocketDir(s.listen.socket)
-        host = HostTier(s.host.bytes, make_policy(s.host.policy), s.host.slab_bytes, s.host.ahead_bytes)
+        pins = s.limits.pin_percent / 100
+        host = HostTier(s.host.bytes, make_policy(s.host.policy), s.host.slab_bytes, s.host.ahead_bytes, pins)
         host.arena.on_low = self._prepare_memory
         self.chain = TierChain(host, self._lower_tiers(), parallel=2 * s.disk.threads)
         for tier in self.chain.below:
@@ -89,9 +93,12 @@ class Daemon:
             token=s.listen.token.reveal(),
             max_block_bytes=s.limits.max_block_bytes,
             max_ttl_s=s.limits.lease_ttl_s,
+            event_ring=s.events.ring,
         )
         self.service.snapshot = self.snapshot
         self._restore_namespaces()
+        self.service.quotas.load(s.limits.quota_file)
+        self._share_events()
         await self._listen()
         await self._start_http()
         self._prepare_memory(f"uid-{os.getuid()}")
@@ -99,6 +106,7 @@ class Daemon:
         self.ready = True
 
     def _lower_tiers(self) -> list[Tier]:
+        from kvstore.tiers.throttle import Throttled
         from kvstore.tiers.wrappers import Breaker
 
         s = self._settings
@@ -108,8 +116,17 @@ class Daemon:
 
             # The automatic budget is a share of free space; what is ours already counts with the same share.
             share = machine.DISK_SHARE if "auto" in self.loaded.origins["disk.bytes"] else 0.0
-            disk = DiskTier(s.disk.path, s.disk.bytes, threads=s.disk.threads, policy=s.disk.policy, found_share=share)
-            tiers.append(Breaker(disk, deadline_s=s.disk.deadline_s))
+            disk = DiskTier(
+                s.disk.path,
+                s.disk.bytes,
+                threads=s.disk.threads,
+                policy=s.disk.policy,
+                found_share=share,
+                pin_share=s.limits.pin_percent / 100,
+            )
+            shielded = Breaker(disk, deadline_s=s.disk.deadline_s)
+            bound = s.disk.max_bandwidth
+            tiers.append(Throttled(shielded, bound) if bound else shielded)
         if s.redis.url:
             tiers.append(Breaker(self._redis_tier(), deadline_s=4 * s.redis.timeout_s))
         return tiers
@@ -140,6 +157,7 @@ class Daemon:
         self.service.namespaces.on_new = self._describe
 
     def _describe(self, scope: Scope) -> None:
+        self.service.quotas.introduced(scope)
         text = describe_namespace(self.service.namespaces.find(scope.domain, scope.ns).fields)
         for tier in self.chain.below:
             self._spawn(tier.describe(scope, text))
@@ -183,6 +201,28 @@ class Daemon:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
         self._servers.append(server)
 
+    def _share_events(self) -> None:
+        """Publish events where the other daemons see them, and follow theirs; say who has what of a prompt."""
+        s, domain = self._settings, f"uid-{os.getuid()}"
+        if s.redis.url and s.events.share:
+            from kvstore.remote_events import EventExchange
+            from kvstore.tiers.redis import read_key
+
+            self._exchange = EventExchange(
+                s.redis.url.reveal(),
+                cluster=s.redis.cluster,
+                prefix=s.redis.prefix,
+                name=s.events.name,
+                feed=self.service.feed,
+                domain=domain,
+                length=s.events.stream,
+                key=b"" if s.redis.key_file is None else read_key(s.redis.key_file),
+                timeout_s=s.redis.timeout_s,
+            )
+            self._exchange.start()
+        peers = tuple if self._exchange is None else self._exchange.known
+        self.where = Where(self.chain, self.service.namespaces, domain, s.events.name, peers)
+
     async def _start_http(self) -> None:
         address = self._settings.http.address
         if not address:
@@ -191,13 +231,16 @@ class Daemon:
 
         host, port = split_address(address)
         try:
-            self._http = await start_http(self, host, port)
+            self._http = await start_http(self, host, port, self.service.quotas, self.where)
         except ConfigError as error:
             if self.loaded.origins["http.address"] != "default":
                 raise
             # Nobody asked for this very port, so another will do; the banner says which.
             log.warning("%s Using a free port.", error.cause)
-            self._http = await start_http(self, host, 0)
+            self._http = await start_http(self, host, 0, self.service.quotas, self.where)
+        self.where.address = self._http.url
+        if self._exchange is not None:
+            self._exchange.address = self._http.url
 
     # -- work ----------------------------------------------------------------------------------------------------------
 
@@ -225,12 +268,16 @@ class Daemon:
             await asyncio.sleep(_HOUSEKEEPING_S)
             self._beat = time.monotonic()
             self.service.ledger.expire()
+            self.chain.host.expire()
+            for tier in self.chain.below:
+                self._spawn(tier.expire())
 
     # -- what others ask of the daemon (kvstore.http.Source) -----------------------------------------------------------
 
     def snapshot(self) -> dict[str, Any]:
         """Everything there is to show."""
-        return snapshot(self.service, self.traffic, self.started, self.ready)
+        shared = {} if self._exchange is None else {"event_exchange": self._exchange.state()}
+        return snapshot(self.service, self.traffic, self.started, self.ready) | shared
 
     def readiness(self) -> tuple[bool, str]:
         """Whether work can be done, and a sentence."""
@@ -274,6 +321,8 @@ class Daemon:
             self._fds.close()
         if self._http is not None:
             await self._http.close()
+        if self._exchange is not None:
+            await self._exchange.close()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

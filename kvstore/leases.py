@@ -20,7 +20,7 @@ GRACE_S = 1.0
 """How much longer than promised a lease is honoured: a client's clock started when it sent the request."""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Session:
     """One connection.
 
@@ -63,6 +63,10 @@ class Lease:
     blocks: dict[int, HostBlock] = field(default_factory=dict)
     pending: int = 0
     ended: bool = False
+
+    def wanted(self) -> bool:
+        """Whether blocks on their way up are still wanted."""
+        return not self.ended
 
 
 @dataclass(slots=True, eq=False)

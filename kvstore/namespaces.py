@@ -69,6 +69,11 @@ class NamespaceRegistry:
             raise UnknownNamespace(f"namespace {ns.hex()[:16]} is not known in this trust domain.")
         return record
 
+    def fields(self, scope: Scope) -> Namespace | None:
+        """What a namespace is, if it is known."""
+        record = self._records.get(scope)
+        return None if record is None else record.fields
+
     def count_stored(self, scope: Scope) -> None:
         """Count a block stored in a namespace, if it is still remembered."""
         record = self._records.get(scope)

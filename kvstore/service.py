@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+import os
 import secrets
 import time
 from collections import Counter, deque
@@ -21,6 +22,7 @@ import msgspec
 from kvstore import __version__
 from kvstore.chain import TierChain
 from kvstore.errors import (
+    AccessError,
     AuthenticationFailed,
     ForeignHandle,
     HandshakeRequired,
@@ -30,8 +32,11 @@ from kvstore.errors import (
     ShuttingDown,
     VersionMismatch,
 )
+from kvstore.events import EventLog
+from kvstore.feed import Feed
 from kvstore.leases import Lease, Ledger, Place, Reservation, Session
 from kvstore.namespaces import NamespaceRecord, NamespaceRegistry
+from kvstore.quota_desk import QuotaDesk
 from kvstore.tiers.host import HostBlock
 from kvstore.types import BlockHeader, BlockId, DropReason, Miss, MissReason, Namespace, Scope, Stored, TierCode
 from kvstore.wire import messages as m
@@ -64,16 +69,30 @@ class Service:
         Largest payload of a block.
     max_ttl_s : float
         Longest lease or reservation.
+    event_ring : int
+        Events kept for subscribers of each trust domain.
     """
 
     def __init__(
-        self, chain: TierChain, *, token: str = "", max_block_bytes: int = 1 << 30, max_ttl_s: float = 300
+        self,
+        chain: TierChain,
+        *,
+        token: str = "",
+        max_block_bytes: int = 1 << 30,
+        max_ttl_s: float = 300,
+        event_ring: int = 65_536,
     ) -> None:
         self.chain = chain
         self.host = chain.host
         self.ledger = Ledger(chain.host)
         self.namespaces = NamespaceRegistry()
+        divided = {"host": (chain.host.order, chain.host.arena.capacity)}
+        divided |= {tier.name: (tier.order, tier.usage().capacity) for tier in chain.below if tier.order is not None}
+        self.quotas = QuotaDesk(divided, self.namespaces, token)
         self.boot = secrets.token_bytes(16)
+        log = EventLog(event_ring)
+        chain.watch(log)
+        self.feed = Feed(log, chain.holdings(), self.namespaces, self.boot)
         self.draining = False
         self.missed: Counter[str] = Counter()
         self.asked = 0
@@ -130,7 +149,8 @@ class Service:
     def lookup(self, session: Session, p: m.Lookup) -> m.LookupReply:
         """Where blocks are; changes nothing."""
         scope = self.namespaces.find(session.domain, p.ns).scope
-        return m.LookupReply(self.chain.locate(scope, m.split_keys(p.keys), p.prefix))
+        tiers = self.chain.locate(scope, m.split_keys(p.keys), p.prefix)
+        return m.LookupReply(tiers, self.chain.speeds(tiers))
 
     def lease(self, session: Session, p: m.Lease) -> m.LeaseReply:
         """Lend what is in memory; start bringing up what is below; say what is nowhere."""
@@ -163,7 +183,8 @@ class Service:
         lease.pending = len(below)
         for index in below:
             # Started after the loop: a promotion may evict, and what this lease holds must be held by then.
-            self.chain.promote(BlockId(record.scope, keys[index]), self._arrival(lease, record, index, p.headers))
+            arrived = self._arrival(lease, record, index, p.headers)
+            self.chain.promote(BlockId(record.scope, keys[index]), arrived, lease.wanted)
         return m.LeaseReply(lease.id, ttl_s, granted, refused, lease.pending)
 
     def _arrival(self, lease: Lease, record: NamespaceRecord, index: int, headers: bool):
@@ -210,15 +231,10 @@ class Service:
         return m.Empty()
 
     def prefetch(self, session: Session, p: m.Prefetch) -> m.CountReply:
-        """Bring up what is below; how many blocks are on their way."""
+        """Bring up what is below once nobody waits; how many blocks are on their way, or no longer are."""
         scope = self.namespaces.find(session.domain, p.ns).scope
-        started = 0
-        for key in m.split_keys(p.keys):
-            block = BlockId(scope, key)
-            if self.host.get(block) is None and self.chain.find_below(scope, key) is not None:
-                self.chain.promote(block)
-                started += 1
-        return m.CountReply(started)
+        act = self.chain.ahead.discard if p.cancel else self.chain.prefetch
+        return m.CountReply(sum([act(BlockId(scope, key)) for key in m.split_keys(p.keys)]))
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
@@ -256,14 +272,14 @@ class Service:
             block = BlockId(scope, offer.key)
             status = self._refusal(block, offer)
             if status is None:
-                extents = self.host.allocate(scope.domain, offer.nbytes, len(offer.header))
+                extents = self.host.allocate(scope.domain, offer.nbytes, len(offer.header), scope)
                 if extents is not None:
                     self.ledger.reserve(reservation, index, Place(block, header, offer.header, offer.nbytes, extents))
                     reply.rooms.append(m.Room(index, () if reservation.session.remote else extents))
                 elif wait and self.chain.dirty_blocks:
                     return
                 else:
-                    status = DropReason.HOST_FULL.value
+                    status = self.host.why_full(scope, offer.nbytes).value
             if status is not None:
                 self._count_refused(status)
                 reply.others.append(m.NoRoom(index, status))
@@ -395,6 +411,21 @@ class Service:
     def stats(self, session: Session, p: m.Stats) -> m.StatsReply:
         """A snapshot; `kvstore.obs.snapshot` makes it."""
         return m.StatsReply(self.snapshot())
+
+    def quota(self, session: Session, p: m.Quota) -> m.QuotaReply:
+        """List the rules about quotas, set one, or remove one."""
+        changes = p.set is not None or p.remove
+        if changes and (session.remote or session.domain != f"uid-{os.getuid()}"):
+            raise AccessError("quotas are changed by the user that runs the daemon, on its own machine.")
+        if p.set is not None:
+            self.quotas.set(p.set)
+        if p.remove:
+            self.quotas.remove(p.remove)
+        return m.QuotaReply(self.quotas.rules, self.quotas.state())
+
+    def events(self, session: Session, p: m.Events) -> m.EventsReply | Awaitable[m.EventsReply]:
+        """What happened to blocks, or what there is."""
+        return self.feed.answer(session, session.domain, p)
 
     snapshot: Callable[[], dict[str, Any]] = staticmethod(dict)
     """Set by the daemon, which knows what else there is to tell."""

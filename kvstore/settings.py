@@ -147,6 +147,9 @@ class Disk(msgspec.Struct, frozen=True, kw_only=True):
     deadline_s: Annotated[
         float, Rule("Longest time one read or write may take before it counts as failed.", "10s", duration(0.01, 3600))
     ]
+    max_bandwidth: Annotated[
+        int, Rule("Bytes a second that the tier may read and write together; 0 for no bound.", "0", size(0))
+    ]
 
 
 class Redis(msgspec.Struct, frozen=True, kw_only=True):
@@ -173,6 +176,29 @@ class Redis(msgspec.Struct, frozen=True, kw_only=True):
     timeout_s: Annotated[float, Rule("Longest time one command may take.", "2s", duration(0.01, 60))]
 
 
+class Events(msgspec.Struct, frozen=True, kw_only=True):
+    """Events: what came into the tiers of this daemon and what left them."""
+
+    ring: Annotated[
+        int, Rule("Events kept for subscribers who ask later; who is further behind gets a snapshot.", "65536",
+                  integer(1, 1 << 24))
+    ]  # fmt: skip
+    share: Annotated[bool, Rule("Publish them at redis.url, and follow those of other daemons there.", "true", switch)]
+    stream: Annotated[
+        int, Rule("Entries that a daemon keeps in its stream in Redis, roughly.", "4096", integer(1, 1 << 20))
+    ]
+    name: Annotated[
+        str,
+        Rule(
+            "What this daemon is called there, and by `/v1/where`; no two may have the same name.",
+            "auto",
+            text,
+            lambda _, values: f"{os.uname().nodename}:{values['listen.socket']}",
+            "host name and listen.socket, joined by a colon",
+        ),
+    ]
+
+
 class Http(msgspec.Struct, frozen=True, kw_only=True):
     """Status page, metrics and health."""
 
@@ -188,6 +214,17 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 
     max_block_bytes: Annotated[int, Rule("Largest block.", "1GiB", size(4096, (1 << 32) - 1))]
     lease_ttl_s: Annotated[float, Rule("Longest lease or reservation granted.", "30s", duration(0.1, 86_400))]
+    pin_percent: Annotated[int, Rule("Percent of a tier that pins may keep.", "50", integer(0, 90))]
+    quota_file: Annotated[
+        Path,
+        Rule(
+            "File that keeps the rules about quotas.",
+            "auto",
+            path(),
+            lambda _, values: values["disk.path"].with_name(values["disk.path"].name + ".quotas.json"),
+            "disk.path with .quotas.json appended",
+        ),
+    ]
 
 
 class Log(msgspec.Struct, frozen=True, kw_only=True):
@@ -208,6 +245,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     host: Host
     disk: Disk
     redis: Redis
+    events: Events
     http: Http
     limits: Limits
     log: Log

@@ -6,7 +6,7 @@ Nothing here does I/O, and nothing here imports another module of kvstore except
 from __future__ import annotations
 
 from enum import IntEnum, StrEnum
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 
@@ -91,6 +91,58 @@ class BlockId(NamedTuple):
     key: bytes
 
 
+MAX_CHUNK_TOKENS = 8192
+"""Longest chunk: its description, ids and statistics included, fits into the header of one block."""
+
+CHUNK_MARK = b"ch"
+"""The last bytes of the key of a chunk's last block: after a restart chunks are found by the names of their files."""
+
+Label = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
+"""Names a right to read, as the gateway in front of the engine gives it out."""
+
+
+class ChunkInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A chunk, described in the header of its last block: by its content, and by the context its KV was computed in.
+
+    Attributes
+    ----------
+    content : bytes
+        Content key: of the chunk's own tokens.
+    context : bytes
+        Digest of all token ids before it (`kvstore.keys.context_digest`): with the content key, the variant.
+    tokens : bytes
+        All its token ids as int32 little-endian.
+    position : int
+        Position of its first token where its KV was computed; keys are turned for the positions from there on.
+    capture : str
+        ``isolated``: nothing before it; ``system``: a system prompt only; ``live``: other chunks, too.
+    blocks : bytes
+        Keys of its blocks before the last one, 32 bytes each, in order.
+    lineage : list of bytes
+        Content keys of the chunks before it, in order.
+    inter : list of float
+        Cache-Craft's influence of each of those on it, summed over layers; empty if not measured.
+    cci : float
+        Cache-Craft's contextual influence, in 0.5..1; 0 if not measured.
+    external : bytes
+        Attention mass that each of its tokens put on other chunks, float16 little-endian; empty if not measured.
+    labels : list of str
+        Who reuses it must have all of these: the rights needed to read what stood before it.
+    """
+
+    content: Annotated[bytes, msgspec.Meta(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
+    context: Annotated[bytes, msgspec.Meta(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
+    tokens: Annotated[bytes, msgspec.Meta(min_length=4, max_length=4 * MAX_CHUNK_TOKENS)]
+    position: Annotated[int, msgspec.Meta(ge=0, le=1 << 31)] = 0
+    capture: Literal["isolated", "system", "live"] = "isolated"
+    blocks: Annotated[bytes, msgspec.Meta(max_length=DIGEST_BYTES * MAX_CHUNK_TOKENS // 16)] = b""
+    lineage: Annotated[list[bytes], msgspec.Meta(max_length=64)] = []
+    inter: Annotated[list[float], msgspec.Meta(max_length=64)] = []
+    cci: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 0.0
+    external: Annotated[bytes, msgspec.Meta(max_length=2 * MAX_CHUNK_TOKENS)] = b""
+    labels: Annotated[list[Label], msgspec.Meta(max_length=16)] = []
+
+
 class BlockHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """What travels with a block's payload through every tier.
 
@@ -102,11 +154,14 @@ class BlockHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         Token ids as int32 little-endian; empty if the client keeps no tokens.
     position : int
         Position of the first token in the prompt the KV was computed in.
+    chunk : ChunkInfo or None
+        Only on the last block of a chunk.
     """
 
     parent: bytes = b""
     tokens: bytes = b""
     position: int = 0
+    chunk: ChunkInfo | None = None
 
 
 class TierCode(IntEnum):
@@ -133,6 +188,7 @@ class DropReason(StrEnum):
     """Why a block that was offered is not stored."""
 
     HOST_FULL = "host_full"
+    OVER_LIMIT = "over_limit"
     TOO_LARGE = "too_large"
     IN_FLIGHT = "in_flight"
     EXPIRED = "expired"
@@ -142,6 +198,16 @@ class DropReason(StrEnum):
     IO_ERROR = "io_error"
     ABORTED = "aborted"
     UNREACHABLE = "unreachable"
+
+
+class Gone(StrEnum):
+    """Why a block is no longer in a tier."""
+
+    EVICTED = "evicted"
+    DROPPED = "dropped"
+    EXPIRED = "expired"
+    CORRUPT = "corrupt"
+    LOST = "lost"
 
 
 class Extent(NamedTuple):
@@ -157,6 +223,32 @@ class Hit(NamedTuple):
 
     header: BlockHeader
     nbytes: int
+
+
+class ChunkMatch(NamedTuple):
+    """Tokens `start` to `stop` of a prompt are a stored chunk, every block of which is in some tier.
+
+    Attributes
+    ----------
+    key : bytes
+        Of the chunk's last block, whose header describes it (`ChunkInfo`).
+    blocks : int
+        How many it has.
+    tier : TierCode
+        The farthest that one of them is in.
+    capture : str
+        As in `ChunkInfo`.
+    overhead : float
+        Cache-Craft's fix overhead of this variant here: 0 if it was computed behind exactly these tokens.
+    """
+
+    start: int
+    stop: int
+    key: bytes
+    blocks: int
+    tier: TierCode
+    capture: str
+    overhead: float
 
 
 class Miss(NamedTuple):

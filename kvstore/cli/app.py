@@ -8,6 +8,8 @@ from kvstore import __version__
 from kvstore.cli.check import check
 from kvstore.cli.configuration import config_show
 from kvstore.cli.doctor import doctor
+from kvstore.cli.plan import make_plan
+from kvstore.cli.quota import quota_list, quota_remove, quota_set
 from kvstore.cli.serve import serve
 from kvstore.cli.status import status, top
 from kvstore.cli.version import version
@@ -24,10 +26,17 @@ app["--version"].show = True
 config = App(name="config", help="What the settings are and where they come from.")
 config.command(config_show, name="show")
 
+quota = App(name="quota", help="Who may have how much of the tiers.")
+quota.command(quota_list, name="list")
+quota.command(quota_set, name="set")
+quota.command(quota_remove, name="remove")
+
 app.command(serve)
 app.command(status)
 app.command(top)
 app.command(check)
 app.command(config)
+app.command(quota)
+app.command(make_plan, name="plan")
 app.command(doctor)
 app.command(version)

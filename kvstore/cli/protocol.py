@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from msgspec import NODEFAULT, Meta, structs
 
-from kvstore.types import DropReason, MissReason, Namespace, TierCode
+from kvstore.types import DropReason, Gone, MissReason, Namespace, TierCode
 from kvstore.wire import frame
 from kvstore.wire import messages as m
 from kvstore.wire.server import HANDSHAKE_S, MAX_CALLS
@@ -59,8 +59,14 @@ the connection is still open; only then use what you read.
 
 `ns` is the namespace digest: sha256 over `kvstore/namespace/1`, then for each field of the namespace below, in order,
 its name and its value (numbers in decimal), each preceded by its length as u64 LE. A prefix key is sha256(key of the
-block before | token ids as int32 LE), the first one's predecessor being sha256(`kvstore/prefix/1` | ns). The daemon
-never computes keys; it only compares them.
+block before | token ids as int32 LE), the first one's predecessor being sha256(`kvstore/prefix/1` | ns). On
+this wire the daemon computes no keys; it only compares them.
+
+## Events
+
+Nothing is pushed: a subscriber asks with `events`, again and again, and waits in the daemon for something to happen.
+The first question leaves everything empty and is answered with `reset` and the first page of a snapshot; from then on
+each question carries `boot`, `after` and `snapshot` of the answer before. See events.md.
 """
 
 
@@ -77,11 +83,12 @@ def protocol_page() -> str:
     for name, params in m.NOTICES.items():
         lines += [f"### {name}", "", _doc(params), "", *_fields(params), ""]
     lines += ["## Parts", ""]
-    for part in (m.Grant, m.Refusal, m.Offer, m.Room, m.NoRoom, m.Outcome):
+    for part in (m.Grant, m.Refusal, m.Offer, m.Room, m.NoRoom, m.Outcome, m.Event):
         lines += [f"### {part.__name__}", "", _doc(part), "", *_fields(part), ""]
     lines += ["## Values", "", "Tiers: " + ", ".join(f"{code.value} {code.name.lower()}" for code in TierCode) + "."]
     lines += ["", "Reasons of a miss: " + ", ".join(f"`{reason}`" for reason in MissReason) + "."]
     lines += ["", "Reasons of a drop: " + ", ".join(f"`{reason}`" for reason in DropReason) + "."]
+    lines += ["", "Reasons of a removal: " + ", ".join(f"`{reason}`" for reason in Gone) + "."]
     return "\n".join(lines) + "\n"
 
 

@@ -2,16 +2,26 @@
 
 from kvstore.client.aio import AsyncKVStoreClient
 from kvstore.client.blocks import LeasedBlock, Loaded, Room
+from kvstore.client.events import Event, Mirror, Position
 from kvstore.client.handles import AsyncReservation, Lease, Reservation
+from kvstore.client.plans import AsyncPlanRun, PlanRun
+from kvstore.client.streams import AsyncEventStream, EventStream
 from kvstore.client.sync import KVStoreClient
 
 __all__ = [
+    "AsyncEventStream",
     "AsyncKVStoreClient",
+    "AsyncPlanRun",
     "AsyncReservation",
+    "Event",
+    "EventStream",
     "KVStoreClient",
     "Lease",
     "LeasedBlock",
     "Loaded",
+    "Mirror",
+    "PlanRun",
+    "Position",
     "Reservation",
     "Room",
 ]

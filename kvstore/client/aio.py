@@ -12,10 +12,15 @@ from typing import Any, TypeVar, cast
 from kvstore.client.address import CONNECT_AGAIN_S, at_end, connect_unix, parse_address
 from kvstore.client.blocks import Buffer, LeasedBlock, Loaded, as_bytes
 from kvstore.client.core import Arrivals, Call, Calls, Core, Effect, Flow, Work, join_keys
+from kvstore.client.events import Position
 from kvstore.client.handles import AsyncReservation, Lease
 from kvstore.client.mailbox import Mailbox, Pending
+from kvstore.client.plans import AsyncPlanRun
+from kvstore.client.streams import AsyncEventStream
 from kvstore.errors import ConnectionLost, DeadlineExceeded, InvalidParams, KVStoreError
 from kvstore.keys import PrefixChain, TokenIds
+from kvstore.plan import Plan
+from kvstore.quotas import QuotaRule
 from kvstore.types import BlockHeader, LoadOutcome, Miss, Namespace, StoreOutcome, TierCode
 from kvstore.wire import frame
 from kvstore.wire import messages as m
@@ -232,10 +237,11 @@ class AsyncKVStoreClient:
         """See `KVStoreClient.put_many`."""
         return await self.drive(self.core.put(items, namespace, wait_s, durable), self.timeout_s + wait_s)
 
-    async def prefetch(self, keys: Sequence[bytes], *, namespace: Namespace | None = None) -> int:
+    async def prefetch(self, keys: Sequence[bytes], *, namespace: Namespace | None = None, cancel: bool = False) -> int:
         """See `KVStoreClient.prefetch`."""
         joined = join_keys(keys)
-        return await self.drive(self.core.count(namespace, lambda ns: Call("prefetch", m.Prefetch(ns, joined))), None)
+        flow = self.core.count(namespace, lambda ns: Call("prefetch", m.Prefetch(ns, joined, cancel)))
+        return await self.drive(flow, None)
 
     async def pin(self, keys: Sequence[bytes], *, namespace: Namespace | None = None, ttl_s: float = 3600.0) -> int:
         """See `KVStoreClient.pin`."""
@@ -255,6 +261,18 @@ class AsyncKVStoreClient:
     async def stats(self) -> dict[str, Any]:
         """See `KVStoreClient.stats`."""
         return await self.drive(self.core.stats(), None)
+
+    async def quota(self, rule: QuotaRule | None = None, *, remove: str = "") -> tuple[list[QuotaRule], dict[str, Any]]:
+        """See `KVStoreClient.quota`."""
+        return await self.drive(self.core.quota(rule, remove), None)
+
+    def run(self, plan: Plan, *, namespace: Namespace | None = None, ttl_s: float = 3600.0) -> AsyncPlanRun:
+        """See `KVStoreClient.run`."""
+        return AsyncPlanRun(self, plan, namespace, ttl_s)
+
+    def events(self, position: Position = Position(), *, idle_s: float | None = None) -> AsyncEventStream:  # noqa: B008
+        """See `KVStoreClient.events`."""
+        return AsyncEventStream(self, position, idle_s)
 
     # -- connection ----------------------------------------------------------------------------------------------------
 

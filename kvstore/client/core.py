@@ -19,6 +19,7 @@ from kvstore.client.blocks import Buffer, LeasedBlock, Loaded, Room, as_bytes, c
 from kvstore.client.slabs import Bytes, Extents, SlabMap, SlabNotMapped
 from kvstore.errors import InvalidParams, LimitExceeded, ProtocolError, UnknownNamespace
 from kvstore.keys import namespace_digest
+from kvstore.quotas import QuotaRule
 from kvstore.types import (
     DIGEST_BYTES,
     BlockHeader,
@@ -111,6 +112,7 @@ class Core:
         self.name = name or f"python/{__version__}"
         self.token = token
         self.link: Link | None = None
+        self.speeds: dict[TierCode, tuple[float, float, float]] = {}
         self._epoch = 0
 
     # -- connection ----------------------------------------------------------------------------------------------------
@@ -178,6 +180,7 @@ class Core:
         reply: m.LookupReply = yield from self.in_namespace(
             namespace, lambda ns: Call("lookup", m.Lookup(ns, joined, prefix))
         )
+        self.speeds = _speeds([reply])
         return _codes(reply, len(keys))
 
     def lookup_many(
@@ -194,6 +197,7 @@ class Core:
         except UnknownNamespace:
             yield from self._introduce([ns for ns, _ in queries])
             replies = yield Calls(calls)
+        self.speeds = _speeds(replies)
         return [_codes(reply, len(keys)) for reply, (_, keys) in zip(replies, queries, strict=True)]
 
     # -- reading -------------------------------------------------------------------------------------------------------
@@ -411,6 +415,11 @@ class Core:
         reply: m.StatsReply = yield Call("stats", m.Stats())
         return reply.snapshot
 
+    def quota(self, rule: QuotaRule | None, remove: str) -> Flow[tuple[list[QuotaRule], dict[str, Any]]]:
+        """The rules about quotas and what each holds, after a change."""
+        reply: m.QuotaReply = yield Call("quota", m.Quota(rule, remove))
+        return reply.rules, reply.tiers
+
 
 def join_keys(keys: Sequence[bytes]) -> bytes:
     """Keys as they travel; raises `InvalidParams` if one is not a digest or there are too many."""
@@ -429,6 +438,11 @@ def _codes(reply: m.LookupReply, asked: int) -> list[TierCode]:
         return [_tier[code] for code in reply.tiers]
     except KeyError as error:
         raise ProtocolError(f"a lookup was answered with the unknown tier {error}.") from None
+
+
+def _speeds(replies: Sequence[m.LookupReply]) -> dict[TierCode, tuple[float, float, float]]:
+    """What loads cost from the lower tiers that some lookups named; what this client has no name for is passed over."""
+    return {_tier[code]: speed for reply in replies for code, speed in reply.speeds.items() if code in _tier}
 
 
 def _status(status: str) -> StoreOutcome:

@@ -14,10 +14,15 @@ from typing import Any, TypeVar, cast
 from kvstore.client.address import CONNECT_AGAIN_S, at_end, connect_unix, parse_address
 from kvstore.client.blocks import Buffer, LeasedBlock, Loaded, as_bytes
 from kvstore.client.core import Arrivals, Call, Calls, Core, Effect, Flow, Work, join_keys
+from kvstore.client.events import Position
 from kvstore.client.handles import Lease, Reservation
 from kvstore.client.mailbox import Mailbox, Pending
+from kvstore.client.plans import PlanRun
+from kvstore.client.streams import EventStream
 from kvstore.errors import ConnectionLost, DeadlineExceeded, InvalidParams, KVStoreError
 from kvstore.keys import PrefixChain, TokenIds
+from kvstore.plan import Plan
+from kvstore.quotas import QuotaRule
 from kvstore.types import BlockHeader, LoadOutcome, Miss, Namespace, StoreOutcome, TierCode
 from kvstore.wire import frame
 from kvstore.wire import messages as m
@@ -61,6 +66,7 @@ class KVStoreClient:
         timeout_s: float = 5.0,
         name: str = "",
     ) -> None:
+        self._given = address
         self.address = parse_address(address)
         self.timeout_s = timeout_s
         self.core = Core(namespace, name, token or os.environ.get("KVSTORE_CLIENT_TOKEN", ""))
@@ -184,10 +190,13 @@ class KVStoreClient:
         """Store blocks."""
         return self.drive(self.core.put(items, namespace, wait_s, durable), self.timeout_s + wait_s)
 
-    def prefetch(self, keys: Sequence[bytes], *, namespace: Namespace | None = None) -> int:
-        """Bring blocks into host memory without waiting; how many are on their way."""
+    def prefetch(self, keys: Sequence[bytes], *, namespace: Namespace | None = None, cancel: bool = False) -> int:
+        """Bring blocks into host memory without waiting, after all that somebody waits for; how many are on their way.
+
+        With `cancel`, no longer do: how many of them will not come. What is being read already still comes.
+        """
         joined = join_keys(keys)
-        return self.drive(self.core.count(namespace, lambda ns: Call("prefetch", m.Prefetch(ns, joined))), None)
+        return self.drive(self.core.count(namespace, lambda ns: Call("prefetch", m.Prefetch(ns, joined, cancel))), None)
 
     def pin(self, keys: Sequence[bytes], *, namespace: Namespace | None = None, ttl_s: float = 3600.0) -> int:
         """Keep blocks from eviction; how many were found."""
@@ -208,6 +217,36 @@ class KVStoreClient:
         """The daemon's snapshot (docs/metrics.md describes its fields)."""
         return self.drive(self.core.stats(), None)
 
+    def quota(self, rule: QuotaRule | None = None, *, remove: str = "") -> tuple[list[QuotaRule], dict[str, Any]]:
+        """The rules about quotas, and by tier and rule what they hold; after setting one, or removing one by name."""
+        return self.drive(self.core.quota(rule, remove), None)
+
+    def run(self, plan: Plan, *, namespace: Namespace | None = None, ttl_s: float = 3600.0) -> PlanRun:
+        """Carry out a plan (`kvstore.plan`): the steps in order, with what they share pinned for exactly as long.
+
+        Pins end by themselves `ttl_s` after they were last renewed, should this process end before the plan.
+
+        Examples
+        --------
+        >>> with kv.run(plan(prompts)) as steps:        # doctest: +SKIP
+        ...     for step in steps:
+        ...         engine.generate(texts[step.prompt])
+        """
+        return PlanRun(self, plan, namespace, ttl_s)
+
+    def events(self, position: Position = Position(), *, idle_s: float | None = None) -> EventStream:  # noqa: B008
+        """What comes into the daemon's tiers and leaves them: first a snapshot, then each change as it happens.
+
+        Parameters
+        ----------
+        position : Position
+            Where an earlier stream was, to go on from there if the daemon still knows what followed.
+        idle_s : float, optional
+            The iteration ends when nothing has happened for so long; by default never.
+        """
+        sibling = KVStoreClient(self._given, token=self.core.token, timeout_s=self.timeout_s, name=self.core.name)
+        return EventStream(sibling, position, idle_s)
+
     # -- connection ----------------------------------------------------------------------------------------------------
 
     def connect(self) -> None:
@@ -220,6 +259,14 @@ class KVStoreClient:
         """
         with self._lock:
             self._ensure(time.monotonic() + self.timeout_s)
+
+    @property
+    def speeds(self) -> dict[TierCode, tuple[float, float, float]]:
+        """What a load costs from the tiers below host memory that the last lookup named, as the daemon measured it.
+
+        Seconds of waiting, then seconds for each block and for each byte. A tier that was never read has no entry.
+        """
+        return self.core.speeds
 
     @property
     def boot(self) -> bytes | None:

@@ -15,7 +15,9 @@ from kvstore.disk.directory import FIXED_COST
 from kvstore.disk.format import ALIGN, ENTRY_COST, Shape
 from kvstore.eviction.base import EvictionPolicy
 from kvstore.eviction.cost import recompute_cost
-from kvstore.types import BlockHeader, BlockId, Scope
+from kvstore.eviction.partitions import Facts, Partitions
+from kvstore.types import BlockHeader, BlockId, Gone, Scope, TierCode
+from kvstore.watcher import Watcher
 
 _UNKNOWN = BlockHeader()
 """Of a block found at start nothing is known but its name; its header is in its file."""
@@ -67,6 +69,7 @@ class Reservation:
     scope: Scope
     directory: int
     charged: int
+    cost: int
     leaving: Departure
 
 
@@ -79,20 +82,27 @@ class Index:
         Byte budget.
     policy : EvictionPolicy
         The order of eviction among blocks stored or used since start. Blocks found at start and not used since leave
-        before them.
+        before them, until a rule sets some apart: then they join the order as soon as their last use is known.
+    pin_share : float
+        The part of the capacity that pins may keep.
     """
 
-    def __init__(self, capacity: int, policy: EvictionPolicy[BlockId]) -> None:
+    def __init__(self, capacity: int, policy: EvictionPolicy[BlockId], pin_share: float = 0.5) -> None:
         self.capacity = capacity
         self.used = FIXED_COST
         self.count = 0
         self.evicted = 0
         self.spaces: dict[Scope, Space] = {}
-        self._policy = policy
+        self.order = Partitions(policy, self._facts, self._cold_blocks)
+        self.order.on_arranged = self._join_order
+        self.watcher = Watcher()
         self._hot: set[BlockId] = set()
-        self._cold: list[BlockId] | None = []
+        self._cold: list[tuple[int, BlockId]] | None = []
         self._cold_at = 0
         self._pins: dict[BlockId, float] = {}
+        self._pin_share = pin_share
+        self._pinned_bytes = 0
+        self.pins_refused = 0
         self.open_reads = 0
         self._reads: dict[BlockId, Reading] = {}
         self.quarantine: dict[str, int] = {}
@@ -122,24 +132,42 @@ class Index:
         self.spaces, self.quarantine = found, quarantine
         self.count = sum(len(space.blocks) for space in found.values())
         self.used += sum(space.nbytes + space.overhead for space in found.values()) + sum(quarantine.values())
+        for scope, space in found.items():
+            self.order.charge(scope, space.nbytes)
         self._cold = None
 
-    def set_cold(self, order: list[BlockId]) -> None:
-        """Say in which order the blocks found at start were last used, oldest first."""
+    def set_cold(self, order: list[tuple[int, BlockId]]) -> None:
+        """Say when the blocks found at start were last used, in nanoseconds since the epoch, oldest first."""
         self._cold, self._cold_at = order, 0
+        self._join_order()
+
+    def _join_order(self) -> None:
+        """Where there are rules every block is in its partition's order, at its age."""
+        if not self.order.ruled or not self._cold:
+            return
+        began = time.monotonic() - time.time()  # a clock that was set back makes blocks older, and a miss
+        for used_at, block in self._cold:
+            if self.is_cold(block):
+                shape = self.spaces[block.scope].blocks[block.key]
+                self._order(block, shape, used_at=used_at / 1e9 + began)
+        self._cold, self._cold_at = [], 0
+        self.order.sort_uses()
 
     # -- coming --------------------------------------------------------------------------------------------------------
 
     def reserve(self, scope: Scope, cost: int) -> Reservation | None:
         """Charge a file that is about to be written and choose what leaves for it; None if not enough may leave."""
         directory = 0 if scope in self.spaces else NAMESPACE_COST
-        leaving = self.evict(self.used + cost + directory - self.capacity, keep=scope)
+        leaving = self.evict(
+            self.used + cost + directory - self.capacity, keep=scope, over=self.order.over(scope, cost)
+        )
         if leaving is None:
             return None
         self.spaces.setdefault(scope, Space()).writers += 1
         charged = max(0, cost + directory - leaving.nbytes)
         self.used += charged
-        return Reservation(scope, directory, charged, leaving)
+        self.order.charge(scope, cost)
+        return Reservation(scope, directory, charged, cost, leaving)
 
     def settle(self, reservation: Reservation, kept: int, failed: Sequence[Removed] = ()) -> Departure:
         """Book the end of a write.
@@ -159,6 +187,7 @@ class Index:
             The namespace, if nothing is left in it.
         """
         self.used += kept + reservation.directory - reservation.charged
+        self.order.discharge(reservation.scope, reservation.cost)
         self.evicted -= len(failed)
         self.depart(reservation.leaving, failed)
         empty = Departure()
@@ -174,12 +203,21 @@ class Index:
         space.blocks[block.key] = shape
         space.nbytes += shape.cost
         self.count += 1
+        self.order.charge(block.scope, shape.cost)
         self._order(block, shape, header)
+        self.watcher.stored(TierCode.DISK, block, shape.nbytes, header.parent)
 
-    def _order(self, block: BlockId, shape: Shape, header: BlockHeader = _UNKNOWN) -> None:
+    def _order(
+        self, block: BlockId, shape: Shape, header: BlockHeader = _UNKNOWN, used_at: float | None = None
+    ) -> None:
         self._hot.add(block)
         parent = BlockId(block.scope, header.parent) if header.parent else None
-        self._policy.insert(block, shape.nbytes, cost=recompute_cost(header, shape.nbytes), parent=parent)
+        cost = recompute_cost(header, shape.nbytes)
+        self.order.insert(block, shape.nbytes, cost=cost, parent=parent, used_at=used_at)
+
+    def _facts(self, block: BlockId) -> Facts:
+        nbytes = self.spaces[block.scope].blocks[block.key].nbytes
+        return nbytes, recompute_cost(_UNKNOWN, nbytes), None
 
     def touch(self, blocks: Iterable[BlockId]) -> None:
         """Note a use of blocks of one prompt, first block first."""
@@ -187,19 +225,35 @@ class Index:
         for block in known:
             if block not in self._hot:
                 self._order(block, self.spaces[block.scope].blocks[block.key])
-        self._policy.touch(known)
+        self.order.touch(known)
 
     # -- staying -------------------------------------------------------------------------------------------------------
 
     def pin(self, block: BlockId, until: float) -> bool:
-        """Keep a block from eviction until a monotonic time; whether it is here."""
-        if self.find(block) is None:
+        """Keep a block from eviction until a monotonic time; whether it is here, and pins had room for it."""
+        shape = self.find(block)
+        if shape is None:
             return False
-        if until > time.monotonic():
-            self._pins[block] = until
-        else:
-            self._pins.pop(block, None)
+        if until <= time.monotonic():
+            self._unpin(block)
+            return True
+        if block not in self._pins:
+            most = int(self._pin_share * self.capacity)
+            if self._pinned_bytes + shape.cost > most:
+                now = time.monotonic()
+                for ended in [each for each, end in self._pins.items() if end <= now]:
+                    self._unpin(ended)
+            if self._pinned_bytes + shape.cost > most:
+                self.pins_refused += 1
+                return False
+            self._pinned_bytes += shape.cost
+        self._pins[block] = until
         return True
+
+    def _unpin(self, block: BlockId) -> None:
+        """End a pin, while the block is still here."""
+        if self._pins.pop(block, None) is not None:
+            self._pinned_bytes -= self.spaces[block.scope].blocks[block.key].cost
 
     def begin_read(self, block: BlockId) -> Reading:
         """Keep a block's bytes charged, and it from eviction, until `end_read`."""
@@ -226,37 +280,43 @@ class Index:
         if until is None:
             return True
         if until <= now:
-            del self._pins[block]
+            self._unpin(block)
         return until <= now
 
     # -- leaving -------------------------------------------------------------------------------------------------------
 
-    def evict(self, need: int, keep: Scope | None = None) -> Departure | None:
+    def evict(self, need: int, keep: Scope | None = None, over: int = 0) -> Departure | None:
         """Choose blocks of at least `need` bytes and forget them; None, and nothing forgotten, if too few may go.
 
-        The directory of the scope `keep` stays even if its last block goes.
+        The directory of the scope `keep`, for which it is done, stays even if its last block goes; `over` bytes come
+        from its partition.
         """
         leaving, chosen = Departure(), []
         now = time.monotonic()
-        victims = self._victims()
-        while need > 0:
-            block = next(victims, None)
-            if block is None:
+
+        def size(block: BlockId) -> int:
+            return self.spaces[block.scope].blocks[block.key].cost if self._may_leave(block, now) else 0
+
+        victims = self.order.victims(keep, over, size)
+        while need > 0 or over > 0:
+            if (found := next(victims, None)) is None:
                 return None
-            if self._may_leave(block, now):
-                chosen.append(block)
-                need -= self.spaces[block.scope].blocks[block.key].cost
+            block, nbytes = found
+            chosen.append(block)
+            need -= nbytes
+            over -= nbytes
+        self.order.count_evicted(keep, chosen)
         for block in chosen:
-            self._forget(block, leaving, keep, evicted=True)
+            self._forget(block, leaving, keep, Gone.EVICTED)
         self.evicted += len(chosen)
         return leaving
 
-    def forget(self, blocks: Iterable[BlockId]) -> Departure:
+    def forget(self, blocks: Iterable[BlockId], reason: Gone = Gone.DROPPED) -> Departure:
         """Make blocks unfindable; those that were here leave the disk together."""
         leaving = Departure()
         for block in blocks:
             if self.find(block) is not None:
-                self._forget(block, leaving, None)
+                self._forget(block, leaving, None, reason)
         return leaving
 
     def depart(self, departure: Departure, failed: Sequence[Removed] = ()) -> None:
@@ -269,31 +329,29 @@ class Index:
             self.used += shape.cost
             self.insert(block, shape)
 
-    def _forget(self, block: BlockId, leaving: Departure, keep: Scope | None, *, evicted: bool = False) -> None:
+    def _forget(self, block: BlockId, leaving: Departure, keep: Scope | None, reason: Gone) -> None:
+        self._unpin(block)
         space = self.spaces[block.scope]
         shape = space.blocks.pop(block.key)
         space.nbytes -= shape.cost
         self.count -= 1
-        self._pins.pop(block, None)
         if block in self._hot:
             self._hot.remove(block)
-            self._policy.remove(block, evicted=evicted)
+            self.order.remove(block, evicted=reason is Gone.EVICTED)
+        self.order.discharge(block.scope, shape.cost)
         reading = self._reads.pop(block, None)
         if reading is None:
             leaving.nbytes += shape.cost
         else:
             reading.gone, reading.owed = True, shape.cost
         leaving.blocks.append((block, shape))
+        self.watcher.removed(TierCode.DISK, block, reason)
         if not space.blocks and not space.writers and block.scope != keep:
             self._close(block.scope, leaving)
 
     def _close(self, scope: Scope, leaving: Departure) -> None:
         leaving.scopes.append(scope)
         leaving.nbytes += self.spaces.pop(scope).overhead
-
-    def _victims(self) -> Iterator[BlockId]:
-        yield from self._cold_blocks()
-        yield from self._policy.victims()
 
     def _cold_blocks(self) -> Iterator[BlockId]:
         """Blocks found at start and not used since. Those that no longer are such are skipped, never searched for."""
@@ -304,13 +362,13 @@ class Index:
                     if block not in self._hot:
                         yield block
             return
-        while self._cold_at < len(self._cold) and not self.is_cold(self._cold[self._cold_at]):
+        while self._cold_at < len(self._cold) and not self.is_cold(self._cold[self._cold_at][1]):
             self._cold_at += 1
         if self._cold_at == len(self._cold):
             self._cold, self._cold_at = [], 0
         for at in range(self._cold_at, len(self._cold)):
-            if self.is_cold(self._cold[at]):
-                yield self._cold[at]
+            if self.is_cold(self._cold[at][1]):
+                yield self._cold[at][1]
 
     def is_cold(self, block: BlockId) -> bool:
         """Whether a block was found at start and has not been used since."""

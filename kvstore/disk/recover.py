@@ -125,8 +125,8 @@ def _take_names(
 
 def by_last_use(
     directory: Directory, files: Files, found: dict[Scope, list[Named]]
-) -> tuple[list[BlockId], list[BlockId]]:
-    """Look at each file: blocks by last use, oldest first, and those that have no file of ours. Takes its time."""
+) -> tuple[list[tuple[int, BlockId]], list[BlockId]]:
+    """Look at each file: last use (ns) and name of blocks, oldest first, and those without a file of ours. Slow."""
     times: list[tuple[int, BlockId]] = []
     strangers: list[BlockId] = []
     for scope, blocks in found.items():
@@ -142,7 +142,7 @@ def by_last_use(
         except OSError:
             times += [(0, BlockId(scope, key)) for key, _ in blocks]
     times.sort()
-    return [block for _, block in times], strangers
+    return times, strangers
 
 
 def _used_at(files: Files, name: str, at: int) -> tuple[int, bool]:

@@ -26,7 +26,7 @@ from kvstore.disk.io import Files
 from kvstore.disk.recover import Recovered, by_last_use, recover
 from kvstore.errors import DirectoryUnusable
 from kvstore.eviction.base import EvictionPolicy
-from kvstore.types import BlockHeader, BlockId, Scope
+from kvstore.types import BlockHeader, BlockId, Gone, Scope
 
 QUARANTINE_FILES = 64
 QUARANTINE_SHARE = 8
@@ -62,14 +62,24 @@ class Store:
         I/O threads.
     files : Files
         The system calls.
+    pin_share : float
+        The part of the budget that pins may keep.
     """
 
     directory: Directory
     blocks: BlockFiles
 
-    def __init__(self, root: Path, capacity: int, policy: EvictionPolicy[BlockId], threads: int, files: Files) -> None:
+    def __init__(
+        self,
+        root: Path,
+        capacity: int,
+        policy: EvictionPolicy[BlockId],
+        threads: int,
+        files: Files,
+        pin_share: float = 0.5,
+    ) -> None:
         self.root = root
-        self.index = Index(capacity, policy)
+        self.index = Index(capacity, policy, pin_share)
         self.files = files
         self.busy: dict[BlockId | Scope, asyncio.Future[None]] = {}
         self.found: dict[str, Any] = {}
@@ -266,14 +276,14 @@ class Store:
 
     async def forget_lost(self, block: BlockId) -> None:
         """Forget a block whose file is gone, or has been replaced by something that is not ours to remove."""
-        leaving = self.index.forget([block])
+        leaving = self.index.forget([block], Gone.LOST)
         leaving.blocks.clear()
         await self.remove(leaving)
 
     async def set_aside(self, block: BlockId, shape: Shape) -> None:
         """Forget a damaged block and move its file into quarantine, or away if it is too large for that."""
         index = self.index
-        leaving = index.forget([block])
+        leaving = index.forget([block], Gone.CORRUPT)
         with self.occupied(leaving):
             place = await self.thread(self._move_aside, block, shape)
             await self.thread(self._clear_out, Departure(scopes=leaving.scopes))

@@ -2,9 +2,9 @@
 
 After N. Beckmann, H. Chen, A. Cidon, "LHD: Improving Cache Hit Rate by Maximizing Hit Density" (NSDI 2018), with
 classes made for prompts: how often a block was used, whether it is the end of a prompt, and whether it was computed
-behind text that had been used before. For each class and age the policy counts what became of blocks, also of those it
-evicted (its ghosts), and from that estimates hits to come per block and time. Blocks that come back after a long while
-teach it to wait, a flood of blocks that never come back teaches it to let go of new ones early.
+behind text that had been used before. What became of blocks, also of those that were evicted, says for each class and
+age how many uses are to come (`kvstore.eviction.fates`). Blocks that come back after a long while teach it to wait, a
+flood of blocks that never come back teaches it to let go of new ones early.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Generic
 
 from kvstore.eviction.base import EvictionPolicy, Item
+from kvstore.eviction.fates import Fates
 from kvstore.eviction.heaps import InOrder, Place
 
 GHOSTS_PER_ITEM = 3
@@ -22,37 +23,34 @@ GHOSTS_PER_ITEM = 3
 MAX_GHOSTS = 1 << 17
 """Beyond this only a sample is remembered, at about 200 bytes each; the statistics need no more."""
 
-_AGES = 24
-_COUNTS = 8
-_CLASSES = 3 * _COUNTS
-_LEARN_EVERY = 1024
-_FORGET = 0.995
-"""What has been counted is aged by this each time the estimates are made anew: half of it is 138 times old."""
-_ENOUGH = 20.0
-"""Uses and departures that a class must have seen; those with fewer take the mean of the others."""
+_LEVELS = 8
+_LEVEL = tuple(0 if n < 1 else n - 1 if n < 4 else min(_LEVELS - 1, n.bit_length()) for n in range(1 << _LEVELS))
+"""Level of a number of uses: each of the first three, then powers of two."""
+_CLASSES = 3 * _LEVELS
+_LEARN_EVERY = 512
 
 
 class _Entry(Generic[Item]):
-    """A block that is held: when it was last used (`stamp` also orders the blocks of one use), how often, and where it
-    stands: the class of its queue, and the ticket that its place there carries."""
+    """A block that is held: when it was last used (`stamp` also orders the blocks of one use), how often, its class,
+    and the ticket of its place in the queue of that class; 0 if it has none, since a block behind it is held."""
 
     __slots__ = ("behind", "children", "count", "group", "parent", "parted", "stamp", "ticket", "time")
 
-    def __init__(self, time: int, stamp: int, count: int, parent: Item | None, behind: bool) -> None:
+    def __init__(self, time: int, stamp: int, count: int, parent: Item | None, behind: bool, children: int) -> None:
         self.time = time
         self.stamp = stamp
         self.count = count
         self.parent = parent
         self.behind = behind
-        self.children = 0
-        self.parted = False
+        self.children = children
+        self.parted = children > 0
         self.group = 0
         self.ticket = 0
 
     def classify(self) -> int:
         """Its class: the number of uses by powers of two, and what kind of place it has in prompts."""
         count = self.count
-        level = count - 1 if count < 4 else min(_COUNTS - 1, count.bit_length())
+        level = _LEVEL[count] if count < len(_LEVEL) else _LEVELS - 1
         if not self.parted:
             return 3 * level + 2
         return 3 * level + (1 if count == 1 and self.behind else 0)
@@ -67,96 +65,103 @@ class LHD(EvictionPolicy[Item], Generic[Item]):
         self._held: dict[Item, _Entry[Item]] = {}
         self._queues: list[list[Place[Item]]] = [[] for _ in range(_CLASSES)]
         self._live = [0] * _CLASSES
+        """Places of each queue that still count."""
         self._orphans: dict[Item, int] = {}
         """Blocks that are not held to how many are that were computed behind them."""
         self._ghosts: OrderedDict[int, tuple[int, int, int]] = OrderedDict()
+        """Class, time of the last use and number of uses of blocks that were evicted, by hash."""
+        self._stride = 1
+        """One in so many evicted blocks is remembered, and counts for all of them."""
+        self._faded = 0
+        """Ghosts that were never used again."""
+        self._fates = Fates(_CLASSES)
         self._clock = 0
         self._stamp = 0
         self._tickets = 0
-        self._fresh: tuple[Item, _Entry[Item]] | None = None
+        self._bare: tuple[Item, _Entry[Item]] | None = None
+        """A block without children that has no place yet: the next call most often makes one unnecessary."""
         self._next = _LEARN_EVERY
-        self._unit = 1
-        self._hits = [[0.0] * _AGES for _ in range(_CLASSES)]
-        self._ends = [[0.0] * _AGES for _ in range(_CLASSES)]
-        self._density = [[float(_AGES - age) for age in range(_AGES)] for _ in range(_CLASSES)]
 
     # -- the contract --------------------------------------------------------------------------------------------------
 
     def insert(self, item: Item, nbytes: int, *, cost: float = 1.0, parent: Item | None = None) -> None:
-        self._clock += 1
-        self._stamp += 1
-        ghost = self._ghosts.pop(hash(item), None) if self._ghosts else None
+        held = self._held
+        self._clock = clock = self._clock + 1
+        self._stamp = stamp = self._stamp + 1
         count = 1
-        if ghost is not None:
-            group, time, count = ghost
-            self._hits[group][self._age(self._clock - time)] += 1
-            count += 1
-        before = None if parent is None else self._held.get(parent)
+        if self._ghosts and (ghost := self._ghosts.pop(hash(item), None)) is not None:
+            group, time, uses = ghost
+            self._fates.used(group, clock - time, self._stride)
+            count += uses
+        before = None if parent is None else held.get(parent)
         behind = before is not None and (before.behind or (before.count > 1 and before.parent is not None))
-        entry = _Entry(self._clock, self._stamp, count, parent, behind)
-        entry.children = self._orphans.pop(item, 0) if self._orphans else 0
-        entry.parted = entry.children > 0
+        children = self._orphans.pop(item, 0) if self._orphans else 0
+        entry = _Entry(clock, stamp, count, parent, behind, children)
         entry.group = entry.classify()
-        if self._fresh is not None and self._fresh[1] is not before:
-            self._queue_fresh()
-        self._held[item] = entry
-        self._fresh = (item, entry)
+        bare = self._bare
+        if bare is not None and bare[1] is not before:
+            self._place(*bare)
+        held[item] = entry
+        self._bare = None if children else (item, entry)
         if before is not None:
-            if not before.children and before.ticket:
-                self._live[before.group] -= 1
+            if before.ticket:
+                self._displace(before)
             before.children += 1
             if not before.parted:
                 before.parted = True
                 before.group = before.classify()
         elif parent is not None:
             self._orphans[parent] = self._orphans.get(parent, 0) + 1
-        if self._clock >= self._next:
+        if clock >= self._next:
             self._learn()
 
     def touch(self, items: list[Item]) -> None:
-        self._queue_fresh()
-        held, hits = self._held, self._hits
-        self._clock += len(items)
-        clock, stamp, time, age = self._clock, self._stamp, -1, 0
+        self._place_bare()
+        held, fates = self._held, self._fates
+        self._clock = clock = self._clock + len(items)
+        stamp = self._stamp
         for item in reversed(items):
             entry = held[item]
+            fates.used(entry.group, clock - entry.time)
             stamp += 1
-            if entry.time != time:  # most blocks of a prompt were last used together
-                time = entry.time
-                age = self._age(clock - time)
-            hits[entry.group][age] += 1
             entry.count += 1
             entry.time = clock
             entry.stamp = stamp
+            if entry.ticket:
+                self._displace(entry)
             if entry.children:
                 entry.group = entry.classify()
             else:
-                self._live[entry.group] -= 1
-                self._offer(item, entry)
+                self._place(item, entry)
         self._stamp = stamp
         if clock >= self._next:
             self._learn()
 
     def remove(self, item: Item, *, evicted: bool = False) -> None:
-        self._queue_fresh()
         entry = self._held.pop(item)
+        if self._bare is not None and self._bare[1] is entry:
+            self._bare = None
         if entry.children:
             self._orphans[item] = entry.children
-        else:
-            self._live[entry.group] -= 1
-            self._trim(entry.group)
+        elif entry.ticket:
+            self._displace(entry)
+            self._trim(self._queues[entry.group])
         if evicted:
             self._remember(item, entry)
         if entry.parent is not None:
             self._part(entry.parent)
 
     def victims(self) -> Iterator[Item]:
-        self._queue_fresh()
+        self._place_bare()
         freed: dict[Item, int] = {}
-        walks = {group: InOrder(queue) for group, queue in enumerate(self._queues) if queue}
+        walks: dict[int, InOrder[Item]] = {}
         heads: list[tuple[float, float, int, Item]] = []
-        for group, walk in walks.items():
-            self._head(group, walk, freed, heads)
+        for group, queue in enumerate(self._queues):
+            self._trim(queue)
+            if queue:
+                stamp, _, item = queue[0]
+                heads.append((self._density(self._held[item]), stamp, group, item))
+        heapq.heapify(heads)
         while heads:
             _, _, group, item = heapq.heappop(heads)
             yield item
@@ -165,23 +170,28 @@ class LHD(EvictionPolicy[Item], Generic[Item]):
             if parent is not None and before is not None:
                 freed[parent] = freed.get(parent, 0) + 1
                 if freed[parent] == before.children:  # its last child would be gone: it could leave next
-                    density = self._density[before.group][self._age(self._clock - before.time)]
-                    heapq.heappush(heads, (density, before.stamp, -1, parent))
+                    heapq.heappush(heads, (self._density(before), before.stamp, -1, parent))
             if group >= 0:
-                self._head(group, walks[group], freed, heads)
+                if group not in walks:
+                    walks[group] = InOrder(self._queues[group])
+                    next(walks[group])
+                for place in walks[group]:
+                    if self._valid(place):
+                        heapq.heappush(heads, (self._density(self._held[place[2]]), place[0], group, place[2]))
+                        break
 
     def __len__(self) -> int:
         return len(self._held)
 
     # -- order ---------------------------------------------------------------------------------------------------------
 
-    def _queue_fresh(self) -> None:
-        """Queue the block that was inserted last. While a prompt is stored each is the parent of the next, and may not
-        leave: only the last of them needs a place."""
-        if self._fresh is not None:
-            (item, entry), self._fresh = self._fresh, None
-            if not entry.children:
-                self._offer(item, entry)
+    def _density(self, entry: _Entry[Item]) -> float:
+        return self._fates.density(entry.group, self._clock - entry.time)
+
+    def _place_bare(self) -> None:
+        if self._bare is not None:
+            (item, entry), self._bare = self._bare, None
+            self._place(item, entry)
 
     def _part(self, parent: Item) -> None:
         """Note that a block behind this one is gone."""
@@ -189,119 +199,67 @@ class LHD(EvictionPolicy[Item], Generic[Item]):
         if before is not None:
             before.children -= 1
             if not before.children:
-                self._offer(parent, before)
+                self._place_bare()
+                self._bare = parent, before
         elif self._orphans[parent] > 1:
             self._orphans[parent] -= 1
         else:
             del self._orphans[parent]
 
-    def _offer(self, item: Item, entry: _Entry[Item]) -> None:
+    def _place(self, item: Item, entry: _Entry[Item]) -> None:
         """Put a block without children into the queue of its class."""
         entry.group = group = entry.classify()
         queue = self._queues[group]
-        self._tickets += 1
-        entry.ticket = self._tickets
+        self._tickets = entry.ticket = self._tickets + 1
         heapq.heappush(queue, (entry.stamp, entry.ticket, item))
         self._live[group] += 1
         if len(queue) > 2 * self._live[group] + 64:
             queue[:] = filter(self._valid, queue)
             heapq.heapify(queue)
 
+    def _displace(self, entry: _Entry[Item]) -> None:
+        """Take away its place; what stands in the queue does not count any more."""
+        entry.ticket = 0
+        self._live[entry.group] -= 1
+
     def _valid(self, place: Place[Item]) -> bool:
         """Whether a place in a queue still counts: its block may have been used, extended or removed since."""
-        _, ticket, item = place
-        entry = self._held.get(item)
-        return entry is not None and entry.ticket == ticket and not entry.children
+        entry = self._held.get(place[2])
+        return entry is not None and entry.ticket == place[1]
 
-    def _trim(self, group: int) -> None:
-        queue = self._queues[group]
+    def _trim(self, queue: list[Place[Item]]) -> None:
         while queue and not self._valid(queue[0]):
             heapq.heappop(queue)
 
-    def _head(
-        self,
-        group: int,
-        walk: InOrder[Item],
-        freed: dict[Item, int],
-        heads: list[tuple[float, float, int, Item]],
-    ) -> None:
-        """Add the next block of a class to those that are compared."""
-        for place in walk:
-            if self._valid(place):
-                stamp, _, item = place
-                density = self._density[group][self._age(self._clock - self._held[item].time)]
-                heapq.heappush(heads, (density, stamp, group, item))
-                return
-
     # -- learning ------------------------------------------------------------------------------------------------------
 
-    def _age(self, age: int) -> int:
-        """Bucket of an age: 4 even ones, then two for each doubling."""
-        units = age // self._unit
-        if units < 4:
-            return units
-        bits = units.bit_length()
-        return min(_AGES - 1, 2 * bits + (units >> (bits - 2) & 1) - 2)
-
-    def _width(self, bucket: int) -> int:
-        """Uses between the ends of a bucket."""
-        return self._unit * (1 if bucket < 4 else 1 << (bucket // 2 - 1))
-
     def _remember(self, item: Item, entry: _Entry[Item]) -> None:
-        stride = 1 + GHOSTS_PER_ITEM * len(self._held) // MAX_GHOSTS
-        mark = hash(item)
-        if mark % stride:
+        wanted = GHOSTS_PER_ITEM * len(self._held)
+        mark, ghosts = hash(item), self._ghosts
+        if mark % self._stride:
             return
-        self._ghosts[mark] = (entry.group, entry.time, entry.count)
-        while len(self._ghosts) > max(64, GHOSTS_PER_ITEM * len(self._held) // stride):
-            _, (group, time, _) = self._ghosts.popitem(last=False)
-            self._ends[group][self._age(self._clock - time)] += 1
+        ghosts[mark] = (entry.group, entry.time, entry.count)
+        while len(ghosts) > max(64, wanted // self._stride):
+            _, (group, time, _) = ghosts.popitem(last=False)
+            self._fates.faded(group, self._clock - time, self._stride)
+            self._faded += self._stride
+        if len(ghosts) > MAX_GHOSTS:
+            self._stride *= 2
+            self._ghosts = OrderedDict((m, ghost) for m, ghost in ghosts.items() if not m % self._stride)
 
     def _learn(self) -> None:
-        """Make the estimates anew from what was counted, and age the counts."""
-        self._next = self._clock + _LEARN_EVERY
-        known: list[list[float]] = []
-        unknown: list[int] = []
-        for group in range(_CLASSES):
-            if (density := self._estimate(self._hits[group], self._ends[group])) is None:
-                unknown.append(group)
-            else:
-                self._density[group] = density
-                known.append(density)
-        if known:
-            mean = [sum(column) / len(known) for column in zip(*known, strict=True)]
-            for group in unknown:
-                self._density[group] = mean
-        for counts in (*self._hits, *self._ends):
-            for bucket, count in enumerate(counts):
-                counts[bucket] = count * _FORGET
-        unit = max(1, len(self._held) // 64)
-        if not self._unit <= unit < 2 * self._unit:
-            self._rescale(unit)
+        """Make the estimates anew.
 
-    def _estimate(self, hits: list[float], ends: list[float]) -> list[float] | None:
-        """Hits to come per block and use, for each age; None where too little was seen."""
-        density = [0.0] * _AGES
-        to_come = room = left = 0.0
-        for bucket in range(_AGES - 1, -1, -1):
-            here, width = hits[bucket] + ends[bucket], self._width(bucket)
-            room += (0.5 * here + left) * width
-            left += here
-            to_come += hits[bucket]
-            density[bucket] = (to_come + 0.02) / (room + 0.5 * self._unit + 1) if left else 0.0
-        return density if left >= _ENOUGH else None
-
-    def _rescale(self, unit: int) -> None:
-        """Another unit of age: counts move to the bucket that now holds the middle of theirs."""
-        middles: list[int] = []
-        start = 0
-        for bucket in range(_AGES):
-            middles.append(start + self._width(bucket) // 2)
-            start += self._width(bucket)
-        self._unit = unit
-        for table in (self._hits, self._ends):
-            for group, counts in enumerate(table):
-                moved = [0.0] * _AGES
-                for middle, count in zip(middles, counts, strict=True):
-                    moved[self._age(middle)] += count
-                table[group] = moved
+        Until as many ghosts have faded as blocks are held, what was counted so far says too little of blocks that are
+        not used again: those whose fate is open are counted too, each at its age.
+        """
+        self._fates.scale(len(self._held))
+        held, ghosts, clock = self._held, self._ghosts, self._clock
+        if self._faded > len(held):
+            self._fates.learn()
+            self._next = clock + _LEARN_EVERY
+            return
+        still_open = [(entry.group, clock - entry.time, 1) for entry in held.values()]
+        still_open += [(group, clock - time, self._stride) for group, time, _ in ghosts.values()]
+        self._fates.learn(still_open)
+        self._next = clock + max(_LEARN_EVERY, len(still_open) // 4)

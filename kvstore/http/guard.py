@@ -22,6 +22,11 @@ FIRST_REQUEST_S = 10.0
 """A connection that has not sent a whole request by then is closed."""
 IDLE_S = 75.0
 
+WRITES = {"/v1/quotas": ("PUT", "DELETE"), "/v1/where": ("POST",)}
+"""What else than GET and HEAD is served, and where. What changes anything asks for the token itself."""
+MAX_BODY_BYTES = {"PUT": 4096, "POST": 2 << 20}
+"""Longest body of the methods that have one."""
+
 HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
@@ -160,17 +165,23 @@ def refuse(request: web.BaseRequest, bound: str, routes: list[str]) -> web.Respo
             "The Host header does not name this server.", f"Ask for it by its address, {bound}, or as localhost."
         )
         return _last(error_response(error))
-    if request.method not in ("GET", "HEAD"):
+    writes = WRITES.get(request.path, ())
+    if request.method not in ("GET", "HEAD", *writes):
         error = RequestError(
             f"{_shown(request.method)} is not served here.", "Everything here is read with GET or HEAD."
         )
         response = _last(error_response(error, 405))
-        response.headers["Allow"] = "GET, HEAD"
+        response.headers["Allow"] = ", ".join(("GET", "HEAD", *writes))
         return response
     if request.path not in routes:
         error = RequestError(f"There is nothing at {_shown(request.path)}.", f"There is: {' '.join(routes)}")
         return error_response(error, 404)
-    if request.can_read_body or request.body_exists:
+    if request.method in MAX_BODY_BYTES:
+        length, most = request.content_length, MAX_BODY_BYTES[request.method]
+        if length is None or length > most:
+            error = LimitExceeded(f"The body has no length, or more than {most} bytes.", "Send less at once.")
+            return _last(error_response(error, 413))
+    elif request.can_read_body or request.body_exists:
         error = LimitExceeded("A request may not have a body here.", "Send the request without a body.")
         return _last(error_response(error, 413))
     return None

@@ -1,4 +1,4 @@
-"""The HTTP face: what the daemon tells about itself, read-only.
+"""The HTTP face: what the daemon tells about itself, read-only but for the rules about quotas.
 
 `ROUTES` is all there is; a path is looked up by exact match, so there is nothing to traverse. The daemon is known only
 as a `Source`. Nothing executes, nothing is proxied, and no environment is shown.
@@ -17,7 +17,7 @@ import msgspec
 from aiohttp import web
 
 from kvstore.errors import ConfigError, InternalError, KVStoreError, ShuttingDown, Unavailable
-from kvstore.http import guard, page, view
+from kvstore.http import guard, page, quotas, view, where
 from kvstore.http.events import Hub
 from kvstore.obs import metrics
 from kvstore.obs.history import History, series
@@ -58,8 +58,12 @@ class HttpServer:
         Where it listens, for people.
     """
 
-    def __init__(self, source: Source, host: str) -> None:
+    def __init__(
+        self, source: Source, host: str, desk: quotas.Desk | None = None, places: where.Desk | None = None
+    ) -> None:
         self._source = source
+        self._desk = desk
+        self._places = places
         self._host = host
         self._history = History()
         self._hub = Hub()
@@ -154,6 +158,12 @@ class HttpServer:
     async def _events(self, request: web.BaseRequest) -> web.StreamResponse:
         return await self._hub.serve(request, self._event(self._source.snapshot()))
 
+    async def _quotas(self, request: web.BaseRequest) -> web.StreamResponse:
+        return await quotas.answer(self._desk, request)
+
+    async def _where(self, request: web.BaseRequest) -> web.StreamResponse:
+        return await where.answer(self._places, request)
+
     async def _page(self, request: web.BaseRequest) -> web.StreamResponse:
         snapshot = self._source.snapshot()
         shown = view.build(snapshot, self._history, self._source.readiness())
@@ -210,13 +220,17 @@ ROUTES: dict[str, Handler] = {
     "/v1/stats": HttpServer._stats,
     "/v1/config": HttpServer._config,
     "/v1/events": HttpServer._events,
+    quotas.PATH: HttpServer._quotas,
+    where.PATH: HttpServer._where,
     "/dashboard/app.js": HttpServer._asset,
     "/dashboard/style.css": HttpServer._asset,
 }
-"""Every path that is served, by GET and HEAD alone."""
+"""Every path that is served, by GET and HEAD, and by what `guard.WRITES` says."""
 
 
-async def start_http(source: Source, host: str, port: int) -> HttpServer:
+async def start_http(
+    source: Source, host: str, port: int, desk: quotas.Desk | None = None, places: where.Desk | None = None
+) -> HttpServer:
     """Serve `source` on host:port and return the running server.
 
     Parameters
@@ -227,13 +241,17 @@ async def start_http(source: Source, host: str, port: int) -> HttpServer:
         Address to listen on. Nothing here asks for a token: beyond loopback, the caller answers for who can reach it.
     port : int
         Port; 0 takes a free one, `HttpServer.url` tells which.
+    desk : Desk, optional
+        Where the rules about quotas are.
+    places : Desk, optional
+        Who knows which daemon has a prefix.
 
     Raises
     ------
     ConfigError
         Where the address cannot be bound.
     """
-    server = HttpServer(source, host)
+    server = HttpServer(source, host, desk, places)
     await server.start(port)
     return server
 

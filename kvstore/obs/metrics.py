@@ -201,6 +201,22 @@ def _space_count(snapshot: Snapshot) -> Iterator[Sample]:
     yield (), len(namespaces(snapshot))
 
 
+def _partitions(name: str) -> Reading:
+    """A number of each partition of each tier; there are at most as many as rules."""
+
+    def samples(snapshot: Snapshot) -> Iterator[Sample]:
+        for tier, partitions in part(snapshot, "quotas").items():
+            for rule, state in part(partitions).items():
+                yield (tier, rule or "none"), count(state, name)
+
+    return Reading(("tier", "rule"), f"quotas.*.*.{name}", samples)
+
+
+def _quota_evictions(snapshot: Snapshot) -> Iterator[Sample]:
+    for tier, by, victim, blocks in snapshot.get("quota_evictions", ()):
+        yield (tier, by or "none", victim or "none"), blocks
+
+
 # -- the table ---------------------------------------------------------------------------------------------------------
 
 _STATES = {
@@ -286,7 +302,33 @@ TABLE: tuple[Row, ...] = (
     _gauge("breaker_failures", _tiers("breaker", "failures"), "Failures that a tier's circuit breaker has counted."),
     _gauge("write_behind_blocks", _one("queue", "blocks"), "Blocks on their way to lower tiers."),
     _gauge("write_behind_bytes", _one("queue", "bytes"), "Bytes on their way to lower tiers."),
+    _gauge("prefetch_blocks", _one("prefetch", "blocks"), "Blocks to be brought up once nobody waits for others."),
+    _gauge("prefetch_bytes", _one("prefetch", "bytes"), "Bytes to be brought up once nobody waits for others."),
+    _counter("prefetch_refused_blocks", _one("prefetch", "refused"), "Prefetches not taken because so many wait."),
+    _gauge("event_waiters", _one("events", "waiting"), "Subscribers that wait for the next event."),
+    _counter("events", _one("events", "logged"), "Blocks that came into a tier or left one while somebody subscribed."),
+    _counter("events_sent", _one("events", "sent"), "Events told to subscribers, one a block."),
+    _counter("event_gaps", _one("events", "gaps"), "Subscribers that fell behind the events kept."),
+    _counter("event_snapshots", _one("events", "snapshots"), "Snapshots begun for subscribers."),
+    _gauge("event_peers", _one("event_exchange", "peers"), "Other daemons that share events and are there."),
+    _gauge("event_peers_believed", _one("event_exchange", "believed"), "Those of whom nothing was missed."),
+    _counter("event_entries_published", _one("event_exchange", "published"), "Entries added to our stream in Redis."),
+    _counter("event_entries_followed", _one("event_exchange", "followed"), "Entries read from streams of others."),
+    _counter("event_entries_missed", _one("event_exchange", "missed"), "Holes found in streams of others."),
+    _counter("event_entries_garbage", _one("event_exchange", "garbage"), "Entries and cards that made no sense."),
+    _counter("event_exchange_failures", _one("event_exchange", "failures"), "Times that sharing events broke off."),
     _gauge("namespaces", Reading((), "namespaces", _space_count), "Namespaces known."),
+    _counter("tier_refused_pins", _tiers("pins_refused"), "Pins refused because so much is pinned already."),
+    _gauge("quota_bytes", _partitions("bytes"), "Bytes held under a rule about quotas; `none` is without a rule."),
+    _gauge("quota_blocks", _partitions("blocks"), "Blocks held under a rule."),
+    _gauge("quota_guarantee_bytes", _partitions("guarantee"), "Bytes that others cannot take from a rule."),
+    _gauge("quota_limit_bytes", _partitions("limit"), "The most bytes a rule may have; 0 is no limit."),
+    _counter("quota_expired_blocks", _partitions("expired"), "Blocks forgotten because a rule's time was over."),
+    _counter(
+        "quota_evicted_blocks",
+        Reading(("tier", "by", "rule"), "quota_evictions", _quota_evictions),
+        "Blocks evicted from those under a rule, by the rule of who needed the room.",
+    ),
     _gauge(
         "namespace_info",
         Reading((*_NS, *_ABOUT), "namespaces[]", _space_info),

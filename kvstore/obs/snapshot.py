@@ -34,7 +34,11 @@ def snapshot(service: Service, traffic: Traffic, started: float, ready: bool) ->
         "reservations": len(service.ledger.reservations),
         "tiers": {"host": _host(service), **{tier.name: lower_tier(tier) for tier in chain.below}},
         "queue": {"blocks": chain.dirty_blocks, "bytes": sum(queue.bytes for queue in chain.queues)},
+        "prefetch": {"blocks": len(chain.ahead), "bytes": chain.ahead.bytes, "refused": chain.ahead.refused},
+        "events": service.feed.state(),
         "namespaces": _namespaces(service),
+        "quotas": service.quotas.state(),
+        "quota_evictions": [list(each) for each in service.quotas.evicted()],
         "requests": {
             verb: {"count": s.count, "errors": s.errors, "seconds": s.seconds} for verb, s in traffic.verbs.items()
         },
@@ -63,6 +67,7 @@ def _host(service: Service) -> dict[str, Any]:
         "dropping_bytes": host.arena.dropping,
         "index_bytes": host.index_bytes,
         "huge_pages": host.arena.huge,
+        "pins_refused": host.pins_refused,
         **host.breakdown(),
     }
 

@@ -79,14 +79,17 @@ REMOVE = (
     _HEAD
     + """
 local out = {}
-for i = 2, #ARGV do
-  local value = take_out(ARGV[i])
-  if value then out[#out + 1] = ARGV[i]; out[#out + 1] = value end
+for i = 3, #ARGV do
+  local value = redis.call('HGET', KEYS[1], ARGV[i])
+  if value and (ARGV[2] == '' or ARGV[2] == value) then
+    take_out(ARGV[i])
+    out[#out + 1] = ARGV[i]; out[#out + 1] = value
+  end
 end
 return out
 """
 )
-"""Take blocks out; those that were there, with what they took."""
+"""Take blocks out, all or those that are one write; those that were there, with what they took."""
 
 TOUCH = (
     _HEAD
@@ -135,7 +138,7 @@ class Names:
         self._prefix = prefix
         tag = "{" + prefix + "}"
         self.index = [f"{tag}:blocks", f"{tag}:used", f"{tag}:bytes", f"{tag}:log", f"{tag}:seq"]
-        self.blocks, _, _, self.log, self.seq = self.index
+        self.blocks, _, self.sum, self.log, self.seq = self.index
         self.about = f"{tag}:about"
 
     def record(self, member: bytes) -> str:

@@ -17,6 +17,7 @@ class ValkeyServer:
         self.place = place
         self.port = _free_port() if tcp else 0
         self.socket = "" if tcp else str(place / "valkey.sock")
+        self.bus = 0
         self._options = options
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -39,13 +40,17 @@ class ValkeyServer:
             time.sleep(0.01)
 
     def _answers(self) -> bool:
-        family = socket.AF_INET if self.port else socket.AF_UNIX
-        with contextlib.suppress(OSError), socket.socket(family) as sock:
+        with contextlib.suppress(OSError):
+            return bool(self.ask("PING"))
+        return False
+
+    def ask(self, command: str) -> bytes:
+        """The reply to one command, as it comes; short ones only."""
+        with socket.socket(socket.AF_INET if self.port else socket.AF_UNIX) as sock:
             sock.settimeout(1)
             sock.connect(("127.0.0.1", self.port) if self.port else self.socket)
-            sock.sendall(b"PING\r\n")
-            return bool(sock.recv(64))
-        return False
+            sock.sendall(command.encode() + b"\r\n")
+            return sock.recv(65536)
 
     def signal(self, number: int) -> None:
         """Send it a signal: SIGSTOP hangs it, SIGCONT lets it go on."""
@@ -66,6 +71,71 @@ class ValkeyServer:
     def __exit__(self, *exc: object) -> None:
         self.signal(signal.SIGCONT)
         self.kill()
+
+
+class ValkeyCluster:
+    """Three nodes that are one cluster, on loopback ports; started on entry, ended on exit.
+
+    Parameters
+    ----------
+    place : Path
+        Directory; each node gets one of its own below it.
+    """
+
+    SLOTS = 16384
+
+    def __init__(self, place: Path, *options: str) -> None:
+        self.nodes: list[ValkeyServer] = []
+        for number in range(3):
+            home = place / f"node{number}"
+            home.mkdir(parents=True)
+            bus = _free_port()
+            more = ("--cluster-enabled", "yes", "--cluster-port", str(bus), "--cluster-node-timeout", "1000")
+            self.nodes.append(ValkeyServer(home, *more, *options, tcp=True))
+            self.nodes[-1].bus = bus
+
+    @property
+    def url(self) -> str:
+        """One of its nodes."""
+        return self.nodes[0].url
+
+    def __enter__(self) -> ValkeyCluster:
+        try:
+            for node in self.nodes:
+                node.start()
+            self._join()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for node in self.nodes:
+            node.__exit__(*exc)
+
+    def _join(self) -> None:
+        """Give each node a third of the slots, let them meet, and wait until all agree."""
+        edges = [self.SLOTS * number // 3 for number in range(4)]
+        for number, node in enumerate(self.nodes):
+            _expect(node, f"CLUSTER ADDSLOTSRANGE {edges[number]} {edges[number + 1] - 1}", b"+OK")
+            # Before they meet, or two nodes of the same epoch would have to settle which counts.
+            _expect(node, f"CLUSTER SET-CONFIG-EPOCH {number + 1}", b"+OK")
+        for node in self.nodes[1:]:
+            _expect(self.nodes[0], f"CLUSTER MEET 127.0.0.1 {node.port} {node.bus}", b"+OK")
+        for node in self.nodes:
+            deadline = time.monotonic() + 20
+            while not {b"cluster_state:ok", b"cluster_known_nodes:3", b"cluster_size:3"} <= set(
+                node.ask("CLUSTER INFO").split(b"\r\n")
+            ):
+                if time.monotonic() > deadline:
+                    raise RuntimeError("the nodes did not become a cluster")
+                time.sleep(0.02)
+
+
+def _expect(node: ValkeyServer, command: str, reply: bytes) -> None:
+    got = node.ask(command)
+    if not got.startswith(reply):
+        raise RuntimeError(f"{command}: {got!r}")
 
 
 def _free_port() -> int:

@@ -7,11 +7,13 @@ added by wrapping it (`kvstore.tiers.wrappers`), not by flags inside it. `kvstor
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
+from kvstore.eviction.partitions import Partitions
 from kvstore.types import BlockHeader, BlockId, Dropped, Exists, LoadOutcome, Scope, Stored, TierCode
+from kvstore.watcher import Watcher
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,15 @@ class TierCounters:
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
 
 
+class Sized(Protocol):
+    """What a tier's index has of a block, whatever else it has."""
+
+    @property
+    def nbytes(self) -> int:
+        """Payload bytes."""
+        ...
+
+
 class Tier(ABC):
     """Where blocks are kept below host memory.
 
@@ -71,6 +82,8 @@ class Tier(ABC):
     name: str
     code: TierCode
     counters: TierCounters
+    order: Partitions | None = None
+    """How the tier is divided between those who share it, if it can be."""
 
     async def start(self) -> None:  # noqa: B027 - most have nothing to recover
         """Recover what is there. Raises `DirectoryUnusable` or `TierDown` where the tier cannot be used at all."""
@@ -104,6 +117,10 @@ class Tier(ABC):
     async def drop(self, block: BlockId) -> bool:
         """Forget a block; whether it was there."""
 
+    async def expire(self) -> int:
+        """Forget blocks that are too old by the rules of `order`; how many. Such blocks are not found even before."""
+        return 0
+
     @abstractmethod
     async def clear(self, scope: Scope) -> int:
         """Forget every block of a scope; how many there were."""
@@ -123,6 +140,13 @@ class Tier(ABC):
     def scopes(self) -> dict[Scope, tuple[int, int]]:
         """(blocks, bytes) of each scope held here."""
         return {}
+
+    def held(self, scope: Scope) -> Mapping[bytes, Sized]:
+        """The blocks of one scope by key, if they are this daemon's alone; to be read, not changed."""
+        return {}
+
+    def watch(self, watcher: Watcher) -> None:  # noqa: B027 - a tier that others share has a log of its own
+        """Have somebody told of every block of `held` that comes or goes."""
 
     async def describe(self, scope: Scope, text: bytes) -> None:  # noqa: B027 - a kindness, not a duty
         """Keep a short text beside the blocks of a scope, if this tier can."""

@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from kvstore.disk.blocks import MAX_DESCRIPTION, ForeignFile
 from kvstore.disk.directory import FIXED_COST
-from kvstore.disk.format import MAX_HEADER, MAX_PAYLOAD, is_block_id, scope_path, shape_of
+from kvstore.disk.format import MAX_HEADER, MAX_PAYLOAD, Shape, is_block_id, scope_path, shape_of
 from kvstore.disk.index import NAMESPACE_COST, Departure
 from kvstore.disk.io import Files
 from kvstore.disk.store import Store
 from kvstore.errors import ConfigError, CorruptBlock, StorageError, TierDown
 from kvstore.eviction import make_policy
-from kvstore.tiers.base import Finding, Tier, TierCounters, Usage
+from kvstore.tiers.base import Finding, Sized, Tier, TierCounters, Usage
 from kvstore.tiers.disk_check import check_disk
 from kvstore.types import (
     BlockHeader,
@@ -30,6 +30,7 @@ from kvstore.types import (
     Dropped,
     DropReason,
     Exists,
+    Gone,
     Hit,
     LoadOutcome,
     Miss,
@@ -39,6 +40,7 @@ from kvstore.types import (
     StoreOutcome,
     TierCode,
 )
+from kvstore.watcher import Watcher
 
 TOUCH_EVERY_S = 60.0
 """How often a use of one block is noted in its file's times."""
@@ -63,6 +65,8 @@ class DiskTier(Tier):
         Share of the bytes found at start by which the budget is raised.
     files : Files
         The system calls; another object only to watch or disturb them.
+    pin_share : float
+        The part of the budget that pins may keep.
 
     Raises
     ------
@@ -82,14 +86,17 @@ class DiskTier(Tier):
         threads: int = 4,
         found_share: float = 0.0,
         files: Files | None = None,
+        pin_share: float = 0.5,
     ) -> None:
         least = FIXED_COST + NAMESPACE_COST
         if capacity < least:
             raise ConfigError(f"disk.bytes: {capacity} is less than the {least} bytes that an empty tier takes.")
         self.counters = TierCounters()
-        self._store = Store(Path(root), capacity, make_policy(policy), threads, files if files is not None else Files())
+        files = files if files is not None else Files()
+        self._store = Store(Path(root), capacity, make_policy(policy), threads, files, pin_share)
         self._store.found_share = found_share
         self._index = self._store.index
+        self.order = self._order = self._index.order
         self._writing: set[BlockId] = set()
         self._aborted: set[BlockId] = set()
         self._touched: set[BlockId] = set()
@@ -119,14 +126,20 @@ class DiskTier(Tier):
     # -- looking -------------------------------------------------------------------------------------------------------
 
     def size(self, block: BlockId) -> int | None:
-        """Payload bytes of a block that is here. No I/O."""
-        shape = self._index.find(block)
+        """Payload bytes of a block that is here, and not too old. No I/O."""
+        shape = self._living(block)
         return None if shape is None else shape.nbytes
 
     def contains(self, scope: Scope, key: bytes) -> bool:
-        """Whether a block is here. No I/O."""
+        """Whether a block is here, and not too old. No I/O."""
         space = self._index.spaces.get(scope)
-        return space is not None and key in space.blocks
+        if space is None or key not in space.blocks:
+            return False
+        return not self._order.expiring or self._order.alive(BlockId(scope, key))
+
+    def _living(self, block: BlockId) -> Shape | None:
+        shape = self._index.find(block)
+        return shape if shape is None or not self._order.expiring or self._order.alive(block) else None
 
     def usage(self) -> Usage:
         """Bytes of the budget and blocks held."""
@@ -135,6 +148,15 @@ class DiskTier(Tier):
     def scopes(self) -> dict[Scope, tuple[int, int]]:
         """(blocks, bytes of the budget) of each scope."""
         return self._index.scopes()
+
+    def held(self, scope: Scope) -> Mapping[bytes, Sized]:
+        """The blocks of one scope by key; to be read, not changed."""
+        space = self._index.spaces.get(scope)
+        return {} if space is None else space.blocks
+
+    def watch(self, watcher: Watcher) -> None:
+        """Have somebody told of blocks that come and go."""
+        self._index.watcher = watcher
 
     def touch(self, blocks: Iterable[BlockId]) -> None:
         """Note a use of blocks of one prompt, first block first."""
@@ -155,6 +177,7 @@ class DiskTier(Tier):
         return {
             "path": str(self._store.root),
             "direct_io": self.direct_io,
+            "pins_refused": index.pins_refused,
             "direct_io_reason": self._store.directory.direct_io_reason if self._store.ready else "not running",
             **self._store.found,
             "quarantined_files": len(index.quarantine),
@@ -177,7 +200,7 @@ class DiskTier(Tier):
         store = self._store
         if not store.ready:
             return Miss(MissReason.TIER_DOWN)
-        shape = self._index.find(block)
+        shape = self._living(block)
         if shape is None:
             return Miss(MissReason.ABSENT)
         if sum(view.nbytes for view in into) != shape.nbytes:
@@ -248,8 +271,10 @@ class DiskTier(Tier):
             return Dropped(DropReason.TIER_DOWN)
         if not is_block_id(block) or sum(view.nbytes for view in payload) != nbytes:
             raise StorageError(f"disk tier: {block.scope.domain!r}, {nbytes} bytes: not a block it can store.", "")
-        if self._index.find(block) is not None:
+        if self._living(block) is not None:
             return await self._keep(block, durable)
+        if self._index.find(block) is not None:  # too old: the new one takes its place
+            await self._drop([block], Gone.EXPIRED)
         if block in store.busy:  # being written by another call, or on its way out
             return Dropped(DropReason.IN_FLIGHT)
         shape = shape_of(block, header, nbytes)
@@ -313,7 +338,7 @@ class DiskTier(Tier):
         moving = [name for name in self._store.busy if isinstance(name, BlockId) and name.scope == scope]
         return await self._store.to_the_end(self._drop([*here, *moving]))
 
-    async def _drop(self, blocks: list[BlockId]) -> int:
+    async def _drop(self, blocks: list[BlockId], reason: Gone = Gone.DROPPED) -> int:
         store = self._store
         self._aborted.update(self._writing.intersection(blocks))
         for block in blocks:
@@ -321,12 +346,21 @@ class DiskTier(Tier):
                 await store.busy[block]
         if not store.ready:
             return 0
-        leaving = self._index.forget(blocks)
+        leaving = self._index.forget(blocks, reason)
         count = len(leaving.blocks)
         failed, error = await store.remove(leaving)
         if failed:
             raise TierDown(f"disk tier: {len(failed)} of {count} blocks could not be removed ({error}).")
         return count
+
+    async def expire(self) -> int:
+        """Remove what has not been used for longer than its rule allows; how many blocks."""
+        if not self._order.expiring or not self._store.ready:
+            return 0
+        old = self._order.expired()
+        for block in old:
+            self._order.count_expired(block)
+        return await self._store.to_the_end(self._drop(old, Gone.EXPIRED)) if old else 0
 
     # -- descriptions --------------------------------------------------------------------------------------------------
 

@@ -16,8 +16,10 @@ from kvstore.arena import PAGE_BYTES, Arena
 from kvstore.errors import InternalError
 from kvstore.eviction.base import EvictionPolicy
 from kvstore.eviction.cost import recompute_cost
+from kvstore.eviction.partitions import Facts, Partitions
 from kvstore.tiers.base import TierCounters, Usage
-from kvstore.types import BlockHeader, BlockId, Extent, Scope
+from kvstore.types import BlockHeader, BlockId, DropReason, Extent, Gone, Scope, TierCode
+from kvstore.watcher import Watcher
 
 INDEX_BYTES = 1024
 """What one block costs beside its payload: its entry, its place in the order, its names. Headers come on top."""
@@ -64,7 +66,7 @@ class HostBlock:
         self.header_bytes = header_bytes
         self.nbytes = nbytes
         self.extents = extents
-        self.footprint = sum(-(-e.nbytes // PAGE_BYTES) for e in extents) * PAGE_BYTES
+        self.footprint = _footprint(extents)
         self.refs = 0
         self.dirty = 0
         self.pin_until = 0.0
@@ -86,68 +88,109 @@ class HostTier:
     slab_bytes, ahead_bytes : int
         See `Arena`.
     policy : EvictionPolicy
-        Order in which blocks leave.
+        Order in which blocks leave, among those that no rule sets apart (`order`).
+    pin_share : float
+        The part of the arena that pins may keep.
     """
 
     name = "host"
 
-    def __init__(self, capacity: int, policy: EvictionPolicy[BlockId], slab_bytes: int, ahead_bytes: int) -> None:
+    def __init__(
+        self,
+        capacity: int,
+        policy: EvictionPolicy[BlockId],
+        slab_bytes: int,
+        ahead_bytes: int,
+        pin_share: float = 0.5,
+    ) -> None:
         self.index_capacity = capacity // _INDEX_SHARE
         self.capacity = capacity
         self.arena = Arena(capacity - self.index_capacity, slab_bytes, ahead_bytes)
-        self.policy = policy
+        self.order = Partitions(policy, self._facts)
+        self.watcher = Watcher()
         self.counters = TierCounters()
         self.index_bytes = 0
         self.used_bytes = 0
         self.leased_bytes = 0
         self.dirty_bytes = 0
         self.busy_bytes = 0
+        self.pins_refused = 0
+        self._pin_bytes = int(pin_share * self.arena.capacity)
         self._pinned: set[HostBlock] = set()
+        self._pinned_bytes = 0
         self._scopes: dict[Scope, dict[bytes, HostBlock]] = {}
         self._scope_bytes: dict[Scope, int] = {}
         self._detached: set[HostBlock] = set()
-        self._lent: dict[Extent, tuple[Extent, ...]] = {}
+        self._lent: dict[Extent, tuple[tuple[Extent, ...], Scope | None]] = {}
+        """What is on loan, by its first extent, and whom it was charged to."""
 
     # -- finding -------------------------------------------------------------------------------------------------------
 
     def blocks(self, scope: Scope) -> dict[bytes, HostBlock]:
-        """Blocks of one scope by key; to be read, not changed."""
+        """Blocks of one scope by key, without those that are too old; to be read, not changed."""
+        if self.order.expiring:
+            self.expire(scope)
         return self._scopes.get(scope, {})
 
     def get(self, block: BlockId) -> HostBlock | None:
-        """The block if it is in memory."""
+        """The block if it is in memory, and not too old."""
+        if self.order.expiring:
+            self.expire(block.scope)
         return self._scopes.get(block.scope, {}).get(block.key)
 
     def touch(self, blocks: list[HostBlock]) -> None:
         """Note a use of blocks of one prompt, first block first."""
-        self.policy.touch([block.id for block in blocks])
+        self.order.touch([block.id for block in blocks])
+
+    def expire(self, scope: Scope | None = None) -> None:
+        """Forget what has not been used for longer than its rule allows. A pin does not make a block younger."""
+        for item in self.order.expired(scope):
+            self.order.count_expired(item)
+            self.remove(self._scopes[item.scope][item.key], Gone.EXPIRED)
 
     # -- memory --------------------------------------------------------------------------------------------------------
 
-    def allocate(self, domain: str, nbytes: int, header_bytes: int = 0) -> tuple[Extent, ...] | None:
+    def allocate(
+        self, domain: str, nbytes: int, header_bytes: int = 0, scope: Scope | None = None
+    ) -> tuple[Extent, ...] | None:
         """Memory for a block of at least one byte, evicting as needed; None if what could be evicted is not enough.
 
-        The extents are on loan to the caller until it passes them to `insert` or gives them back with `free`.
+        The extents are on loan to the caller until it passes them to `insert` or gives them back with `free`. With a
+        scope they are charged to it from now on, and its quota decides who gives way.
         """
         index_need = INDEX_BYTES + header_bytes
         if nbytes > self.arena.capacity or index_need > self.index_capacity:
             return None
         if self.index_bytes + index_need > self.index_capacity:
-            self._evict(None, bytes_needed=0, index_needed=self.index_bytes + index_need - self.index_capacity)
+            missing = self.index_bytes + index_need - self.index_capacity
+            self._evict(None, bytes_needed=0, index_needed=missing, scope=scope)
             if self.index_bytes + index_need > self.index_capacity:
                 return None
+        pages = -(-nbytes // PAGE_BYTES) * PAGE_BYTES
+        over = 0 if scope is None else self.order.over(scope, pages)
+        if over > 0 and not self._evict(None, bytes_needed=0, scope=scope, over=over):
+            return None
         extents = self.arena.allocate(domain, nbytes)
         if extents is None:
-            pages = -(-nbytes // PAGE_BYTES) * PAGE_BYTES
-            self._evict(domain, bytes_needed=pages - self.arena.free(domain))
+            self._evict(domain, bytes_needed=pages - self.arena.free(domain), scope=scope)
             extents = self.arena.allocate(domain, nbytes)
-        while extents is None and (movable := self.arena.movable(domain)) and self._evict(None, 1, slabs=movable):
+        while (
+            extents is None
+            and (movable := self.arena.movable(domain))
+            and self._evict(None, 1, slabs=movable, scope=scope)
+        ):
             # Room can only come from other domains now: their slabs change hands once wholly free.
             extents = self.arena.allocate(domain, nbytes)
         if extents is not None:
             self.index_bytes += index_need
-            self._lent[extents[0]] = extents
+            self._lent[extents[0]] = extents, scope
+            if scope is not None:
+                self.order.charge(scope, _footprint(extents))
         return extents
+
+    def why_full(self, scope: Scope, nbytes: int) -> DropReason:
+        """Why `allocate` has just refused: the limit of the scope, or the tier."""
+        return DropReason.OVER_LIMIT if self.order.over(scope, nbytes) > 0 else DropReason.HOST_FULL
 
     def charge_header(self, header_bytes: int) -> bool:
         """Count a header that became known only after `allocate`; whether the index had room for it."""
@@ -161,7 +204,9 @@ class HostTier:
 
     def free(self, extents: tuple[Extent, ...], header_bytes: int = 0) -> None:
         """Give back memory that did not become a block."""
-        del self._lent[extents[0]]
+        _, scope = self._lent.pop(extents[0])
+        if scope is not None:
+            self.order.discharge(scope, _footprint(extents))
         self.index_bytes -= INDEX_BYTES + header_bytes
         self.arena.release(extents)
 
@@ -170,33 +215,48 @@ class HostTier:
         return not block.refs and not block.dirty and block.pin_until <= now
 
     def _evict(
-        self, domain: str | None, bytes_needed: int, index_needed: int = 0, slabs: set[int] | None = None
+        self,
+        domain: str | None,
+        bytes_needed: int,
+        index_needed: int = 0,
+        slabs: set[int] | None = None,
+        scope: Scope | None = None,
+        over: int = 0,
     ) -> int:
         """Evict blocks until so many bytes are free, or none if that is not possible; how many were evicted.
 
-        Only blocks of `domain` if one is given, and only such as lie in `slabs` alone.
+        Only blocks of `domain` if one is given, and only such as lie in `slabs` alone. `over` bytes come from the
+        partition of `scope`.
         """
         idle_bytes = self.used_bytes - self.busy_bytes
         if not idle_bytes or bytes_needed > idle_bytes:
             return 0  # without looking at each block: in a burst this is asked for every one that is offered
         now = time.monotonic()
-        victims: list[HostBlock] = []
-        for scope, key in self.policy.victims():
-            if bytes_needed <= 0 and index_needed <= 0:
-                break
-            block = self._scopes[scope][key]
+
+        def size(item: BlockId) -> int:
+            block = self._scopes[item.scope][item.key]
             if (
-                self.evictable(block, now)
-                and (domain is None or block.id.scope.domain == domain)
-                and (slabs is None or all(extent.slab in slabs for extent in block.extents))
+                not self.evictable(block, now)
+                or (domain is not None and item.scope.domain != domain)
+                or (slabs is not None and not all(extent.slab in slabs for extent in block.extents))
             ):
-                victims.append(block)
-                bytes_needed -= block.footprint
-                index_needed -= block.index_bytes
-        if bytes_needed > 0 or index_needed > 0:
-            return 0
+                return 0
+            return block.footprint
+
+        victims: list[HostBlock] = []
+        candidates = self.order.victims(scope, over, size)
+        while bytes_needed > 0 or index_needed > 0 or over > 0:
+            if (found := next(candidates, None)) is None:
+                return 0
+            item, nbytes = found
+            block = self._scopes[item.scope][item.key]
+            victims.append(block)
+            bytes_needed -= nbytes
+            over -= nbytes
+            index_needed -= block.index_bytes
+        self.order.count_evicted(scope, (block.id for block in victims))
         for block in victims:
-            self.remove(block, evicted=True)
+            self.remove(block, Gone.EVICTED)
         self.counters.evicted += len(victims)
         return len(victims)
 
@@ -207,22 +267,27 @@ class HostTier:
         index = self._scopes.setdefault(block.id.scope, {})
         if block.id.key in index:
             raise InternalError("host: a block was inserted twice under one key.")
-        del self._lent[block.extents[0]]
+        _, charged = self._lent.pop(block.extents[0])
         index[block.id.key] = block
-        parent = BlockId(block.id.scope, block.header.parent) if block.header.parent else None
-        self.policy.insert(block.id, block.nbytes, cost=recompute_cost(block.header, block.nbytes), parent=parent)
+        if charged is None:
+            self.order.charge(block.id.scope, block.footprint)
+        nbytes, cost, parent = _facts_of(block)
+        self.order.insert(block.id, nbytes, cost=cost, parent=parent)
         self.used_bytes += block.footprint
         self._scope_bytes[block.id.scope] = self._scope_bytes.get(block.id.scope, 0) + block.nbytes
+        self.watcher.stored(TierCode.HOST, block.id, block.nbytes, block.header.parent)
 
-    def remove(self, block: HostBlock, *, evicted: bool = False) -> None:
+    def remove(self, block: HostBlock, reason: Gone = Gone.DROPPED) -> None:
         """Take a block out of the index. Its memory goes back now, or with its last reader or writer-behind."""
         scope = block.id.scope
         del self._scopes[scope][block.id.key]
         self._scope_bytes[scope] -= block.nbytes
         if not self._scopes[scope]:
             del self._scopes[scope], self._scope_bytes[scope]
-        self.policy.remove(block.id, evicted=evicted)
-        self._pinned.discard(block)
+        self.order.remove(block.id, evicted=reason is Gone.EVICTED)
+        self.watcher.removed(TierCode.HOST, block.id, reason)
+        self.order.discharge(scope, block.footprint)
+        self._unpin(block)
         block.gone = True
         if block.refs or block.dirty:
             self._detached.add(block)
@@ -261,13 +326,36 @@ class HostTier:
             self.dirty_bytes -= block.footprint
             self._settle(block)
 
-    def pin(self, block: HostBlock, until: float) -> None:
-        """Keep a block from eviction until a monotonic time; a time that has passed ends the pin."""
-        block.pin_until = until
-        if until > time.monotonic():
+    def pin(self, block: HostBlock, until: float) -> bool:
+        """Keep a block from eviction until a monotonic time; a time that has passed ends the pin.
+
+        False if that many bytes are pinned already that the tier could no longer do its work.
+        """
+        if until <= time.monotonic():
+            self._unpin(block)
+            return True
+        if block not in self._pinned:
+            if self._pinned_bytes + block.footprint > self._pin_bytes:
+                self._end_pins()
+            if self._pinned_bytes + block.footprint > self._pin_bytes:
+                self.pins_refused += 1
+                return False
             self._pinned.add(block)
-        else:
+            self._pinned_bytes += block.footprint
+        block.pin_until = until
+        return True
+
+    def _unpin(self, block: HostBlock) -> None:
+        block.pin_until = 0.0
+        if block in self._pinned:
             self._pinned.discard(block)
+            self._pinned_bytes -= block.footprint
+
+    def _end_pins(self) -> None:
+        """Forget pins whose time is over."""
+        now = time.monotonic()
+        for block in [block for block in self._pinned if block.pin_until <= now]:
+            self._unpin(block)
 
     def _settle(self, block: HostBlock) -> None:
         """Note that it is no longer read, or no longer dirty."""
@@ -302,16 +390,18 @@ class HostTier:
 
     def breakdown(self) -> dict[str, int]:
         """Bytes by what keeps them: leased, dirty (not yet in a lower tier), pinned, lent for writing, free."""
-        now = time.monotonic()
-        self._pinned = {block for block in self._pinned if block.pin_until > now and not block.gone}
+        self._end_pins()
         return {
             "blocks_bytes": self.used_bytes,
             "leased_bytes": self.leased_bytes,
             "dirty_bytes": self.dirty_bytes,
-            "pinned_bytes": sum(block.footprint for block in self._pinned),
+            "pinned_bytes": self._pinned_bytes,
             "writing_bytes": self.arena.used() - self.used_bytes,
             "free": self.arena.capacity - self.arena.used() - self.arena.dropping,
         }
+
+    def _facts(self, item: BlockId) -> Facts:
+        return _facts_of(self._scopes[item.scope][item.key])
 
     def _every(self) -> Iterable[HostBlock]:
         yield from self.all_blocks()
@@ -319,13 +409,17 @@ class HostTier:
 
     def check(self) -> None:
         """Account for every byte; raises `InternalError` where something does not add up."""
-        lent = [e for extents in self._lent.values() for e in extents]
+        lent = [e for extents, _ in self._lent.values() for e in extents]
         self.arena.check(lent + [e for block in self._every() for e in block.extents])
         used = sum(block.footprint for block in self._every())
         if used != self.used_bytes:
             raise InternalError(f"host: blocks occupy {used} bytes, counted are {self.used_bytes}.")
-        if len(self.policy) != sum(1 for _ in self.all_blocks()):
+        if len(self.order) != sum(1 for _ in self.all_blocks()):
             raise InternalError("host: the eviction policy does not hold exactly the blocks of the index.")
+        if wrong := self.order.check():
+            raise InternalError(f"host: {wrong}.")
+        if self._pinned_bytes != sum(block.footprint for block in self._pinned):
+            raise InternalError("host: pinned bytes are miscounted.")
         if any(block.refs < 0 or block.dirty < 0 for block in self._every()):
             raise InternalError("host: a block was released more often than acquired.")
         leased = sum(block.footprint for block in self._every() if block.refs)
@@ -335,6 +429,15 @@ class HostTier:
             raise InternalError("host: leased, dirty or busy bytes are miscounted.")
         if self.index_bytes > self.index_capacity:
             raise InternalError("host: the index exceeds its share of the budget.")
+
+
+def _footprint(extents: tuple[Extent, ...]) -> int:
+    return sum([-(-extent.nbytes // PAGE_BYTES) for extent in extents]) * PAGE_BYTES
+
+
+def _facts_of(block: HostBlock) -> Facts:
+    parent = BlockId(block.id.scope, block.header.parent) if block.header.parent else None
+    return block.nbytes, recompute_cost(block.header, block.nbytes), parent
 
 
 def encode_header(header: BlockHeader) -> bytes:

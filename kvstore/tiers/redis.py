@@ -20,10 +20,18 @@ from typing import Any, TypeVar, cast
 import redis.asyncio as redis
 from redis.asyncio.cluster import RedisCluster
 from redis.backoff import NoBackoff
-from redis.exceptions import AuthenticationError, AuthorizationError, OutOfMemoryError, RedisError, ResponseError
+from redis.exceptions import (
+    AuthenticationError,
+    AuthorizationError,
+    InvalidResponse,
+    NoPermissionError,
+    OutOfMemoryError,
+    RedisError,
+    ResponseError,
+)
 from redis.retry import Retry
 
-from kvstore.errors import ConfigError, CorruptBlock
+from kvstore.errors import ConfigError, CorruptBlock, TierDown
 from kvstore.remote import index as ix
 from kvstore.remote import record as rec
 from kvstore.tiers.base import Finding, Tier, TierCounters, Usage
@@ -49,9 +57,19 @@ T = TypeVar("T")
 _LIES = (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError)
 """What a reply of another shape than was asked for ends in: no server of ours."""
 _FAILURES = (RedisError, OSError, TimeoutError, asyncio.TimeoutError, *_LIES)
+TOUCH_SHARE = 8
+"""The expiry of a block's values is put off at most so many times in one life of them."""
 OWNER = "owner"
 """What the domain of the daemon's own user is called in Redis: that user may have another number on another host."""
 _BATCH = 256
+
+
+class Exhausted(RedisError):
+    """All connections were busy for as long as a command may take."""
+
+
+class _Gone(Exception):
+    """A block is not there any more, or is another write of it than the index here knows. Nothing is damaged."""
 
 
 class RedisTier(Tier):
@@ -72,7 +90,9 @@ class RedisTier(Tier):
     ttl_s : float
         How long a block stays after its last use.
     timeout_s : float
-        Longest time one command may take.
+        Longest time one command may take, and longest wait for a connection.
+    max_block_bytes : int
+        Larger blocks are not believed in: the index is not trusted with memory.
     key : bytes
         32 bytes: seal everything with AES-256-GCM. Empty: checksums alone.
     own_domain : str
@@ -97,6 +117,7 @@ class RedisTier(Tier):
         connections: int = 4,
         ttl_s: float = 7 * 86_400.0,
         timeout_s: float = 2.0,
+        max_block_bytes: int = 1 << 30,
         key: bytes = b"",
         own_domain: str = "",
     ) -> None:
@@ -110,7 +131,10 @@ class RedisTier(Tier):
         self._lanes = connections
         self._ttl_s = int(ttl_s)
         self._timeout_s = timeout_s
+        self._max_block_bytes = max_block_bytes
+        self._patience_ms = max(1, min(500, int(500 * timeout_s)))  # well within the time limit of the connection
         self._client = _make_client(url, cluster, 2 * connections + 4, timeout_s)
+        self._free = asyncio.Semaphore(2 * connections + 3)  # and one connection follows the log
         self._origin = os.urandom(8).hex()
         self._mirror = ix.Mirror()
         self._about: dict[Scope, bytes] = {}
@@ -122,6 +146,10 @@ class RedisTier(Tier):
         self._synced = asyncio.Event()
         self._closed = False
         self._error = "not started"
+        self._failures: dict[str, int] = {}
+        self._heed_own = 0
+        self._renewed: set[bytes] = set()
+        self._renewed_since = time.monotonic()
 
     # -- life ----------------------------------------------------------------------------------------------------------
 
@@ -157,21 +185,24 @@ class RedisTier(Tier):
                 self._synced.set()
                 while at and not self._closed:
                     at, number = await self._read_log(at, number)
+                    await self._flush()
             except _FAILURES as error:
                 self._failed(error)
                 await asyncio.sleep(wait_s)
                 wait_s = min(5.0, 2 * wait_s)
 
     def _failed(self, error: BaseException) -> None:
-        reason = "refused" if isinstance(error, AuthenticationError | AuthorizationError) else "cannot be reached"
-        if isinstance(error, TimeoutError | redis.TimeoutError):
-            reason = "does not answer in time"
-        elif isinstance(error, _LIES):
-            reason = "answers what was not asked"
-        if self._synced.is_set() or not self._error:
-            log.warning("redis: %s (%s)", reason, error)
-        self._error = f"{reason}: {error}"
+        connected = self._synced.is_set() or not self._error
         self._synced.clear()
+        self._note(error)
+        if connected:
+            log.warning("redis: %s", self._error)
+
+    def _note(self, error: BaseException) -> None:
+        """Count a failure by its kind and keep what it says."""
+        kind, words = _kind_of(error)
+        self._failures[kind] = self._failures.get(kind, 0) + 1
+        self._error = f"{words}: {error}"
 
     async def _read_index(self) -> tuple[bytes, int]:
         """Read all of it; the place in the stream from which on it changes, and the number of the last change."""
@@ -181,7 +212,7 @@ class RedisTier(Tier):
         while True:
             cursor, found = await self._ask(self._client.hscan(self._names.blocks, cursor, count=1000))
             for member, value in found.items():
-                block, place = self._block(member), ix.Place.unpack(value)
+                block, place = self._block(member), self._place(value)
                 if block is not None and place is not None:
                     mirror.add(block, place)
             if not int(cursor):
@@ -191,25 +222,26 @@ class RedisTier(Tier):
             block = self._block(member + bytes(32))
             if block is not None and len(text) <= 65536:
                 self._about[block.scope] = text
+        # What we ourselves changed while this was read may be missing from it: so far the log counts for that, too.
+        self._heed_own = int(await self._ask(self._client.get(self._names.seq)) or 0)
         self._mirror = mirror
-        if not last:
-            return b"0-0", number
-        return last[0][0], min(number, int(last[0][1].get(b"n", number)))
+        return (last[0][0], int(last[0][1][b"n"])) if last else (b"0-0", number)
 
     async def _read_log(self, at: bytes, number: int) -> tuple[bytes, int]:
         """Apply what changed; empty bytes if something was missed and the index has to be read again."""
-        found = await self._ask(self._client.xread({self._names.log: at}, count=1000, block=500), self._timeout_s + 0.5)
+        reading = self._client.xread({self._names.log: at}, count=1000, block=self._patience_ms)
+        found = await asyncio.wait_for(cast("Awaitable[Any]", reading), 2 * self._timeout_s)
         for _, changes in found or ():
             for place_in_log, change in changes:
-                if int(change[b"n"]) > number + 1:
+                if int(change[b"n"]) != number + 1:
                     return b"", 0
-                at, number = place_in_log, max(number, int(change[b"n"]))
-                if change[b"o"].decode(errors="replace") != self._origin:
+                at, number = place_in_log, number + 1
+                if number <= self._heed_own or change[b"o"].decode(errors="replace") != self._origin:
                     self._apply(change)
         return at, number
 
     def _apply(self, change: dict[bytes, bytes]) -> None:
-        block, place = self._block(change[b"m"]), ix.Place.unpack(change[b"v"])
+        block, place = self._block(change[b"m"]), self._place(change[b"v"])
         if block is None or place is None:
             return
         if change[b"k"] == b"stored":
@@ -225,11 +257,27 @@ class RedisTier(Tier):
         domain = ix.domain_of(member)
         return ix.block_of(member, self._own_domain if domain == OWNER and self._own_domain else domain)
 
+    def _place(self, value: bytes) -> ix.Place | None:
+        place = ix.Place.unpack(value)
+        believable = place is not None and place.nbytes <= min(self._max_block_bytes, place.cost)
+        return place if believable else None
+
     async def _script(self, text: str, *args: bytes | str | float) -> Any:
         return await self._ask(self._client.eval(text, 5, *self._names.index, self._origin, *args))
 
-    async def _ask(self, reply: Any, timeout_s: float = 0.0) -> Any:
-        return await asyncio.wait_for(cast("Awaitable[Any]", reply), timeout_s or self._timeout_s)
+    async def _ask(self, reply: Any) -> Any:
+        """What a command answers, once a connection is free for it; each may take the time limit."""
+        try:
+            await asyncio.wait_for(self._free.acquire(), self._timeout_s)
+        except BaseException as error:
+            reply.close()
+            if isinstance(error, TimeoutError):
+                raise Exhausted(f"no connection was free for {self._timeout_s:g} s") from None
+            raise
+        try:
+            return await asyncio.wait_for(reply, self._timeout_s)
+        finally:
+            self._free.release()
 
     # -- looking -------------------------------------------------------------------------------------------------------
 
@@ -248,8 +296,13 @@ class RedisTier(Tier):
         return {scope: (len(blocks), sum(place.cost for place in blocks.values())) for scope, blocks in held}
 
     def describe_state(self) -> dict[str, Any]:
-        """Whether it is connected, and if not why."""
-        return {"connected": self._synced.is_set(), "last_error": self._error, "sealed": self._seal is not None}
+        """Whether it is connected, and if not why; failures since start by kind."""
+        return {
+            "connected": self._synced.is_set(),
+            "last_error": self._error,
+            "failures": dict(self._failures),
+            "sealed": self._seal is not None,
+        }
 
     async def describe(self, scope: Scope, text: bytes) -> None:
         """Keep a short text beside the blocks of a scope."""
@@ -291,27 +344,29 @@ class RedisTier(Tier):
         except CorruptBlock as error:
             log.warning("%s", error)
             self.counters.corrupt += 1
-            await self._quietly(self._remove([block]))
+            await self._quietly(self._remove([block], place))
             return Miss(MissReason.CORRUPT)
-        except _FAILURES as error:
-            self._error = str(error)
-            return Miss(MissReason.TIER_DOWN)
-        if found is None:  # expired, evicted by the server, or dropped a moment ago
-            await self._quietly(self._remove([block]))
+        except _Gone:  # expired, evicted by the server or by another daemon, or dropped a moment ago
+            await self._quietly(self._remove([block], place))
             return Miss(MissReason.LOST)
+        except _FAILURES as error:
+            self._note(error)
+            return Miss(MissReason.TIER_DOWN)
         self.counters.read_s += time.perf_counter() - began
         return Hit(found.header, place.nbytes)
 
-    async def _read(self, block: BlockId, place: ix.Place, into: Sequence[memoryview]) -> rec.Record | None:
-        """Read and verify a block; None if its record is not there."""
+    async def _read(self, block: BlockId, place: ix.Place, into: Sequence[memoryview]) -> rec.Record:
+        """Read and verify a block."""
         member = self._member(block)
         value = await self._ask(self._client.getrange(self._names.record(member), 0, rec.MAX_RECORD))
         if not value:
-            return None
+            raise _Gone
         known = self._known(block)
         record = rec.decode(known, value, self._seal)
-        if (record.nbytes, record.write) != (place.nbytes, place.write):
-            raise CorruptBlock("redis: a record is not the one that the index names.")
+        if record.write != place.write:
+            raise _Gone
+        if record.nbytes != place.nbytes:
+            raise CorruptBlock("redis: a record's length is not the one that the index names.")
         keys = self._names.parts(member, place)
         lanes = [range(lane, len(keys), self._lanes) for lane in range(min(self._lanes, len(keys)))]
         await _all(self._read_lane(known, record, keys, lane, into) for lane in lanes)
@@ -327,6 +382,8 @@ class RedisTier(Tier):
             for number in numbers:
                 pipe.getrange(keys[number], 0, most)
             for number, value in zip(numbers, await self._ask(pipe.execute()), strict=True):
+                if not value:
+                    raise _Gone
                 part = rec.open_part(block, record, number, value, self._seal)
                 rec.scatter(part, number * rec.PART_BYTES, into)
 
@@ -363,7 +420,7 @@ class RedisTier(Tier):
         if block in self._writing:
             return Dropped(DropReason.IN_FLIGHT)
         if self._mirror.find(block) is not None:
-            return Exists()
+            return Exists() if not durable or await self._synced_to_disk() else Dropped(DropReason.NOT_DURABLE)
         cost = ix.cost_of(nbytes)
         if cost > self._capacity:
             return Dropped(DropReason.TOO_LARGE)
@@ -371,14 +428,9 @@ class RedisTier(Tier):
         began = time.perf_counter()
         try:
             return await self._write(block, header, payload, nbytes, cost, durable)
-        except OutOfMemoryError:
-            await self._quietly(self._remove([block]))
-            return Dropped(DropReason.TIER_FULL)
         except _FAILURES as error:
-            self._error = str(error)
-            full = isinstance(error, ResponseError) and "OOM" in str(error)
-            await self._quietly(self._remove([block]))
-            return Dropped(DropReason.TIER_FULL if full else DropReason.TIER_DOWN)
+            self._note(error)
+            return Dropped(DropReason.TIER_FULL if _kind_of(error)[0] == "full" else DropReason.TIER_DOWN)
         finally:
             del self._writing[block]
             self.counters.write_s += time.perf_counter() - began
@@ -393,20 +445,31 @@ class RedisTier(Tier):
         durable: bool,
     ) -> StoreOutcome:
         await self._flush()
-        write, record, parts = rec.encode(self._known(block), header, payload, nbytes, self._seal)
+        known = self._known(block)
+        if self._seal is None:
+            write, record, parts = rec.encode(known, header, payload, nbytes, None)
+        else:  # takes long enough to keep everybody else waiting
+            write, record, parts = await asyncio.to_thread(rec.encode, known, header, payload, nbytes, self._seal)
         member, place = self._member(block), ix.Place(cost, nbytes, write)
-        reply = await self._script(ix.RESERVE, member, cost, self._capacity, place.pack(), self._ttl_s, ix.WRITING_S)
-        if reply[0] != b"room":
-            return Exists() if reply[0] == b"exists" else Dropped(DropReason.TIER_FULL)
-        self._mirror.add(block, place)
-        await self._unlink(reply[1:], evicted=True)
-        keys = self._names.parts(member, place)
-        lanes = [range(lane, len(keys), self._lanes) for lane in range(min(self._lanes, len(keys)))]
-        await _all(self._write_lane(keys, parts, lane) for lane in lanes)
-        await self._ask(self._client.set(self._names.record(member), record, ex=self._ttl_s))
-        if not await self._script(ix.COMMIT, member, place.pack()) or not self._writing[block]:
-            await self._remove([block])
-            return Dropped(DropReason.ABORTED)
+        try:
+            reply = await self._script(
+                ix.RESERVE, member, cost, self._capacity, place.pack(), self._ttl_s, ix.WRITING_S
+            )
+            if reply[0] != b"room":
+                return Exists() if reply[0] == b"exists" else Dropped(DropReason.TIER_FULL)
+            self._mirror.add(block, place)
+            await self._unlink(reply[1:], evicted=True)
+            keys = self._names.parts(member, place)
+            lanes = [range(lane, len(keys), self._lanes) for lane in range(min(self._lanes, len(keys)))]
+            await _all(self._write_lane(keys, parts, lane) for lane in lanes)
+            await self._ask(self._client.set(self._names.record(member), record, ex=self._ttl_s))
+            if not await self._script(ix.COMMIT, member, place.pack()) or not self._writing[block]:
+                await self._remove([block], place)
+                return Dropped(DropReason.ABORTED)
+        except _FAILURES:
+            self._mirror.remove(block, place.write)
+            await self._quietly(self._remove([block], place))
+            raise
         if durable and not await self._synced_to_disk():
             return Dropped(DropReason.NOT_DURABLE)
         return Stored()
@@ -419,11 +482,20 @@ class RedisTier(Tier):
             await self._ask(pipe.execute())
 
     async def _synced_to_disk(self) -> bool:
-        try:
-            reply = await self._ask(self._client.execute_command("WAITAOF", 1, 0, int(self._timeout_s * 900)))
-        except (*_FAILURES, TypeError, IndexError):
+        """Whether everything written so far is in the server's append-only file and synced.
+
+        The server waits for what its connection has written, so a write goes before; the file has one order for all.
+        Blocks of a cluster are on other nodes than the index: there nothing is promised.
+        """
+        if isinstance(self._client, RedisCluster):
             return False
-        return int(reply[0]) >= 1
+        pipe = self._client.pipeline(transaction=False)
+        pipe.incrby(self._names.sum, 0)
+        pipe.execute_command("WAITAOF", 1, 0, int(self._timeout_s * 900))
+        try:
+            return int((await self._ask(pipe.execute()))[1][0]) >= 1
+        except _FAILURES:
+            return False
 
     async def _to_the_end(self, block: BlockId, work: Coroutine[Any, Any, T]) -> T:
         """Run to the end even if the caller is cancelled: nothing half-written may stay, and its buffers are in use."""
@@ -462,10 +534,11 @@ class RedisTier(Tier):
             count += await self._quietly(self._remove(blocks[first : first + _BATCH])) or 0
         return count
 
-    async def _remove(self, blocks: list[BlockId]) -> int:
-        """Take blocks out of the index and delete their values; how many there were."""
-        known = [(block, self._mirror.find(block)) for block in blocks]
-        gone = await self._script(ix.REMOVE, *(self._member(block) for block in blocks))
+    async def _remove(self, blocks: list[BlockId], only: ix.Place | None = None) -> int:
+        """Take blocks out of the index, with `only` just that write, and delete their values; how many there were."""
+        known = [(block, only or self._mirror.find(block)) for block in blocks]
+        which = b"" if only is None else only.pack()
+        gone = await self._script(ix.REMOVE, which, *(self._member(block) for block in blocks))
         for block, place in known:
             if place is not None:
                 self._mirror.remove(block, place.write)
@@ -476,7 +549,7 @@ class RedisTier(Tier):
         """Delete the values of blocks that a script took out: member and value in turn."""
         keys: list[str] = []
         for member, value in zip(gone[::2], gone[1::2], strict=True):
-            place, block = ix.Place.unpack(value), self._block(member)
+            place, block = self._place(value), self._block(member)
             if place is None or block is None:
                 continue
             self._mirror.remove(block, place.write)
@@ -486,20 +559,20 @@ class RedisTier(Tier):
         if keys:
             pipe = self._client.pipeline(**self._plain)
             for name in keys:
-                pipe.unlink(name)
+                pipe.execute_command("UNLINK", name)  # the method for it does nothing in a cluster's pipeline
             await self._ask(pipe.execute())
 
     async def _quietly(self, work: Coroutine[Any, Any, T]) -> T | None:
         try:
             return await work
         except _FAILURES as error:
-            self._error = str(error)
+            self._note(error)
             return None
 
     # -- staying -------------------------------------------------------------------------------------------------------
 
     def touch(self, blocks: Iterable[BlockId]) -> None:
-        """Note a use of blocks of one prompt, first block first; told to Redis with the next put, in one go."""
+        """Note a use of blocks of one prompt, first block first; told to Redis a moment later, in one go."""
         for depth, block in enumerate(blocks):
             if self._mirror.find(block) is not None and self._pins.get(block, 0.0) <= time.monotonic():
                 self._later[self._member(block)] = (-1e-6 * depth, False)
@@ -522,12 +595,25 @@ class RedisTier(Tier):
             some = [(member, *self._later.pop(member)) for member in list(self._later)[:_BATCH]]
             args = [arg for member, delta, back in some for arg in (member, f"{delta:.6f}", "1" if back else "0")]
             await self._script(ix.TOUCH, *args)
-            pipe = self._client.pipeline(**self._plain)
-            for member, _, _ in some:
-                block = self._block(member)
-                place = None if block is None else self._mirror.find(block)
-                for name in [] if place is None else [self._names.record(member), *self._names.parts(member, place)]:
-                    pipe.expire(name, self._ttl_s)
+            pins = {member: delta for member, delta, back in some if back}
+            await self._renew([(member, int(pins.get(member, 0.0))) for member, _, _ in some])
+
+    async def _renew(self, members: list[tuple[bytes, int]]) -> None:
+        """Put off the expiry of blocks' values, now and then for those in use, at once for those pinned for long."""
+        now = time.monotonic()
+        if now - self._renewed_since > self._ttl_s / TOUCH_SHARE:
+            self._renewed.clear()
+            self._renewed_since = now
+        pipe = self._client.pipeline(**self._plain)
+        for member, pinned_s in members:
+            block = self._block(member)
+            place = None if block is None else self._mirror.find(block)
+            if place is None or (member in self._renewed and pinned_s <= self._ttl_s):
+                continue
+            self._renewed.add(member)
+            for name in [self._names.record(member), *self._names.parts(member, place)]:
+                pipe.expire(name, max(self._ttl_s, pinned_s + 1))
+        if len(pipe):
             await self._ask(pipe.execute())
 
     async def check(self, fix: bool = False) -> list[Finding]:
@@ -538,13 +624,19 @@ class RedisTier(Tier):
             if place is None or block in self._writing:
                 continue
             try:
-                record = await self._read(block, place, [memoryview(bytearray(place.nbytes))])
-                what = "" if record is not None else "the index names a block that is not there"
+                await self._read(block, place, [memoryview(bytearray(place.nbytes))])
+                continue
+            except _Gone:
+                if self._mirror.find(block) is not place:
+                    continue  # it left while it was looked at
+                what = "the index names a block that is not there"
             except CorruptBlock as error:
                 what = error.cause
-            if what:
-                fixed = fix and bool(await self._quietly(self._remove([block])))
-                findings.append(Finding(what, self._names.record(self._member(block)), fixed))
+            except _FAILURES as error:
+                self._note(error)
+                raise TierDown(f"redis tier: {self._error}.") from None
+            fixed = fix and bool(await self._quietly(self._remove([block], place)))
+            findings.append(Finding(what, self._names.record(self._member(block)), fixed))
         return findings
 
 
@@ -567,6 +659,23 @@ def read_key(file: Path) -> bytes:
             f"redis.key_file: {file} does not hold 64 hex digits.", "Make one with `openssl rand -hex 32`."
         )
     return key
+
+
+def _kind_of(error: BaseException) -> tuple[str, str]:
+    """Kind of a failure, and how it is said."""
+    if isinstance(error, Exhausted):
+        return "exhausted", "all connections are busy"
+    if isinstance(error, AuthenticationError | AuthorizationError | NoPermissionError):
+        return "denied", "refused"
+    if isinstance(error, TimeoutError | redis.TimeoutError):
+        return "slow", "does not answer in time"
+    if isinstance(error, OutOfMemoryError) or (isinstance(error, ResponseError) and "OOM" in str(error)):
+        return "full", "has no memory left"
+    if isinstance(error, (InvalidResponse, *_LIES)):
+        return "garbage", "answers what was not asked"
+    if isinstance(error, ResponseError):
+        return "error", "answers with an error"
+    return "refused", "cannot be reached"
 
 
 def _make_client(url: str, cluster: bool, connections: int, timeout_s: float) -> redis.Redis | RedisCluster:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from kvstore.tiers.base import Finding, Tier, Usage
+from kvstore.tiers.base import Finding, Sized, Tier, Usage
 from kvstore.types import (
     BlockHeader,
     BlockId,
@@ -23,6 +23,7 @@ from kvstore.types import (
     Scope,
     StoreOutcome,
 )
+from kvstore.watcher import Watcher
 
 T = TypeVar("T")
 
@@ -41,6 +42,7 @@ class WrappedTier(Tier):
         self.name = inner.name
         self.code = inner.code
         self.counters = inner.counters
+        self.order = inner.order
 
     async def start(self) -> None:
         await self.inner.start()
@@ -62,6 +64,9 @@ class WrappedTier(Tier):
     async def drop(self, block: BlockId) -> bool:
         return await self.inner.drop(block)
 
+    async def expire(self) -> int:
+        return await self.inner.expire()
+
     async def clear(self, scope: Scope) -> int:
         return await self.inner.clear(scope)
 
@@ -76,6 +81,12 @@ class WrappedTier(Tier):
 
     def scopes(self) -> dict[Scope, tuple[int, int]]:
         return self.inner.scopes()
+
+    def held(self, scope: Scope) -> Mapping[bytes, Sized]:
+        return self.inner.held(scope)
+
+    def watch(self, watcher: Watcher) -> None:
+        self.inner.watch(watcher)
 
     async def describe(self, scope: Scope, text: bytes) -> None:
         await self.inner.describe(scope, text)

@@ -15,6 +15,7 @@ import numpy as np
 from msgspec import Meta, Struct
 
 from kvstore.errors import InvalidParams, KVStoreError, ProtocolError, UnknownMethod
+from kvstore.quotas import QuotaRule
 from kvstore.types import DIGEST_BYTES, Namespace
 
 PROTOCOL_VERSION = 1
@@ -75,9 +76,14 @@ class Lookup(Message):
 
 
 class LookupReply(Message):
-    """One byte a key: `kvstore.types.TierCode`."""
+    """One byte a key: `kvstore.types.TierCode`. For tiers below host memory that hold some of them, what a load costs.
+
+    That is, now and as measured: seconds of waiting, then seconds for each block and for each byte. What has not been
+    measured yet is not said.
+    """
 
     tiers: bytes
+    speeds: dict[int, tuple[float, float, float]] = {}
 
 
 class Lease(Message):
@@ -131,10 +137,14 @@ class Release(Message):
 
 
 class Prefetch(Message):
-    """Bring blocks up without lending them."""
+    """Bring blocks up without lending them, when nobody waits for others; or, to `cancel`, no longer do.
+
+    What is queued fills at most a quarter of host memory; more is not taken, and not counted in the answer.
+    """
 
     ns: Digest
     keys: Keys
+    cancel: bool = False
 
 
 class CountReply(Message):
@@ -269,6 +279,71 @@ class StatsReply(Message):
     snapshot: dict[str, Any]
 
 
+class Quota(Message):
+    """List the rules about quotas; or set one, or remove the one of a name, which only the daemon's own user may."""
+
+    set: QuotaRule | None = None
+    remove: Annotated[str, Meta(max_length=64)] = ""
+
+
+class QuotaReply(Message):
+    """The rules, and by tier and rule what their namespaces hold."""
+
+    rules: list[QuotaRule]
+    tiers: dict[str, Any]
+
+
+# -- events ------------------------------------------------------------------------------------------------------------
+
+
+class Events(Message):
+    """What happened to blocks of this trust domain after event number `after` of the daemon `boot`.
+
+    If nothing has, the answer waits up to `wait_s` for it. Who knows nothing yet leaves `boot` empty. `snapshot` is
+    that of the reply before. A reply is about at most `limit` blocks.
+    """
+
+    boot: Annotated[bytes, Meta(max_length=16)] = b""
+    after: Handle = 0
+    snapshot: Handle = 0
+    wait_s: Seconds = 0.0
+    limit: Annotated[int, Meta(ge=1, le=MAX_KEYS)] = 4096
+
+
+class Event(Message):
+    """Blocks that were ``stored`` in a tier or ``removed`` from it, or that a snapshot found there (``held``).
+
+    Events are numbered from 1 without a hole, one number a block; `seq` is that of the first of `keys`, which stand one
+    after the other. `nbytes` has one number for each key that came. If `chained`, each key's parent is the key before
+    it, and the first one's is `parent`; else no parents are known. `reason` is a `kvstore.types.Gone`.
+    """
+
+    seq: int
+    kind: str
+    ns: bytes
+    tier: int
+    keys: bytes
+    nbytes: list[int] = []
+    parent: bytes = b""
+    chained: bool = False
+    block_tokens: int = 0
+    reason: str = ""
+
+
+class EventsReply(Message):
+    """Ask next with this `boot`, `after` and `snapshot`. If `reset`, forget what you know: a snapshot begins here.
+
+    It begins at the first call, after a restart of the daemon, and for those who fell so far behind that events were
+    forgotten. It goes on while `snapshot` is not 0; then follow the events since.
+    """
+
+    boot: bytes
+    after: int
+    reset: bool
+    snapshot: int
+    events: list[Event]
+
+
 # -- the table ---------------------------------------------------------------------------------------------------------
 
 METHODS: dict[str, tuple[type[Message], type[Message]]] = {
@@ -286,6 +361,8 @@ METHODS: dict[str, tuple[type[Message], type[Message]]] = {
     "unpin": (Unpin, CountReply),
     "drop": (Drop, CountReply),
     "stats": (Stats, StatsReply),
+    "quota": (Quota, QuotaReply),
+    "events": (Events, EventsReply),
 }
 """Params and result of each verb. What is not here cannot be called."""
 

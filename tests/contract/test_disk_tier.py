@@ -32,7 +32,7 @@ class TestDiskTier(TierSuite):
 
     async def make(self, capacity: int, place: Path) -> Tier:
         self.root = place
-        return DiskTier(place, capacity)
+        return DiskTier(place, capacity, pin_share=1.0)
 
     async def damage(self, tier: Tier, block: BlockId) -> None:
         path = file_of(self.root, block)

@@ -23,7 +23,7 @@ _numbers = itertools.count()
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyServer]:
     place = tmp_path_factory.mktemp("valkey")
-    with ValkeyServer(place, "--appendonly", "yes", "--appendfsync", "everysec") as running:
+    with ValkeyServer(place, "--appendonly", "yes", "--appendfsync", "always") as running:
         yield running
 
 

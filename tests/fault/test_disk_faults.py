@@ -56,8 +56,13 @@ def real_bytes(root: Path) -> int:
     return total
 
 
-def open_fds() -> int:
-    return len(os.listdir("/proc/self/fd"))
+def open_fds() -> set[str]:
+    """Descriptors and what they are. Not how many: what earlier tests left to the collector closes at any time."""
+    found = set()
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the one of the listing itself
+            found.add(f"{fd} {os.readlink(f'/proc/self/fd/{fd}')}")
+    return found
 
 
 @contextlib.asynccontextmanager
@@ -369,7 +374,7 @@ async def refused(root: Path, match: str, **kw: object) -> None:
         async with opened(root, **kw):
             pass
     assert caught.value.remedy
-    assert open_fds() == before
+    assert open_fds() <= before
 
 
 async def test_a_new_directory_is_private(tmp_path: Path) -> None:
@@ -587,7 +592,7 @@ async def with_each_fault(
             findings = [f.what for f in await tier.check(fix=True)]
             assert set(findings) <= {"leftover tmp", "unknown file, corrupt file"}, (fail_at, files.failed, findings)
             assert await tier.check() == []
-        assert open_fds() == fds
+        assert open_fds() <= fds
         shutil.rmtree(root)
         if not files.failed:
             return fail_at - 1
@@ -701,7 +706,7 @@ async def test_start_with_a_fault_at_every_call(tmp_path: Path, error: int) -> N
                     assert await load(tier, block_of(number, scope_of(number % 2)), 10_000)
         except DirectoryUnusable:
             refusals += 1
-        assert open_fds() == fds
+        assert open_fds() <= fds
         if not files.failed:
             break
     assert refusals > 10

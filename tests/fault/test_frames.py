@@ -120,7 +120,7 @@ def test_a_bad_call_is_refused_and_the_connection_lives(
 ) -> None:
     with Raw(shared_daemon.socket) as raw:
         assert raw.refusal(method, params) == code
-        assert raw.call("lookup", [NS, key(10_000)]) == [b""]
+        assert raw.call("lookup", [NS, key(10_000)]) == [b"", {}]
     assert until(shared_daemon.nothing_lent, "everything to be given back")
 
 
@@ -130,7 +130,7 @@ def test_bad_notices_are_passed_over(shared_daemon: DaemonProcess) -> None:
             raw.send(raw.frame([2, method, params]))
         for method in ("release", "abort", "commit", "fill", "fetch", "lease", "reserve", "drop"):
             raw.send(raw.frame([2, method, [1, 2, 3]]))
-        assert raw.call("lookup", [NS, key(10_000)]) == [b""]
+        assert raw.call("lookup", [NS, key(10_000)]) == [b"", {}]
 
 
 def test_frames_in_pieces_of_one_byte_mix_with_others(shared_daemon: DaemonProcess) -> None:
@@ -142,7 +142,7 @@ def test_frames_in_pieces_of_one_byte_mix_with_others(shared_daemon: DaemonProce
             if byte is not None:
                 raw.send(bytes([byte]))
     for n, raw in enumerate(raws):
-        assert raw.answer() == [1, 77 + n, None, [bytes(n + 1)]]
+        assert raw.answer() == [1, 77 + n, None, [bytes(n + 1), {}]]
         raw.close()
 
 
@@ -274,4 +274,4 @@ def test_a_fill_without_its_bytes_does_not_fill(shared_daemon: DaemonProcess, tc
         except Closed:
             pass
     with Raw(shared_daemon.socket) as raw:
-        assert raw.call("lookup", [NS, own, False]) == [b"\x00"]
+        assert raw.call("lookup", [NS, own, False]) == [b"\x00", {}]

@@ -592,8 +592,8 @@ async def test_a_store_refused_in_a_burst_costs_no_walk_through_memory(monkeypat
     a = house.session("uid-1")
     stored = await fill(house, a)
     walks: list[int] = []
-    order = house.host.policy.victims
-    monkeypatch.setattr(house.host.policy, "victims", lambda: walks.append(1) or order())
+    order = house.host.order.victims
+    monkeypatch.setattr(house.host.order, "victims", lambda *args: walks.append(1) or order(*args))
     reply = await house.reserve(a, *[m.Offer(key(n, "burst"), SMALL) for n in range(100)])
     assert {other.status for other in reply.others} == {"host_full"}
     assert len(reply.others) == 100

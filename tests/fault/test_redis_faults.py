@@ -25,8 +25,8 @@ MIB = 1 << 20
 
 
 @asynccontextmanager
-async def opened(url: str, **how: Any) -> AsyncIterator[RedisTier]:
-    tier = RedisTier(url, 64 * MIB, timeout_s=0.4, **how)
+async def opened(url: str, timeout_s: float = 0.4, **how: Any) -> AsyncIterator[RedisTier]:
+    tier = RedisTier(url, 64 * MIB, timeout_s=timeout_s, **how)
     await tier.start()
     try:
         yield tier
@@ -131,7 +131,7 @@ async def test_garbage_for_replies(reply: bytes) -> None:
 @pytest.mark.parametrize("sealed", [False, True])
 async def test_no_foreign_value_is_ever_handed_out(tmp_path: Path, sealed: bool) -> None:
     """Values of one block under the names of another, cut, grown, replaced by other types."""
-    how = {"key": bytes(32)} if sealed else {}
+    how: dict[str, Any] = {"timeout_s": 10.0} | ({"key": bytes(32)} if sealed else {})
     with ValkeyServer(tmp_path) as server, blocking_redis.Redis(unix_socket_path=server.socket) as client:
         async with opened(server.url, **how) as tier:
 
@@ -165,9 +165,9 @@ async def test_no_foreign_value_is_ever_handed_out(tmp_path: Path, sealed: bool)
 
 async def test_another_key_reads_nothing(tmp_path: Path) -> None:
     with ValkeyServer(tmp_path) as server:
-        async with opened(server.url, key=bytes(32)) as tier:
+        async with opened(server.url, 10.0, key=bytes(32)) as tier:
             assert await store(tier, block_of(1), 50_000) == Stored()
-        async with opened(server.url, key=bytes(31) + b"x") as tier:
+        async with opened(server.url, 10.0, key=bytes(31) + b"x") as tier:
             assert await tier.get(block_of(1), pages(50_000)) == Miss(MissReason.CORRUPT)
 
 

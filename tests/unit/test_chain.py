@@ -254,7 +254,7 @@ async def test_asking_again_without_waiting_holds_nothing(houses: Houses) -> Non
     house = houses(below)
     below.blocks[block_id(1)] = (BlockHeader(), payload(key(1)))
     for _ in range(1000):  # prefetches, while the tier hangs
-        house.chain.promote(block_id(1))
+        house.chain.prefetch(block_id(1))
     await gate.waiting.wait()
     assert house.chain._arrivals == {block_id(1): []}
     gate.open.set()
@@ -320,7 +320,7 @@ async def test_no_room_for_what_comes_up_is_said(houses: Houses) -> None:
         pass
     assert extents is None
     assert (await house.promote(1))[0] == Miss(MissReason.NO_SPACE)
-    for lent in list(house.host._lent.values()):
+    for lent, _ in list(house.host._lent.values()):
         house.host.free(lent)
 
 

@@ -76,10 +76,13 @@ def test_each_setting_can_be_given_by_flag_environment_and_file(key: str, tmp_pa
         "host.policy": "lru",
         "disk.policy": "lru",
         "redis.url": "redis://:a-password@host:6379",
+        "limits.quota_file": str(tmp_path / "quotas.json"),
         "redis.cluster": "true",
         "redis.prefix": "other",
         "redis.key_file": str(tmp_path / "key"),
         "redis.ttl_s": "2h",
+        "events.share": "false",
+        "events.name": "me",
     }
     text = odd.get(key) or {"SIZE": "64MiB", "DURATION": "1500ms", "N": "3"}[written_as(key)]
     group, _, name = key.rpartition(".")

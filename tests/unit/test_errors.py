@@ -49,6 +49,7 @@ def test_codes_are_stable() -> None:
         "KV401": "LeaseExpired",
         "KV402": "LimitExceeded",
         "KV403": "ShuttingDown",
+        "KV404": "QuotaRefused",
         "KV500": "Unavailable",
         "KV501": "ConnectionLost",
         "KV502": "DeadlineExceeded",

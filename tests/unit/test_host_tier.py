@@ -23,7 +23,7 @@ A, B = Scope("uid-1", b"a" * 32), Scope("uid-2", b"b" * 32)
 
 
 def tier(capacity: int = CAPACITY) -> HostTier:
-    return HostTier(capacity, make_policy("lru"), SLAB, 0)
+    return HostTier(capacity, make_policy("lru"), SLAB, 0, pin_share=1.0)
 
 
 @pytest.fixture
@@ -121,6 +121,22 @@ def test_a_pin_ends_by_itself(host: HostTier) -> None:
     assert put(host, 1000, 2 * PAGE_BYTES) is None
     time.sleep(0.06)
     assert put(host, 1000, 2 * PAGE_BYTES) is not None
+
+
+def test_pins_are_bounded_and_make_room_when_they_end() -> None:
+    host = HostTier(CAPACITY, make_policy("lru"), SLAB, 0, pin_share=0.5)
+    blocks = fill(host, 2 * PAGE_BYTES)
+    granted = [block for block in blocks if host.pin(block, time.monotonic() + 0.1)]
+    assert 0 < sum(block.footprint for block in granted) <= host.arena.capacity // 2
+    assert host.pins_refused == len(blocks) - len(granted) > 0
+    assert put(host, 1000, 2 * PAGE_BYTES) is not None, "the other half still works"
+    assert host.pin(granted[0], time.monotonic() + 0.1), "one that is pinned may be pinned for longer"
+    assert host.pin(granted[1], 0.0)
+    assert host.pin(next(host.all_blocks()), time.monotonic() + 0.1), "what was unpinned made room"
+    time.sleep(0.11)
+    assert host.pin(max(host.all_blocks(), key=lambda block: block.pin_until == 0), time.monotonic() + 1)
+    host.check()
+    host.arena.close()
 
 
 def test_a_pinned_block_that_is_dropped_is_forgotten(host: HostTier) -> None:
@@ -241,10 +257,10 @@ def test_check_finds_a_wrong_count(host: HostTier) -> None:
     with pytest.raises(InternalError):
         host.check()
     block.refs = 0
-    host.policy.remove(block.id)
+    host.order.remove(block.id)
     with pytest.raises(InternalError, match="policy"):
         host.check()
-    host.policy.insert(block.id, block.nbytes)
+    host.order.insert(block.id, block.nbytes, cost=1.0, parent=None)
 
 
 @given(st.integers(1, 1 << 22), st.integers(1 << 14, 1 << 20))
@@ -320,7 +336,7 @@ class HostMachine(RuleBasedStateMachine):
         if hasattr(self, "host"):
             self.host.check()
             assert self.host.usage().used <= CAPACITY
-            assert sum(count for count, _ in self.host.scopes().values()) == len(self.host.policy)
+            assert sum(count for count, _ in self.host.scopes().values()) == len(self.host.order)
 
     def teardown(self) -> None:
         if hasattr(self, "host"):

@@ -19,6 +19,10 @@ from kvstore.errors import BY_CODE, ConfigError
 from kvstore.http import ROUTES, HttpServer, guard, start_http
 from kvstore.http import events as events_module
 from kvstore.http.numbers import NOTHING
+from kvstore.namespaces import NamespaceRegistry
+from kvstore.quota_desk import QuotaDesk
+
+TOKEN = "0123456789abcdef"
 
 
 class FakeSource:
@@ -63,7 +67,7 @@ def source() -> FakeSource:
 
 @pytest_asyncio.fixture
 async def server(source: FakeSource) -> AsyncIterator[HttpServer]:
-    running = await start_http(source, "127.0.0.1", 0)
+    running = await start_http(source, "127.0.0.1", 0, QuotaDesk({}, NamespaceRegistry(), TOKEN))
     yield running
     await running.close()
 
@@ -99,11 +103,13 @@ def test_the_route_table():
         "/readyz",
         "/v1/config",
         "/v1/events",
+        "/v1/quotas",
         "/v1/stats",
+        "/v1/where",
     ]
 
 
-@pytest.mark.parametrize("path", sorted(ROUTES))
+@pytest.mark.parametrize("path", sorted(set(ROUTES) - {"/v1/where"}))
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 async def test_every_route_answers_with_the_guarding_headers(client: aiohttp.ClientSession, path: str, method: str):
     async with client.request(method, path) as answer:
@@ -451,3 +457,48 @@ async def test_silence_is_filled_with_comments(
         source.broken = True
         async with asyncio.timeout(5):
             await stream.content.readuntil(b": alive\n\n")
+
+
+async def test_rules_are_changed_with_the_token_alone(client: aiohttp.ClientSession):
+    rule = json.dumps({"name": "a", "tenant": "a", "limit": "10%"})
+    shown = {"Authorization": f"Bearer {TOKEN}"}
+    for wrong in ({}, {"Authorization": "Bearer 0123456789abcdee"}, {"Authorization": TOKEN}):
+        for method, query in (("PUT", ""), ("DELETE", "?name=a")):
+            async with client.request(method, "/v1/quotas" + query, data=rule, headers=wrong) as answer:
+                assert answer.status in (401, 413), "a DELETE has no body"
+                await is_typed(answer)
+    async with client.put("/v1/quotas", data=rule, headers=shown) as answer:
+        assert answer.status == 200
+        assert (await answer.json())["rules"] == [json.loads(rule)]
+    async with client.get("/v1/quotas") as answer:
+        assert (await answer.json())["rules"] == [json.loads(rule)]
+    async with client.delete("/v1/quotas?name=a", headers=shown) as answer:
+        assert (await answer.json())["rules"] == []
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"name":"a"}', b'{"name":"a","tenant":"a","limit":"x"}', b"\xff"])
+async def test_a_bad_rule_is_a_typed_error(client: aiohttp.ClientSession, body: bytes):
+    async with client.put("/v1/quotas", data=body, headers={"Authorization": f"Bearer {TOKEN}"}) as answer:
+        assert answer.status == 400
+        assert (await is_typed(answer))["code"] == "KV404"
+
+
+async def test_a_long_rule_is_refused_unread(client: aiohttp.ClientSession):
+    async with client.put("/v1/quotas", data=b"x" * 5000, headers={"Authorization": f"Bearer {TOKEN}"}) as answer:
+        assert answer.status == 413
+    for path in ("/v1/stats", "/"):
+        async with client.put(path, data=b"{}") as answer:
+            assert answer.status == 405
+
+
+async def test_without_a_token_no_rule_can_be_changed(source: FakeSource):
+    server = await start_http(source, "127.0.0.1", 0, QuotaDesk({}, NamespaceRegistry()))
+    try:
+        async with aiohttp.ClientSession(server.url) as session:
+            for shown in ("Bearer ", "Bearer x", ""):
+                headers = {"Authorization": shown}
+                async with session.delete("/v1/quotas?name=a", headers=headers) as answer:
+                    assert answer.status == 403
+                    assert "no token" in (await is_typed(answer))["cause"]
+    finally:
+        await server.close()

@@ -13,6 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kvstore.errors import BY_CODE, InvalidParams, KVStoreError, ProtocolError, UnknownMethod, from_wire
+from kvstore.quotas import QuotaRule
 from kvstore.types import DIGEST_BYTES, BlockHeader, Namespace
 from kvstore.wire import messages as m
 
@@ -40,6 +41,7 @@ namespaces = st.builds(Namespace, model=texts, revision=texts, layers=counts, te
 offers = st.builds(m.Offer, digests, st.integers(1, 1 << 32), st.binary(max_size=50))
 grants = st.builds(m.Grant, small, counts, small, extents, st.binary(max_size=30))
 refusals = st.builds(m.Refusal, small, texts)
+rules = st.builds(QuotaRule, name=st.just("a.b-1"), tenant=st.text(max_size=5), priority=st.integers(-100, 100))
 
 PARAMS: dict[str, st.SearchStrategy[m.Message]] = {
     "hello": st.builds(m.Hello, small, texts, st.lists(namespaces, max_size=2), texts),
@@ -51,7 +53,9 @@ PARAMS: dict[str, st.SearchStrategy[m.Message]] = {
     "abort": st.builds(m.Abort, handles),
     "fetch": st.builds(m.Fetch, handles, small),
     "fill": st.builds(m.Fill, handles, small),
-    "prefetch": st.builds(m.Prefetch, digests, keys),
+    "prefetch": st.builds(m.Prefetch, digests, keys, st.booleans()),
+    "events": st.builds(m.Events, st.binary(max_size=16), handles, handles, seconds, st.integers(1, m.MAX_KEYS)),
+    "quota": st.builds(m.Quota, st.none() | rules, st.text(max_size=8)),
     "pin": st.builds(m.Pin, digests, keys, seconds),
     "unpin": st.builds(m.Unpin, digests, keys),
     "drop": st.builds(m.Drop, digests, st.none() | keys),
@@ -61,7 +65,11 @@ RESULTS: dict[str, st.SearchStrategy[m.Message]] = {
     "hello": st.builds(
         m.HelloReply, small, texts, st.binary(max_size=16), st.binary(max_size=16), texts, st.booleans(), counts, counts
     ),
-    "lookup": st.builds(m.LookupReply, st.binary(max_size=20)),
+    "lookup": st.builds(
+        m.LookupReply,
+        st.binary(max_size=20),
+        st.dictionaries(small, st.tuples(seconds, seconds, seconds), max_size=2),
+    ),
     "lease": st.builds(
         m.LeaseReply, handles, seconds, st.lists(grants, max_size=2), st.lists(refusals, max_size=2), small
     ),
@@ -74,6 +82,15 @@ RESULTS: dict[str, st.SearchStrategy[m.Message]] = {
     ),
     "commit": st.builds(m.CommitReply, st.lists(st.builds(m.Outcome, small, texts), max_size=3)),
     "stats": st.builds(m.StatsReply, st.dictionaries(texts, plain, max_size=3)),
+    "quota": st.builds(m.QuotaReply, st.lists(rules, max_size=2), st.dictionaries(texts, plain, max_size=2)),
+    "events": st.builds(
+        m.EventsReply,
+        st.binary(max_size=16),
+        counts,
+        st.booleans(),
+        counts,
+        st.lists(st.builds(m.Event, counts, texts, digests, small, keys, st.lists(counts, max_size=3)), max_size=2),
+    ),
     **{name: st.builds(m.CountReply, counts) for name in ("prefetch", "pin", "unpin", "drop")},
     **{name: st.builds(m.Empty) for name in ("release", "abort", "fetch", "fill")},
 }
@@ -88,10 +105,14 @@ def as_plain(value: Any) -> Any:
     """A message as the values another library sees: arrays in field order, namespaces as maps."""
     if isinstance(value, Namespace):
         return {name: getattr(value, name) for name in value.__struct_fields__}
+    if isinstance(value, QuotaRule):
+        return msgspec.to_builtins(value)
     if isinstance(value, m.Message):
         return [as_plain(getattr(value, name)) for name in value.__struct_fields__]
     if isinstance(value, list | tuple):
         return [as_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {name: as_plain(item) for name, item in value.items()}
     return value
 
 

@@ -1,0 +1,99 @@
+"""How fast a lower tier brings blocks up, and how much waits in front: measured from its own reads, never configured.
+
+Reads run side by side, so what counts is not how long one takes but how far apart they end while the tier is busy: that
+is what one more block costs. Clients are told with every lookup that finds blocks below host memory, and weigh a load
+against computing the same tokens again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from kvstore.fit import MovingFit
+
+WINDOW_S = 0.02
+"""Reads that end within this time of each other are measured together: side by side they end in bursts."""
+
+DECAY = 0.8
+"""Weight that a window keeps when the next one comes: the last ten or so make the estimate."""
+
+
+class Speed(NamedTuple):
+    """What a load from a tier costs now: ``wait_s``, then for each block ``block_s`` and ``byte_s`` for each byte."""
+
+    wait_s: float
+    block_s: float
+    byte_s: float
+
+
+class TierEstimate:
+    """Moving estimate of one tier.
+
+    Parameters
+    ----------
+    clock : callable
+        Monotonic seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._fit = MovingFit(2, main=1, decay=DECAY)
+        self._ahead_blocks = 0
+        self._ahead_bytes = 0
+        self._reading = 0
+        self._mark = self._last = self._first = 0.0
+        """When the open window of reads began, when its last read ended, and its first."""
+        self._blocks = 0
+        self._bytes = 0
+
+    def queued(self, nbytes: int) -> None:
+        """A block is wanted."""
+        self._ahead_blocks += 1
+        self._ahead_bytes += nbytes
+
+    def left(self, nbytes: int) -> None:
+        """A block that was wanted has come, or will not come."""
+        self._ahead_blocks -= 1
+        self._ahead_bytes -= nbytes
+
+    def begun(self) -> None:
+        """A read begins."""
+        if self._reading == 0:
+            self._mark = self._last = self._clock()
+        self._reading += 1
+
+    def ended(self, nbytes: int) -> None:
+        """A read has ended with so many bytes; 0 for one that failed, which tells nothing of speed."""
+        self._reading -= 1
+        now = self._clock()
+        if self._blocks and now - self._first >= WINDOW_S:
+            self._learn()
+        if nbytes:
+            self._first = self._first if self._blocks else now
+            self._last = now
+            self._blocks += 1
+            self._bytes += nbytes
+        if not self._reading:
+            self._learn()
+        if not nbytes:
+            self._mark = self._last = now
+
+    def _learn(self) -> None:
+        """Close the window: so many blocks in the time until the last of them ended."""
+        if self._blocks:
+            self._fit.add((self._blocks, self._bytes), self._last - self._mark, 1 / self._blocks)
+        self._mark, self._blocks, self._bytes = self._last, 0, 0
+
+    def speed(self) -> Speed | None:
+        """What a load costs now; None before the first block has come."""
+        if not self._fit.count:
+            return None
+        block_s, byte_s = self._fit.coefficients
+        wait_s = block_s * self._ahead_blocks + byte_s * self._ahead_bytes
+        if self._reading and self._ahead_blocks:
+            # A tier that stands still gets slower by the second, though no read ends to tell of it.
+            each = wait_s / self._ahead_blocks
+            wait_s += max(0.0, self._clock() - self._last - each)
+        return Speed(wait_s, block_s, byte_s)

@@ -1,0 +1,122 @@
+"""What became of blocks, by class and age, and what that says of the uses to come.
+
+A block's life begins with a use and ends with the next one, or fades: it was not used again while it was remembered.
+From lives that ended, and from those that are still open, follows for each class and age the chance of a use, and the
+room and time a block takes until then. An age is a number of uses of any blocks; buckets of ages are relative to how
+many blocks are held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+_AGES = 24
+_BUCKETS_HELD = 64
+"""Parts of the time in which as many blocks are used as are held; a part is the width of the first buckets."""
+_FORGET = 0.9975
+"""What has been counted is aged by this each time the estimates are made anew: half of it is 277 times old."""
+_ENOUGH = 20.0
+"""Lives that a class must have seen; those with fewer take the mean of the others."""
+
+
+def _bucket(units: int) -> int:
+    """Bucket of an age: 4 even ones, then two for each doubling."""
+    if units < 4:
+        return units
+    bits = units.bit_length()
+    return min(_AGES - 1, 2 * bits + (units >> (bits - 2) & 1) - 2)
+
+
+_SMALL = tuple(_bucket(units) for units in range(1024))
+_WIDTHS = tuple(1 if bucket < 4 else 1 << (bucket // 2 - 1) for bucket in range(_AGES))
+"""Units between the ends of each bucket."""
+_MIDDLES = tuple(sum(_WIDTHS[:bucket]) + _WIDTHS[bucket] // 2 for bucket in range(_AGES))
+
+
+class Fates:
+    """Counts of ended lives, and the hits to come per block and use of any block that they say."""
+
+    def __init__(self, classes: int) -> None:
+        self._unit = 1
+        self._uses = [[0.0] * _AGES for _ in range(classes)]
+        self._ends = [[0.0] * _AGES for _ in range(classes)]
+        self._densities = [[float(_AGES - age) for age in range(_AGES)] for _ in range(classes)]
+        """Until something is known, what was used longest ago is worth least."""
+
+    def _age(self, age: int) -> int:
+        units = age // self._unit
+        return _SMALL[units] if units < 1024 else _bucket(units)
+
+    def used(self, group: int, age: int, weight: int = 1) -> None:
+        """Count a block of a class that was used at this age."""
+        units = age // self._unit
+        self._uses[group][_SMALL[units] if units < 1024 else _bucket(units)] += weight
+
+    def faded(self, group: int, age: int, weight: int = 1) -> None:
+        """Count a block of a class that had not been used until this age, and is now forgotten."""
+        self._ends[group][self._age(age)] += weight
+
+    def density(self, group: int, age: int) -> float:
+        """Hits to come per block and use, of a block of a class that has this age."""
+        units = age // self._unit
+        return self._densities[group][_SMALL[units] if units < 1024 else _bucket(units)]
+
+    def scale(self, held: int) -> None:
+        """Fit the buckets to how many blocks are held; counts move to the bucket that now has the middle of theirs."""
+        unit = max(1, held // _BUCKETS_HELD)
+        if self._unit <= unit < 2 * self._unit:
+            return
+        middles = [middle * self._unit for middle in _MIDDLES]
+        self._unit = unit
+        for table in (self._uses, self._ends):
+            for group, counts in enumerate(table):
+                moved = [0.0] * _AGES
+                for middle, count in zip(middles, counts, strict=True):
+                    moved[self._age(middle)] += count
+                table[group] = moved
+
+    def learn(self, still_open: Iterable[tuple[int, int, int]] | None = None) -> None:
+        """Make the estimates anew, and age the counts.
+
+        Parameters
+        ----------
+        still_open : iterable of (class, age, weight), optional
+            Lives that have not ended. With them nothing is aged: too little was seen yet.
+        """
+        tally = [[0.0] * _AGES for _ in self._uses]
+        for group, age, weight in still_open or ():
+            tally[group][self._age(age)] += weight
+        known: list[list[float]] = []
+        unknown: list[int] = []
+        for group, (uses, ends, unended) in enumerate(zip(self._uses, self._ends, tally, strict=True)):
+            if (density := self._estimate(uses, ends, unended)) is None:
+                unknown.append(group)
+            else:
+                self._densities[group] = density
+                known.append(density)
+        if known:
+            mean = [sum(column) / len(known) for column in zip(*known, strict=True)]
+            for group in unknown:
+                self._densities[group] = mean
+        if still_open is None:
+            for counts in (*self._uses, *self._ends):
+                counts[:] = [count * _FORGET for count in counts]
+
+    def _estimate(self, uses: list[float], ends: list[float], unended: list[float]) -> list[float] | None:
+        """Hits to come per block and use, for each age; None where too little was seen.
+
+        From the oldest age down: of those that reached a bucket some were used in it, some faded, some are in it now
+        and stand for half a bucket, and the others went on to the next.
+        """
+        density = [0.0] * _AGES
+        reached = to_come = room = 0.0
+        for bucket in range(_AGES - 1, -1, -1):
+            reached += uses[bucket] + ends[bucket] + unended[bucket]
+            if not reached:
+                continue
+            at_risk = reached - 0.5 * unended[bucket]
+            use, gone = uses[bucket] / at_risk, (uses[bucket] + ends[bucket]) / at_risk
+            to_come = use + (1.0 - gone) * to_come
+            room = _WIDTHS[bucket] * (1.0 - 0.5 * gone) + (1.0 - gone) * room
+            density[bucket] = (to_come * reached + 0.02) / ((room * reached + 0.5) * self._unit + 1.0)
+        return density if reached >= _ENOUGH else None

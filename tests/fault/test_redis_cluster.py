@@ -1,0 +1,101 @@
+"""The Redis tier over a real cluster of three nodes: blocks are spread, each on one node, and the budget holds."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import signal
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from kvstore.testing.tier_suite import block_of, load, pages, scope_of, store
+from kvstore.testing.valkey import ValkeyCluster, ValkeyServer
+from kvstore.tiers.redis import RedisTier
+from kvstore.types import Miss, MissReason, Stored
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyCluster]:
+    with ValkeyCluster(tmp_path_factory.mktemp("cluster")) as running:
+        yield running
+
+
+@asynccontextmanager
+async def opened(cluster: ValkeyCluster, prefix: str, capacity: int = 64 * MIB, **how: Any) -> AsyncIterator[RedisTier]:
+    tier = RedisTier(cluster.url, capacity, prefix=prefix, cluster=True, **{"timeout_s": 1.0, **how})
+    await tier.start()
+    try:
+        yield tier
+    finally:
+        await tier.close()
+
+
+def values(node: ValkeyServer) -> int:
+    found = re.search(rb"keys=(\d+)", node.ask("INFO keyspace"))
+    return 0 if found is None else int(found[1])
+
+
+async def until(condition: Any, seconds: float = 15.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        await asyncio.sleep(0.02)
+
+
+async def test_blocks_are_spread_and_found_by_another_daemon(cluster: ValkeyCluster) -> None:
+    async with opened(cluster, "spread") as one, opened(cluster, "spread", key=b"") as other:
+        blocks = [block_of(number) for number in range(24)]
+        assert [await store(one, block, 2 * MIB + 17) for block in blocks] == [Stored()] * 24
+        assert all(values(node) >= 4 for node in cluster.nodes)
+        await until(lambda: all(other.size(block) == 2 * MIB + 17 for block in blocks))
+        assert all(await asyncio.gather(*(load(other, block, 2 * MIB + 17) for block in blocks)))
+        assert await other.check() == []
+        assert await other.drop(blocks[0])
+        await until(lambda: one.size(blocks[0]) is None)
+        assert await one.clear(scope_of()) == 23
+        assert one.usage().used == 0
+        assert sum(values(node) for node in cluster.nodes) <= 6, "values of blocks that are gone"
+
+
+async def test_two_daemons_keep_one_budget(cluster: ValkeyCluster) -> None:
+    async with opened(cluster, "budget", 8 * MIB) as one, opened(cluster, "budget", 8 * MIB) as other:
+        for number in range(20):
+            tier = (one, other)[number % 2]
+            assert await store(tier, block_of(number), MIB) == Stored()
+        assert await store(one, block_of(99), MIB) == Stored()
+        await until(lambda: one.usage() == other.usage())
+        assert 5 <= one.usage().blocks <= 7
+        assert one.usage().used <= one.usage().capacity
+        assert one.counters.evicted + other.counters.evicted == 21 - one.usage().blocks
+        assert await load(one, block_of(99), MIB)
+        assert not await load(one, block_of(0), MIB)
+
+
+async def test_a_hung_node_costs_its_timeout_and_comes_back(cluster: ValkeyCluster) -> None:
+    async with opened(cluster, "hung", timeout_s=0.4) as tier:
+        blocks = [block_of(number) for number in range(9)]
+        assert [await store(tier, block, MIB) for block in blocks] == [Stored()] * 9
+        cluster.nodes[2].signal(signal.SIGSTOP)
+        try:
+            for block in blocks:
+                began = time.monotonic()
+                into = pages(MIB)
+                outcome = await tier.get(block, into)
+                assert time.monotonic() - began < 2
+                assert outcome != Miss(MissReason.CORRUPT)
+        finally:
+            cluster.nodes[2].signal(signal.SIGCONT)
+
+        async def all_there() -> bool:
+            return all([tier.size(block) == MIB and await load(tier, block, MIB) for block in blocks])
+
+        deadline = time.monotonic() + 15
+        while not await all_there():
+            assert time.monotonic() < deadline, "it did not come back"
+            await asyncio.sleep(0.05)
