@@ -31,6 +31,8 @@ class FakeClient:
         self.gate = threading.Event()
         self.gate.set()
         self.calls: list[str] = []
+        self.speeds: dict[TierCode, tuple[float, float, float]] = {}
+        self.prefetched: list[bytes] = []
 
     def _called(self, name: str) -> None:
         self.calls.append(name)
@@ -56,6 +58,11 @@ class FakeClient:
             found = [self.tiers.get(one, TierCode.HOST) if one in self.blocks else TierCode.ABSENT for one in ids]
             out.append(found)
         return out
+
+    def prefetch(self, keys: Sequence[bytes], *, namespace: Namespace) -> int:
+        self._called("prefetch")
+        self.prefetched += keys
+        return len(keys)
 
     def lease(self, keys: Sequence[bytes], *, namespace: Namespace, ttl_s: float, wait_s: float) -> Any:
         self._called("lease")

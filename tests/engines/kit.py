@@ -44,21 +44,26 @@ class Daemon:
     disk : bool
         Whether there is a disk tier.
     host_bytes : str
+    flags : sequence of str
+        Further flags.
     """
 
-    def __init__(self, folder: Path, *, disk: bool = False, host_bytes: str = "256MiB") -> None:
+    def __init__(
+        self, folder: Path, *, disk: bool = False, host_bytes: str = "256MiB", flags: Sequence[str] = ()
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.address = str(folder / "s" / "kvstore.sock")
         self.log = folder / "daemon.log"
         self._disk = ["--disk-path", str(folder / "disk")] if disk else ["--disk-bytes", "0"]
         self._host_bytes = host_bytes
+        self._flags = list(flags)
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self, wait_s: float = 20.0) -> None:
         """Start it and wait until it answers."""
         command = [sys.executable, "-m", "kvstore", "serve", "--socket", self.address, "--http", ""]
-        command += ["--host-bytes", self._host_bytes, *self._disk]
+        command += ["--host-bytes", self._host_bytes, *self._disk, *self._flags]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.folder)
         deadline = time.monotonic() + wait_s
@@ -232,8 +237,8 @@ class Engine:
 
 @contextmanager
 def engine(model: Path, address: str | None, extra: dict[str, Any] | None = None, **options: Any) -> Iterator[Engine]:
-    """An engine that is shut down at the end."""
-    made = Engine(model, address, extra, **options)
+    """An engine that is shut down at the end; it loads all there is, unless `extra` says otherwise."""
+    made = Engine(model, address, {"load": "always", **(extra or {})}, **options)
     try:
         yield made
     finally:

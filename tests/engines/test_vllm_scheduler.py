@@ -15,6 +15,7 @@ from kvstore.errors import ConnectionLost
 from kvstore.keys import derived_key, namespace_digest
 from kvstore.types import TierCode
 from kvstore_connectors.base import Breaker, Link, Tally
+from kvstore_connectors.vllm.decisions import Decisions
 from kvstore_connectors.vllm.jobs import Report
 from kvstore_connectors.vllm.lookups import Lookups
 from kvstore_connectors.vllm.scheduler import SchedulerSide
@@ -56,8 +57,10 @@ class Bench:
         link = Link(lambda: self.client, self.breaker, self.tally)
         assert self.breaker.start(1.0)
         self.lookups = Lookups(link, self.tally, deadline_s)
-        self.side = SchedulerSide(self.lookups, self.tally, ENGINE_BLOCK, BLOCK, async_load=async_load)
-        self.side.know_ranks(RANKS)
+        self.now = 1000.0
+        self.decisions = Decisions(self.tally, BLOCK, 64, clock=lambda: self.now)
+        self.side = SchedulerSide(self.lookups, self.tally, ENGINE_BLOCK, BLOCK, self.decisions, async_load=async_load)
+        self.side.know_ranks(RANKS, 1000)
 
     def hold(self, blocks: Sequence[int], ranks: Sequence[int] = (0, 1), tier: TierCode = TierCode.HOST) -> None:
         """Make blocks present, named by their place in the prompt."""

@@ -30,6 +30,9 @@ class ConnectorConfig:
         After this time a load takes what has arrived and the rest is recomputed.
     save_deadline_ms : float
         Longest time the engine waits for the daemon when it stores.
+    load : str
+        ``faster``: load what brings the first token sooner than computing it, by measured speeds. ``always``: load
+        whatever the daemon has.
     async_load : bool
         Load beside the running batch, instead of before it.
     weights_digest : str
@@ -45,6 +48,7 @@ class ConnectorConfig:
     lookup_deadline_ms: float = 50.0
     load_deadline_ms: float = 3000.0
     save_deadline_ms: float = 150.0
+    load: str = "faster"
     async_load: bool = True
     weights_digest: str = "sample"
     tenant: str = ""
@@ -66,6 +70,8 @@ class ConnectorConfig:
                 hint = f" Did you mean {near[0]!r}?" if near else f" Known are: {', '.join(defaults)}."
                 raise ConfigError(f"vllm: there is no setting {key!r}.{hint}", _REMEDY)
             values[key] = _checked(key, value, defaults[key])
+        if values.get("load", "faster") not in ("faster", "always"):
+            raise ConfigError(f"load: {values['load']!r} is neither 'faster' nor 'always'.", _REMEDY)
         if values.get("weights_digest", "sample") not in ("sample", "full"):
             raise ConfigError(f"weights_digest: {values['weights_digest']!r} is neither 'sample' nor 'full'.", _REMEDY)
         return cls(**values)

@@ -12,6 +12,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from kvstore.types import TierCode
 from kvstore_connectors.base import Breaker, Link, Tally, log, report_defect, shielded
 from kvstore_connectors.vllm.config import ConnectorConfig, block_tokens_for
+from kvstore_connectors.vllm.decisions import Decisions
 from kvstore_connectors.vllm.jobs import ConnectorMeta, Handshake, Report
 from kvstore_connectors.vllm.lookups import Lookups
 from kvstore_connectors.vllm.scheduler import SchedulerSide
@@ -80,11 +81,14 @@ class KVStoreConnector(KVConnectorBase_V1):
         self._breaker = Breaker("kvstore scheduler", self._tally)
         self._link = Link(lambda: open_client(config, "lookup", LOOKUP_TIMEOUT_S), self._breaker, self._tally)
         self._lookups = Lookups(self._link, self._tally, config.lookup_deadline_ms / 1e3)
+        chunk = self._vllm_config.scheduler_config.max_num_batched_tokens
+        decisions = Decisions(self._tally, block_tokens, chunk, always=config.load == "always")
         self._scheduler = SchedulerSide(
             self._lookups,
             self._tally,
             engine_block,
             block_tokens,
+            decisions,
             async_load=config.async_load,
             may_load=transfer.is_kv_consumer,
             may_save=transfer.is_kv_producer,
@@ -110,11 +114,12 @@ class KVStoreConnector(KVConnectorBase_V1):
             return
         parallel = self._vllm_config.parallel_config
         expected = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
-        ranks = [data.namespace for _, data in sorted(metadata.items()) if isinstance(data, Handshake)]
+        hands = [data for _, data in sorted(metadata.items()) if isinstance(data, Handshake)]
+        ranks = [hand.namespace for hand in hands]
         if len(ranks) != expected:
             log.warning("kvstore: %d of %d ranks said who they are; nothing will be loaded.", len(ranks), expected)
             return
-        self._scheduler.know_ranks(ranks)
+        self._scheduler.know_ranks(ranks, max(hand.block_bytes for hand in hands))
 
     def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
         """The engine's blocks, some of which may have to leave its prefix cache."""
@@ -177,8 +182,10 @@ class KVStoreConnector(KVConnectorBase_V1):
             if spoiled and self._block_pool is not None:
                 self._block_pool.evict_blocks(spoiled)
         report = getattr(connector_output, "kv_connector_worker_meta", None)
-        if isinstance(report, Report):
+        report = report if isinstance(report, Report) else None
+        if report is not None:
             self._scheduler.confirmed(report)
+        self._scheduler.ended(report, connector_output.finished_recving or ())
 
     @shielded(lambda: (False, None))
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:

@@ -60,6 +60,10 @@ class LoadJob:
         Engine blocks to fill, in order.
     tokens : int
         Tokens that were promised.
+    deadline_s : float
+        After this time from `begun` on what has not come is given up; 0 for the usual time.
+    begun : float
+        Monotonic time at which a worker got it.
     """
 
     request: str
@@ -69,6 +73,8 @@ class LoadJob:
     engine_ids: list[int]
     tokens: int
     is_async: bool
+    deadline_s: float = 0.0
+    begun: float = 0.0
 
 
 @dataclass
@@ -81,30 +87,45 @@ class ConnectorMeta(KVConnectorMetadata):
         Number of the step.
     idle : bool
         The step computes nothing, so a worker may wait a moment.
+    timed : bool
+        The scheduler wants to know when its output is back.
     """
 
     step: int = 0
     loads: list[LoadJob] = field(default_factory=list)
     saves: list[SaveJob] = field(default_factory=list)
     idle: bool = False
+    timed: bool = False
 
 
 @dataclass
 class Report(KVConnectorWorkerMetadata):
-    """Steps whose synchronous loads a worker has been through, well or not; summed over the ranks."""
+    """What the scheduler has to know of steps that have ended.
+
+    Attributes
+    ----------
+    steps : dict
+        Steps whose synchronous loads a worker has been through, well or not; summed over the ranks.
+    timed : dict
+        Steps that are timed, with the seconds that the connector took of them; the most of all ranks.
+    """
 
     steps: dict[int, int] = field(default_factory=dict)
+    timed: dict[int, float] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         """Add another rank's report."""
         if isinstance(other, Report):
             for step, ranks in other.steps.items():
                 self.steps[step] = self.steps.get(step, 0) + ranks
+            for step, seconds in other.timed.items():
+                self.timed[step] = max(self.timed.get(step, 0.0), seconds)
         return self
 
 
 @dataclass
 class Handshake(KVConnectorHandshakeMetadata):
-    """A rank's namespace, which the scheduler needs to look blocks up for it."""
+    """A rank's namespace, which the scheduler needs to look blocks up for it, and the bytes of a block there."""
 
     namespace: Namespace
+    block_bytes: int

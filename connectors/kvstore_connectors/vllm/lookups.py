@@ -16,6 +16,7 @@ from typing import Any
 from kvstore.keys import derived_key, namespace_digest
 from kvstore.types import Namespace, TierCode
 from kvstore_connectors.base import Link, Tally
+from kvstore_connectors.choice import Speeds
 
 _BATCH = 32
 """Prompts that travel in one round trip."""
@@ -34,9 +35,11 @@ class Query:
         Whether it was answered or given up.
     late : bool
         Whether its deadline was seen to pass.
+    speeds : mapping
+        What a load costs from the lower tiers among them, as the daemon says.
     """
 
-    __slots__ = ("asked", "deadline", "finished", "hashes", "late", "namespaces", "tiers")
+    __slots__ = ("asked", "deadline", "finished", "hashes", "late", "namespaces", "speeds", "tiers")
 
     def __init__(self, namespaces: Sequence[Namespace], hashes: Sequence[bytes], deadline_s: float) -> None:
         self.namespaces = namespaces
@@ -46,6 +49,7 @@ class Query:
         self.tiers: list[TierCode] | None = None
         self.finished = False
         self.late = False
+        self.speeds: Speeds = {}
 
 
 class Lookups:
@@ -64,6 +68,7 @@ class Lookups:
         self._tally = tally
         self._deadline_s = deadline_s
         self._queue: list[Query] = []
+        self._wishes: list[tuple[Query, int]] = []
         self._change = threading.Condition()
         self._stopped = False
         self._thread = threading.Thread(target=self._serve, name="kvstore-lookup", daemon=True)
@@ -79,6 +84,12 @@ class Lookups:
                 self._queue.append(query)
                 self._change.notify_all()
         return query
+
+    def bring_up(self, query: Query, index: int) -> None:
+        """Have a prompt's block brought into the daemon's memory, when there is time; nobody waits for it."""
+        with self._change:
+            self._wishes.append((query, index))
+            self._change.notify_all()
 
     def wait(self, query: Query, timeout_s: float) -> bool:
         """Wait a moment for an answer; whether it is there."""
@@ -102,12 +113,15 @@ class Lookups:
     def _serve(self) -> None:
         while True:
             with self._change:
-                self._change.wait_for(lambda: self._queue or self._stopped)
+                self._change.wait_for(lambda: self._queue or self._wishes or self._stopped)
+                wishes, self._wishes = self._wishes, []
                 batch, self._queue = self._queue[:_BATCH], self._queue[_BATCH:]
                 if self._stopped:
                     batch += self._queue
                     self._queue = []
-            answers = None if self._stopped else self._link.run("lookup", partial(self._ask, batch=batch))
+            answers = None
+            if batch and not self._stopped:
+                answers = self._link.run("lookup", partial(self._ask, batch=batch))
             with self._change:
                 for place, query in enumerate(batch):
                     query.tiers = None if answers is None else answers[place]
@@ -115,6 +129,14 @@ class Lookups:
                 self._change.notify_all()
                 if self._stopped:
                     return
+            for query, index in wishes:
+                self._link.run("prefetch", partial(self._prefetch, query=query, index=index))
+
+    @staticmethod
+    def _prefetch(client: Any, query: Query, index: int) -> None:
+        for namespace in dict.fromkeys(query.namespaces):
+            key = derived_key(namespace_digest(namespace), query.hashes[index])
+            client.prefetch([key], namespace=namespace)
 
     @staticmethod
     def _ask(client: Any, batch: Sequence[Query]) -> list[list[TierCode]]:
@@ -126,9 +148,11 @@ class Lookups:
                 questions.append((namespace, [derived_key(digest, engine_hash) for engine_hash in query.hashes]))
         # Not as a prefix: the first blocks may be gone here while the engine itself still has them.
         replies = iter(client.lookup_many(questions, prefix=False))
+        speeds = client.speeds
         answers = []
         for query in batch:
             ranks = [next(replies) for _ in dict.fromkeys(query.namespaces)]
+            query.speeds = speeds
             answers.append([worst(codes) for codes in zip(*ranks, strict=True)])
         return answers
 

@@ -15,6 +15,8 @@ import numpy as np
 
 from kvstore.types import Namespace, TierCode
 from kvstore_connectors.base import Tally, report_defect
+from kvstore_connectors.choice import Choice
+from kvstore_connectors.vllm.decisions import Decisions
 from kvstore_connectors.vllm.identity import Scope, request_namespace, request_scope
 from kvstore_connectors.vllm.jobs import ConnectorMeta, LoadJob, Report, SaveBlock, SaveJob
 from kvstore_connectors.vllm.lookups import Lookups, Query
@@ -55,6 +57,12 @@ class Tracked:
         Its KV may stem from weights that are gone: it is not stored.
     sources : list of TierCode
         Where the blocks of the last promise are.
+    choice : Choice or None
+        How much of what the daemon has is loaded, as last decided.
+    matched : list of TierCode
+        Where the blocks are that were decided about.
+    deadline_s : float
+        When the load under way gives up; 0 for the usual time.
     """
 
     request: Any
@@ -69,6 +77,9 @@ class Tracked:
     given_up: bool = False
     private: bool = False
     sources: list[TierCode] = field(default_factory=list)
+    choice: Choice | None = None
+    deadline_s: float = 0.0
+    matched: list[TierCode] = field(default_factory=list)
 
 
 class SchedulerSide:
@@ -82,6 +93,8 @@ class SchedulerSide:
         Tokens in an engine block, each of which has a hash.
     block_tokens : int
         Tokens in a kvstore block.
+    decisions : Decisions
+        Whether loading pays.
     async_load, may_load, may_save : bool
     """
 
@@ -91,6 +104,7 @@ class SchedulerSide:
         tally: Tally,
         engine_block: int,
         block_tokens: int,
+        decisions: Decisions,
         *,
         async_load: bool = True,
         may_load: bool = True,
@@ -98,6 +112,7 @@ class SchedulerSide:
     ) -> None:
         self._lookups = lookups
         self._tally = tally
+        self._decisions = decisions
         self._engine_block = engine_block
         self._block_tokens = block_tokens
         self._ratio = block_tokens // engine_block
@@ -113,9 +128,13 @@ class SchedulerSide:
         self._unconfirmed: dict[int, int] = {}
         """Steps with synchronous loads, and how many ranks have not said how they went."""
 
-    def know_ranks(self, namespaces: Sequence[Namespace]) -> None:
-        """The workers' namespaces, one for each rank. Before they are known nothing is looked up."""
+    def know_ranks(self, namespaces: Sequence[Namespace], block_bytes: int) -> None:
+        """The workers' namespaces, one for each rank, and the bytes of a block on one of them.
+
+        Before they are known nothing is looked up.
+        """
         self._ranks = list(namespaces)
+        self._decisions.block_bytes = block_bytes * len(set(namespaces))  # ranks that hold replicas share blocks
 
     # -- what can be loaded --------------------------------------------------------------------------------------------
 
@@ -131,7 +150,7 @@ class SchedulerSide:
         (None, False) means: ask again.
         """
         tracked = self._track(request)
-        tracked.n_local, tracked.sources = n_local, []
+        tracked.n_local, tracked.sources, tracked.choice = n_local, [], None
         if not self._wants_lookup(tracked):
             return 0, False
         tiers = self._answer(tracked)
@@ -139,13 +158,27 @@ class SchedulerSide:
             return None, False
         first = n_local // self._block_tokens
         found = _leading(tiers, first)
-        # One token is left to compute: its result is the next token.
-        end = min((first + found) * self._block_tokens, request.num_tokens - 1)
-        count = end - n_local
-        if found == 0 or count <= 0:
+        if found == 0 or n_local >= request.num_tokens - 1:
             return 0, False
-        tracked.sources = tiers[first : first + found]
+        choice = self._decide(tracked, tiers[first : first + found])
+        # One token is left to compute: its result is the next token.
+        end = min((first + choice.blocks) * self._block_tokens, request.num_tokens - 1)
+        count = end - n_local
+        if choice.blocks == 0 or count <= 0:
+            return 0, False
+        tracked.sources = tracked.matched[: choice.blocks]
         return count, self._async
+
+    def _decide(self, tracked: Tracked, matched: list[TierCode]) -> Choice:
+        """How many of the matched blocks are worth loading."""
+        query = tracked.query
+        speeds = {} if query is None else query.speeds
+        choice = self._decisions.choose(matched, speeds, tracked.n_local, tracked.request.num_tokens)
+        tracked.choice, tracked.matched = choice, matched
+        probe = self._decisions.wants_probe(choice, matched)
+        if probe is not None and query is not None:
+            self._lookups.bring_up(query, tracked.n_local // self._block_tokens + probe)
+        return choice
 
     def _wants_lookup(self, tracked: Tracked) -> bool:
         request = tracked.request
@@ -198,6 +231,18 @@ class SchedulerSide:
         tracked.engine_ids = list(engine_ids)
         if n_external > 0:
             self._promised[request.request_id] = (tracked.n_local, n_external)
+        self._take(request.request_id, tracked, n_external)
+
+    def _take(self, name: str, tracked: Tracked, n_external: int) -> None:
+        """Note that the engine goes by the last choice; what it computes though it is there need not be stored."""
+        choice, tracked.choice = tracked.choice, None
+        if choice is None or (n_external == 0) != (choice.blocks == 0):
+            return
+        self._decisions.taken(name, choice, tracked.matched, loading=n_external > 0 and self._async)
+        tracked.deadline_s = choice.deadline_s
+        first = tracked.n_local // self._block_tokens
+        for index in range(first + choice.blocks, first + choice.matched):
+            tracked.present |= 1 << index
 
     def sources(self, request: Any, n_external: int) -> dict[TierCode, int]:
         """How many of the promised tokens come from which tier; they add up to `n_external`."""
@@ -215,7 +260,7 @@ class SchedulerSide:
     def _load_job(self, name: str, tracked: Tracked, start: int, count: int) -> LoadJob:
         first, last = start // self._engine_block, -(-(start + count) // self._engine_block)
         tracked.loading = tracked.engine_ids[first:last]
-        job = LoadJob(name, tracked.scope, [], 0, tracked.loading, count, self._async)
+        job = LoadJob(name, tracked.scope, [], 0, tracked.loading, count, self._async, tracked.deadline_s)
         try:
             block = start // self._block_tokens
             end = -(-(start + count) // self._block_tokens)
@@ -249,7 +294,28 @@ class SchedulerSide:
             report_defect("planning saves")
         if meta.idle and not meta.loads:
             self._rest()
+        meta.timed = self._time(meta, output)
         return meta
+
+    def _time(self, meta: ConnectorMeta, output: Any) -> bool:
+        """Begin to time a step; whether the workers shall say when it has ended."""
+        try:
+            spans = {}
+            for name, count in output.num_scheduled_tokens.items():
+                tracked = self._requests.get(name)
+                if tracked is not None:
+                    request = tracked.request
+                    spans[name] = (request.num_computed_tokens, count, request.num_tokens)
+            whole = len(spans) == len(output.num_scheduled_tokens)
+            return self._decisions.planned(self._step, spans, whole and (self._async or not meta.loads))
+        except Exception:  # the plan has to reach the workers
+            report_defect("timing a step")
+            return False
+
+    def ended(self, report: Report | None, loaded: Sequence[str]) -> None:
+        """A step's output is back; some loads beside the batch have ended."""
+        self._decisions.loads_ended(loaded)
+        self._decisions.output({} if report is None else report.timed)
 
     def _follow_tables(self, output: Any) -> None:
         for new in output.scheduled_new_reqs:
@@ -335,8 +401,10 @@ class SchedulerSide:
             under their hash already: those of synchronous loads, and all that was computed on top of them.
         """
         spoiled: set[int] = set()
-        for tracked in self._requests.values():
+        for name, tracked in self._requests.items():
             if tracked.loading and not engine_ids.isdisjoint(tracked.loading):
+                filled = next(i for i, one in enumerate(tracked.loading) if one in engine_ids)
+                self._decisions.load_failed(name, filled // self._ratio)
                 tracked.given_up = True
                 tracked.present = 0
                 tracked.loading = []
@@ -364,6 +432,7 @@ class SchedulerSide:
     def finished(self, request: Any) -> None:
         """A request has ended."""
         self._requests.pop(request.request_id, None)
+        self._decisions.forget(request.request_id)
 
     def _track(self, request: Any) -> Tracked:
         tracked = self._requests.get(request.request_id)

@@ -62,8 +62,8 @@ class Transfers:
 
         Those are everything from the first block on that could not be had: KV behind a hole is of no use.
         """
-        begun = time.monotonic()
-        deadline = begun + self._load_deadline_s
+        begun = job.begun or time.monotonic()
+        deadline = begun + min(job.deadline_s or self._load_deadline_s, self._load_deadline_s)
         namespace = request_namespace(self._namespace, job.scope)
         keys = keys_of(namespace, job.hashes)
         done = 0
@@ -80,7 +80,7 @@ class Transfers:
             if reason is not None and reason is not MissReason.DEADLINE:
                 break
         failed = set(job.engine_ids[self._filled(job, done) :]) if done < len(keys) or not keys else set()
-        self._count_load(job, done, failed, begun)
+        self._count_load(job, done, failed, begun, deadline)
         return failed
 
     def _filled(self, job: LoadJob, blocks: int) -> int:
@@ -131,11 +131,13 @@ class Transfers:
             )
         self._pages.load(contiguous(block), skip, job.engine_ids[begin:end], after)
 
-    def _count_load(self, job: LoadJob, done: int, failed: set[int], begun: float) -> None:
+    def _count_load(self, job: LoadJob, done: int, failed: set[int], begun: float, deadline: float) -> None:
         self._tally.add("load_seconds", time.monotonic() - begun)
         if done:
             self._tally.add("loaded_blocks", done)
             self._tally.add("loaded_bytes", done * self._pages.nbytes)
+        if failed and time.monotonic() >= deadline:
+            self._tally.add("load_given_up")
         if failed:
             self._tally.add("load_failures")
             self._tally.add("recomputed_tokens", min(len(failed) * self._pages.engine_block, job.tokens))

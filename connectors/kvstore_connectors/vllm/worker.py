@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -242,7 +243,9 @@ class WorkerSide:
 
     def handshake(self) -> Handshake | None:
         """This rank's namespace, for the scheduler."""
-        return None if self._namespace is None else Handshake(self._namespace)
+        if self._namespace is None or self._pages is None:
+            return None
+        return Handshake(self._namespace, self._pages.nbytes)
 
     # -- each step -----------------------------------------------------------------------------------------------------
 
@@ -259,6 +262,7 @@ class WorkerSide:
         try:
             if self._pages is None or self._transfers is None:
                 raise RuntimeError("a load was asked for before the caches were registered")
+            job.begun = time.monotonic()
             after = self._pages.mark()
             if self._loader is not None and job.is_async:
                 self._loader.submit(job, after)
@@ -270,6 +274,12 @@ class WorkerSide:
 
     def save(self, meta: ConnectorMeta) -> None:
         """Store the step's full blocks. On the CPU they are copied before this returns; on a device, gathered."""
+        begun = time.monotonic()
+        self._save(meta)
+        if meta.timed:
+            self._report.timed[meta.step] = time.monotonic() - begun
+
+    def _save(self, meta: ConnectorMeta) -> None:
         if not meta.saves or self._transfers is None:
             return
         if not self._breaker.allow():
@@ -301,8 +311,8 @@ class WorkerSide:
         return failed
 
     def take_report(self) -> Report | None:
-        """Which steps' synchronous loads are through."""
-        if not self._report.steps:
+        """Which steps' synchronous loads are through, and which timed steps have ended."""
+        if not self._report.steps and not self._report.timed:
             return None
         report, self._report = self._report, Report()
         return report

@@ -1,0 +1,181 @@
+"""Load or recompute: how much of what the daemon has is worth fetching.
+
+Nothing here is configured. What computing costs is learned from the engine's own steps, what loads cost from how long
+they took, and what the daemon's lower tiers cost now the daemon tells with every lookup. For each prompt the matched
+blocks are then split: the first so many are loaded, the rest is computed, so that the first token comes earliest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvstore.fit import MovingFit
+from kvstore.types import TierCode
+
+Floats = NDArray[np.float64]
+Speeds = Mapping[TierCode, tuple[float, float, float]]
+"""What the daemon says of its tiers: seconds to wait, then for each block, and for each byte."""
+
+MARGIN = 0.05
+"""Loading must promise to be sooner by this share: estimates are not exact, and computing keeps its word better."""
+
+SAME = 0.02
+"""Splits this close to the best are as good; of those the one that computes least is taken."""
+
+KNOWN_TOKENS = 256
+"""Tokens that must have been computed under our eyes before a forecast is believed."""
+
+SLOW_S = 0.1
+"""While the engine's speed is unknown, of a load that takes longer a part is computed to learn it."""
+
+SLACK_S = 0.05
+PATIENCE = 0.25
+"""A load may exceed its forecast by `SLACK_S`, and by this share of the computing that it saves or of itself."""
+
+
+class Prefill:
+    """What computing prompt tokens costs: so much a step, a token, and a pair of a token and one before it.
+
+    Parameters
+    ----------
+    chunk : int
+        Tokens that the engine computes in one step at most.
+    """
+
+    def __init__(self, chunk: int) -> None:
+        self._chunk = max(chunk, 1)
+        self._fit = MovingFit(3, main=1, decay=0.95)
+        self._tokens = 0
+
+    @property
+    def known(self) -> bool:
+        """Whether enough was seen for a forecast."""
+        return self._tokens >= KNOWN_TOKENS
+
+    def learn(self, spans: Sequence[tuple[int, int]], seconds: float) -> None:
+        """A step took so long; it computed spans of (first position, tokens)."""
+        tokens = sum(count for _, count in spans)
+        x = (1.0, tokens, sum(count * (start + count / 2) for start, count in spans))
+        expected = self._fit(x) if self.known else 0.0
+        if tokens <= 0 or seconds <= 0:
+            return
+        # Errors count by their share, and what is out of all proportion (the machine was busy elsewhere) counts less.
+        size = max(seconds, expected)
+        surprise = max(seconds / expected, 1.0) if expected > 0 else 1.0
+        self._fit.add(x, seconds, 1.0 / (size * size * surprise))
+        self._tokens += tokens
+
+    def seconds(self, starts: NDArray[np.int64], end: int) -> Floats:
+        """Time to compute a prompt up to `end`, from each of some positions on."""
+        tokens = end - starts
+        step_s, token_s, pair_s = self._fit.coefficients
+        return step_s * -(-tokens // self._chunk) + token_s * tokens + pair_s * tokens * (starts + tokens / 2)
+
+
+class Loads:
+    """What loads cost, from the engine's word to the last block in its cache.
+
+    The part that is always there (the engine's rounds, copying out of the daemon's memory) is learned from loads that
+    need nothing else. What lower tiers add the daemon forecasts; by how much that is off is learned for each tier.
+    """
+
+    def __init__(self) -> None:
+        self._copy = MovingFit(2, main=1, decay=0.9)
+        self._factor: dict[TierCode, float] = {}
+
+    def seconds(self, tiers: Sequence[TierCode], speeds: Speeds, block_bytes: int, ahead_s: float = 0.0) -> Floats:
+        """Time to load the first 0, 1, 2, ... blocks, given where each is, and how long this load must wait its turn.
+
+        A tier whose speed is not known adds nothing.
+        """
+        fixed_s, block_s = self._copy.coefficients
+        each = np.full(len(tiers), block_s)
+        below = np.asarray(tiers, dtype=np.int64)
+        for tier, (wait_s, tier_block_s, byte_s) in speeds.items():
+            places = np.flatnonzero(below == tier)
+            if len(places):
+                factor = self._factor.get(tier, 1.0)
+                each[places] += factor * (tier_block_s + byte_s * block_bytes)
+                # What this connector has under way itself is both: ahead of it here and in the daemon's queue.
+                each[places[0]] += max(factor * wait_s - ahead_s, 0.0)
+        out = np.zeros(len(tiers) + 1)
+        out[1:] = ahead_s + fixed_s + np.cumsum(each)
+        return out
+
+    def learn(self, tiers: Sequence[TierCode], forecast_s: float, seconds: float) -> None:
+        """A load of these blocks has ended; `forecast_s` was what `seconds` had said, `ahead_s` left out."""
+        if not tiers:
+            return
+        lower = [tier for tier in tiers if tier != TierCode.HOST]
+        if not lower:
+            self._copy.add((1.0, len(tiers)), seconds)
+            return
+        fixed_s, block_s = self._copy.coefficients
+        memory_s = fixed_s + block_s * len(tiers)
+        if forecast_s - memory_s > 0:
+            tier = max(set(lower), key=lower.count)
+            off = max(seconds - memory_s, 0.0) / (forecast_s - memory_s)
+            before = self._factor.get(tier, 1.0)
+            self._factor[tier] = min(max(before * (0.7 + 0.3 * off), 0.5), 4.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What is done with a prompt's matched blocks.
+
+    Attributes
+    ----------
+    blocks : int
+        The first so many are loaded.
+    matched : int
+        Of so many.
+    load_s, total_s : float or None
+        Forecast of the load, and of the first token. None where it was not known.
+    other_s : float or None
+        Forecast of the best way that was not taken: computing all if some is loaded, else the best load.
+    deadline_s : float
+        When the load gives up what has not come; 0 for no deadline of its own.
+    """
+
+    blocks: int
+    matched: int
+    load_s: float | None = None
+    total_s: float | None = None
+    other_s: float | None = None
+    deadline_s: float = 0.0
+
+
+def choose(load_s: Floats, compute_s: Floats | None, *, measured: bool) -> Choice:
+    """Split a prompt's matched blocks.
+
+    Parameters
+    ----------
+    load_s : array
+        Seconds to load the first 0, 1, ..., n blocks.
+    compute_s : array or None
+        Seconds to compute what is left after those; None while that is not known.
+    measured : bool
+        Whether the speed of every tier that holds some of them is known.
+    """
+    matched = len(load_s) - 1
+    if compute_s is None:
+        blocks = matched - matched // 4 if load_s[-1] > SLOW_S else matched
+        return Choice(blocks, matched, load_s=float(load_s[blocks]) if measured else None)
+    total = load_s + compute_s
+    if not measured:
+        # The load finds out. It is believed for a part of the time that computing would take, once.
+        deadline = SLACK_S + float(load_s[-1]) + PATIENCE * float(compute_s[0] - compute_s[-1])
+        return Choice(matched, matched, other_s=float(total[0]), deadline_s=deadline)
+    blocks = int(np.flatnonzero(total <= total.min() * (1 + SAME))[-1])
+    if blocks and total[blocks] > total[0] * (1 - MARGIN):
+        blocks = 0
+    if not blocks:
+        other = float(total[1:].min()) if matched else None
+        return Choice(0, matched, 0.0, float(total[0]), other)
+    loading = float(load_s[blocks])
+    patience = PATIENCE * max(loading, float(total[0] - total[blocks]))
+    return Choice(blocks, matched, loading, float(total[blocks]), float(total[0]), loading + SLACK_S + patience)

@@ -1,0 +1,181 @@
+"""Load or recompute in vLLM: what its scheduler sees of steps and loads, and the choice for each request.
+
+A step takes from when it was planned, or from when the one before it ended if that was later (steps may be planned
+ahead), to when its output is back. A load takes from when the engine took it up to when all ranks have it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvstore.types import TierCode
+from kvstore_connectors.base import Tally, log
+from kvstore_connectors.choice import Choice, Loads, Prefill, Speeds, choose
+
+PROBE_S = 10.0
+"""A tier that is not worth loading from is read a little this often, lest its estimate stay what it was for ever."""
+
+
+@dataclass(slots=True)
+class Open:
+    """A request on its way to its first token."""
+
+    choice: Choice
+    tiers: list[TierCode]
+    began: float
+    ahead_s: float = 0.0
+    loading: bool = False
+    spoiled: bool = False
+
+
+class Decisions:
+    """The measurements and the choices.
+
+    Parameters
+    ----------
+    tally : Tally
+        Counts choices, forecasts and regret.
+    block_tokens : int
+        Tokens in a kvstore block.
+    chunk : int
+        Tokens that the engine computes in one step at most.
+    always : bool
+        Load whatever is there, as a user may ask for.
+    clock : callable
+        Monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        tally: Tally,
+        block_tokens: int,
+        chunk: int,
+        *,
+        always: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.block_bytes = 0
+        self.prefill = Prefill(chunk)
+        self.loads = Loads()
+        self._tally = tally
+        self._block_tokens = block_tokens
+        self._always = always
+        self._clock = clock
+        self._open: dict[str, Open] = {}
+        self._steps: dict[int, tuple[float, list[tuple[int, int]], list[str]]] = {}
+        """Of steps that are under way: when planned, what they compute, whose first token they bring."""
+        self._last_output = 0.0
+        self._probed = -PROBE_S
+
+    # -- the choice ----------------------------------------------------------------------------------------------------
+
+    def choose(self, tiers: Sequence[TierCode], speeds: Speeds, n_local: int, n_tokens: int) -> Choice:
+        """Split the matched blocks of a prompt of `n_tokens`, of which the engine has the first `n_local`."""
+        if self._always:
+            return Choice(len(tiers), len(tiers))
+        load_s = self.loads.seconds(tiers, speeds, self.block_bytes, self._ahead_s())
+        measured = all(tier in speeds for tier in set(tiers) - {TierCode.HOST})
+        compute_s = None
+        if self.prefill.known:
+            first = n_local // self._block_tokens
+            starts = (first + np.arange(len(tiers) + 1)) * self._block_tokens
+            compute_s = self.prefill.seconds(np.clip(starts, n_local, n_tokens - 1), n_tokens)
+        return choose(load_s, compute_s, measured=measured)
+
+    def _ahead_s(self) -> float:
+        """What is left, by forecast, of loads under way: they are done one after the other."""
+        now = self._clock()
+        ahead = [one.began + (one.choice.load_s or 0.0) - now for one in self._open.values() if one.loading]
+        return max([0.0, *ahead])
+
+    def wants_probe(self, choice: Choice, tiers: Sequence[TierCode]) -> int | None:
+        """The first matched block that is left in a lower tier, if it is time to see how fast that is now."""
+        now = self._clock()
+        if self._always or choice.blocks == choice.matched or now - self._probed < PROBE_S:
+            return None
+        place = next((i for i in range(choice.blocks, len(tiers)) if tiers[i] != TierCode.HOST), None)
+        if place is not None:
+            self._probed = now
+        return place
+
+    def taken(self, name: str, choice: Choice, tiers: Sequence[TierCode], loading: bool) -> None:
+        """The engine goes by a choice."""
+        ahead_s = self._ahead_s()
+        self._open[name] = Open(choice, list(tiers), self._clock(), ahead_s, loading)
+        kind = "recompute" if not choice.blocks else "load" if choice.blocks == choice.matched else "part"
+        self._tally.add(f"choice_{kind}")
+        self._tally.add("chosen_recompute_tokens", (choice.matched - choice.blocks) * self._block_tokens)
+
+    # -- what became of it ---------------------------------------------------------------------------------------------
+
+    def load_failed(self, name: str, blocks: int) -> None:
+        """Of a load only so many blocks came."""
+        one = self._open.get(name)
+        if one is not None and one.loading:
+            one.spoiled = True
+            seconds = self._clock() - one.began - one.ahead_s
+            wanted = one.tiers[: one.choice.blocks]
+            if one.choice.load_s is not None and wanted:
+                # All that is known is that the rest would have taken longer than what has passed.
+                share = max(blocks, 1) / len(wanted)
+                self.loads.learn(wanted, (one.choice.load_s - one.ahead_s) * share, seconds)
+
+    def loads_ended(self, names: Sequence[str]) -> None:
+        """Loads beside the batch have ended, well or not."""
+        for name in names:
+            one = self._open.get(name)
+            if one is None or not one.loading:
+                continue
+            one.loading = False
+            seconds = self._clock() - one.began
+            self._tally.add("load_actual_seconds", seconds)
+            self._tally.add("load_forecast_seconds", one.choice.load_s or 0.0)
+            if not one.spoiled:
+                forecast = (one.choice.load_s or 0.0) - one.ahead_s
+                self.loads.learn(one.tiers[: one.choice.blocks], forecast, max(seconds - one.ahead_s, 1e-6))
+
+    def planned(self, step: int, spans: Mapping[str, tuple[int, int, int]], pure: bool) -> bool:
+        """A step was planned: of each request (first position, tokens, tokens of its prompt). Whether to time it.
+
+        A step is `pure` if nothing but computing takes its time.
+        """
+        first = [name for name, (start, count, total) in spans.items() if start < total <= start + count]
+        prefills = any(count > 1 for _, count, _ in spans.values())
+        if not prefills and not any(name in self._open for name in first):
+            return False
+        computed = [(start, count) for start, count, _ in spans.values()] if pure else []
+        self._steps[step] = (self._clock(), computed, first)
+        return True
+
+    def output(self, timed: Mapping[int, float]) -> None:
+        """A step's output is back; of those that are timed, the seconds that the connector itself took of them."""
+        now = self._clock()
+        for step, beside_s in timed.items():
+            planned, spans, first = self._steps.pop(step, (now, [], []))
+            if spans:
+                self.prefill.learn(spans, now - max(planned, self._last_output) - beside_s)
+            for name in first:
+                self._first_token(name, now - beside_s)
+            for old in [number for number in self._steps if number < step]:
+                del self._steps[old]  # never reported: the step failed
+        self._last_output = now
+
+    def _first_token(self, name: str, now: float) -> None:
+        one = self._open.pop(name, None)
+        if one is None or one.choice.other_s is None:
+            return
+        took = now - one.began
+        if one.choice.total_s is not None:
+            self._tally.add("first_token_forecast_seconds", one.choice.total_s)
+            self._tally.add("first_token_actual_seconds", took)
+        self._tally.add("regret_seconds", max(took - one.choice.other_s, 0.0))
+        self._tally.add("gained_seconds", max(one.choice.other_s - took, 0.0))
+        log.debug("%s: %s, first token after %.3f s", name, one.choice, took)
+
+    def forget(self, name: str) -> None:
+        """A request has ended."""
+        self._open.pop(name, None)
