@@ -16,13 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvstore.errors import InvalidParams
-from kvstore.types import DIGEST_BYTES, Namespace
+from kvstore.types import CHUNK_MARK, DIGEST_BYTES, Namespace
 
 TokenIds = Sequence[int] | NDArray[np.integer]
 
 _DOMAIN_NAMESPACE = b"kvstore/namespace/1"
 _DOMAIN_PREFIX = b"kvstore/prefix/1"
 _DOMAIN_CONTENT = b"kvstore/content/1"
+_DOMAIN_CONTEXT = b"kvstore/context/1"
+_DOMAIN_CHUNK = b"kvstore/chunk/1"
 
 _MAX_TOKEN = 0x7FFFFFFF
 _PACK = 8192
@@ -147,6 +149,30 @@ def content_key(ns: Namespace | bytes, tokens: TokenIds) -> bytes:
     """Identity of a chunk by its own tokens, wherever it stands."""
     digest = ns if isinstance(ns, bytes) else namespace_digest(ns)
     return hashlib.sha256(_DOMAIN_CONTENT + digest + as_token_array(tokens).tobytes()).digest()
+
+
+def context_digest(tokens: TokenIds) -> bytes:
+    """What stands before a chunk, for telling its variants apart: all token ids, recognised as chunks or not."""
+    out = context_hasher()
+    out.update(as_token_array(tokens).tobytes())
+    return out.digest()
+
+
+def context_hasher() -> hashlib._Hash:
+    """`context_digest` of a text that grows: fed the bytes of int32 token ids, copied where a digest is wanted."""
+    return hashlib.sha256(_DOMAIN_CONTEXT)
+
+
+def chunk_block_keys(content: bytes, context: bytes, blocks: int) -> list[bytes]:
+    """Keys of a chunk's blocks: by its content (which covers the namespace), its context, and their place.
+
+    They are exact names: KV under them is what a prefill of exactly that context gives. The last key ends in
+    `CHUNK_MARK`, and keeps 240 bits of the hash.
+    """
+    root = hashlib.sha256(_DOMAIN_CHUNK + content + context).digest()
+    keys = [hashlib.sha256(root + struct.pack("<I", index)).digest() for index in range(blocks)]
+    keys[-1] = keys[-1][: DIGEST_BYTES - len(CHUNK_MARK)] + CHUNK_MARK
+    return keys
 
 
 def derived_key(ns: bytes, engine_hash: bytes) -> bytes:
