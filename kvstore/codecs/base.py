@@ -33,6 +33,8 @@ DTYPES: Mapping[str, torch.dtype] = {
 LIMITS = {"layers": 4096, "tokens": 1 << 16, "kv_heads": 4096, "head_dim": 4096, "position": 1 << 40}
 MAX_BYTES = 1 << 34
 """A block larger than this is refused before anything is allocated for it."""
+UNIT = 1 << 19
+"""Elements of a unit that are worth a round of calls; many more would not stay in a core's cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,9 +157,9 @@ class BlockCoder(Step):
     """Works on the block's own dtype, bit by bit, instead of float32."""
 
     def span(self, spec: BlockSpec, context: Context) -> int:
-        """Layers of a unit; the last unit may have fewer."""
-        del spec, context
-        return 1
+        """Layers of a unit; the last unit may have fewer. By default one, or as many as make `UNIT` elements."""
+        del context
+        return max(1, UNIT // max(2 * spec.tokens * spec.channels, UNIT // spec.layers))
 
     def required(self) -> int:
         """How many planes are needed at least; 0 means all."""
@@ -174,6 +176,14 @@ class BlockCoder(Step):
     @abstractmethod
     def decode(self, planes: Sequence[Bytes], spec: BlockSpec, layer: int, out: torch.Tensor, context: Context) -> None:
         """Fill the unit ``out`` from all planes, or from a prefix of at least `required`."""
+
+    def tolerance(
+        self, unit: torch.Tensor, spec: BlockSpec, layer: int, planes: int, context: Context
+    ) -> torch.Tensor | None:
+        """Most by which each element can differ after decoding from so many planes, before it is rounded to the
+        block's dtype; None if the coder promises nothing (its error is measured, see docs/codecs.md)."""
+        del spec, layer, planes, context
+        return None if self.lossy else torch.zeros(unit.shape)
 
 
 class ByteStep(Step):

@@ -6,6 +6,7 @@ compared with the tensor that the caller wants filled before any of it is believ
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -122,7 +123,7 @@ class Chain:
     ) -> None:
         if not self.coder.native:
             layers = layers.to(torch.float32)
-            if not bool(torch.isfinite(layers).all()):
+            if layers.numel() and not math.isfinite(float(layers.abs().amax())):
                 raise CannotEncode(f"layer {first} has values that are not finite.")
         for step in self.blocks:
             layers = step.forward(layers, spec, first, context)
@@ -190,6 +191,36 @@ class Chain:
             ]
             self._decode_unit(parts, spec.of(len(target)), first, target, context)
 
+    def tolerance(
+        self, block: torch.Tensor, spec: BlockSpec, context: Context | None = None, *, planes: int | None = None
+    ) -> torch.Tensor | None:
+        """Most by which each element of a block can differ after a round trip, before it is rounded to its dtype.
+
+        Parameters
+        ----------
+        block, spec, context
+            As in `encode`.
+        planes : int, optional
+            How many planes are decoded; all by default.
+
+        Returns
+        -------
+        torch.Tensor or None
+            float32, of the block's shape. None if the coder promises nothing, or if steps before it move elements
+            among each other: then the error is measured by decoding.
+        """
+        context = context or Context()
+        plan = self._plan(spec, context)
+        if any(step.lossy for step in self.blocks):
+            return None
+        found = []
+        for first in plan.firsts:
+            layers = block[first : first + plan.span].float()
+            used = plan.planes if planes is None else planes
+            found.append(self.coder.tolerance(layers, spec.of(len(layers)), first, used, context))
+        known = [part for part in found if part is not None]
+        return torch.cat(known) if len(known) == len(found) else None
+
     def _part(self, parsed: frame.Frame, data: Bytes, plane: int, unit: int, raw: int, context: Context) -> Bytes:
         part = parsed.part(data, plane, unit)
         inner = [raw]
@@ -204,14 +235,14 @@ class Chain:
     def _decode_unit(
         self, parts: Sequence[Bytes], spec: BlockSpec, first: int, target: torch.Tensor, context: Context
     ) -> None:
-        if not self.blocks:
-            self.coder.decode(parts, spec, first, target, context)
-            return
-        unit = torch.empty(spec.shape, dtype=torch.float32)
+        unit = torch.empty(spec.shape, dtype=torch.float32) if self.blocks else target
         self.coder.decode(parts, spec, first, unit, context)
         for step in reversed(self.blocks):
             unit = step.inverse(unit, spec, first, context)
-        target.copy_(unit)
+        if unit is not target:
+            target.copy_(unit)
+        if self.lossy and spec.dtype == "float16" and not bool(torch.isfinite(target).all()):
+            raise CorruptBlock("a decoded value is outside the range of float16.")
 
     def _plan(self, spec: BlockSpec, context: Context, *, decoding: bool = False) -> _Plan:
         try:

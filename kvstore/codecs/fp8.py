@@ -1,15 +1,17 @@
-"""fp8: one byte an element (OCP E4M3, 448 the largest), with a float32 scale a token or a token and head.
+"""fp8: one byte an element (OCP E4M3, 448 the largest), with a scale a token and head, or a token.
 
-Plane 0 of a unit: scales ``[layer][K|V][token]`` (or ``[…][token][kv_head]``), then codes in the block's order. The
-scale is the largest magnitude over 448, so nothing saturates; the relative error of an element is at most 2^-4, its
-absolute error at most scale x 2^-10 for the smallest ones. Keys may be coded after RoPE: a scale shared by a head
-does not care.
+Plane 0 of a unit: scales ``[layer][K|V][token][kv_head]`` (or ``[…][token]``), one byte each, then codes in the
+block's order. A scale is a power of two, its exponent plus 127 (E8M0, as in the OCP microscaling formats): a
+floating-point code loses nothing by that, and decoding into bfloat16 is exact. It is the least with which nothing
+saturates; an element is off by at most 2^-4 of itself, or 2^-10 of the scale. Keys may be coded after RoPE: a scale
+shared by a head does not care.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import numpy as np
@@ -19,6 +21,9 @@ from kvstore.codecs.base import BlockCoder, BlockSpec, Bytes, Context
 from kvstore.errors import CannotEncode, CorruptBlock
 
 LARGEST = 448.0
+_BIAS = 127
+_LEAST, _MOST = -126, 119
+"""Least and largest exponent of a scale: times 448 it is still finite."""
 
 
 @dataclass(frozen=True)
@@ -39,37 +44,66 @@ class FP8(BlockCoder):
         if self.scale not in ("token", "head"):
             raise CannotEncode(f"fp8 has no scale per {self.scale!r}: token or head.")
 
-    def _scales(self, spec: BlockSpec) -> int:
-        return 2 * spec.layers * spec.tokens * (spec.kv_heads if self.scale == "head" else 1)
+    def _rows(self, spec: BlockSpec) -> tuple[int, int]:
+        """How many scales, and how many elements share one."""
+        heads, dim = (spec.kv_heads, spec.head_dim) if self.scale == "head" else (1, spec.channels)
+        return 2 * spec.layers * spec.tokens * heads, dim
 
     def planes(self, spec: BlockSpec, layer: int, context: Context) -> tuple[int, ...]:
         del layer, context
-        return (4 * self._scales(spec) + 2 * spec.layers * spec.tokens * spec.channels,)
+        count, dim = self._rows(spec)
+        return (count + count * dim,)
 
     def encode(self, unit: torch.Tensor, spec: BlockSpec, layer: int, out: Sequence[Bytes], context: Context) -> None:
         del layer, context
-        count = self._scales(spec)
-        rows = unit.reshape(count, unit.numel() // count if count else spec.head_dim)
-        scale = rows.abs().amax(1) / LARGEST
-        codes = (rows / scale.clamp(min=1e-38)[:, None]).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
-        out[0][: 4 * count] = scale.numpy().view(np.uint8)
-        out[0][4 * count :] = codes.view(torch.uint8).view(-1).numpy()
+        count, dim = self._rows(spec)
+        rows = unit.reshape(count, dim)
+        exponents = _exponents(rows)
+        if count and float(rows.abs().amax()) > LARGEST * 2.0**_MOST:
+            raise CannotEncode(f"a value is larger than fp8 with a scale can say ({LARGEST * 2.0**_MOST:.4g}).")
+        codes = (rows * _power(-exponents)[:, None]).to(torch.float8_e4m3fn)
+        out[0][:count] = (exponents + _BIAS).to(torch.uint8).numpy()
+        out[0][count:] = codes.view(torch.uint8).view(-1).numpy()
 
     def decode(self, planes: Sequence[Bytes], spec: BlockSpec, layer: int, out: torch.Tensor, context: Context) -> None:
         del layer, context
-        count = self._scales(spec)
-        scale = np.frombuffer(planes[0][: 4 * count].tobytes(), np.float32)
-        if not np.isfinite(scale).all() or (scale < 0).any():
-            raise CorruptBlock("a scale is not a finite positive number.")
-        codes = torch.from_numpy(planes[0][4 * count :].copy())
-        if bool(((codes & 0x7F) == 0x7F).any()):
+        count, dim = self._rows(spec)
+        exponents, codes = planes[0][:count], planes[0][count:]
+        if count and not _LEAST + _BIAS <= int(exponents.min()) <= int(exponents.max()) <= _MOST + _BIAS:
+            raise CorruptBlock("a scale is out of bounds.")
+        if codes.size and int((codes & 0x7F).max()) == 0x7F:
             raise CorruptBlock("a code is not a number.")
-        values = expand(codes).view(count, -1) if count else torch.empty(0, spec.head_dim)
-        torch.mul(values, torch.from_numpy(scale * np.float32(256)).view(-1, 1), out=values)
-        out.copy_(values.view(spec.shape))
+        scale = _power(torch.from_numpy(exponents.astype(np.int32)) - _BIAS)[:, None]
+        pairs = codes if codes.ctypes.data % 2 == 0 else codes.copy()
+        words = np.take(_table(), pairs.view(np.uint16), mode="clip")
+        values = torch.from_numpy(words.view(np.int16)).view(torch.bfloat16).view(count, dim)
+        if out.dtype == torch.bfloat16:
+            out.copy_(values.mul_(scale.to(torch.bfloat16)).view(out.shape))
+        else:
+            out.copy_((values * scale).view(out.shape))
+
+    def tolerance(
+        self, unit: torch.Tensor, spec: BlockSpec, layer: int, planes: int, context: Context
+    ) -> torch.Tensor | None:
+        del layer, planes, context
+        rows = unit.float().reshape(self._rows(spec))
+        return torch.maximum(rows.abs() / 16, _power(_exponents(rows))[:, None] / 1024).view(unit.shape)
 
 
-def expand(codes: torch.Tensor) -> torch.Tensor:
-    """E4M3 codes as float32 values over 256: moved into the fields of a float16, whose exponent bias is 8 larger."""
-    wide = codes.to(torch.int16)
-    return ((wide & 0x7F) << 7 | (wide & 0x80) << 8).view(torch.float16).to(torch.float32)
+def _exponents(rows: torch.Tensor) -> torch.Tensor:
+    """Exponents (int32) of the least powers of two that bring each row into E4M3's range."""
+    most = rows.abs().amax(1) if len(rows) else rows.new_zeros(0)
+    return torch.frexp(most / LARGEST).exponent.clamp_(_LEAST, _MOST)
+
+
+def _power(exponents: torch.Tensor) -> torch.Tensor:
+    """Two to the power of these, in float32, exactly."""
+    return ((exponents.to(torch.int32) + _BIAS) << 23).view(torch.float32)
+
+
+@lru_cache(maxsize=1)
+def _table() -> np.ndarray:
+    """Two bfloat16 (as one uint32) for each two codes: one look-up for two elements."""
+    codes = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(torch.float8_e4m3fn)
+    single = codes.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16).astype(np.uint32)
+    return (single[None, :] | single[:, None] << np.uint32(16)).reshape(-1)

@@ -2,12 +2,12 @@
 
     magic "KVC1" | u16 chain bytes | u16 reference bytes | u32 layers, tokens, kv_heads, head_dim | u64 position
     | u8 dtype | u8 planes | u16 units | chain | references
-    | directory: units x planes of (u64 bytes, u64 xxh3-64), plane-major | u64 xxh3-64 of everything before
+    | directory: units x planes of (u64 bytes, u64 xxh3-64), plane-major | zeros | u64 xxh3-64 of everything before
     | parts, in the order of the directory
 
 All numbers are little-endian. Parts are plane-major: all units' first planes, then all second ones, so dropping the
 last planes is cutting the file off, and the rest is still a valid block. A part's place is the sum of the sizes
-before it.
+before it. The zeros make the first part start at a multiple of 64.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ MAGIC = b"KVC1"
 _HEAD = struct.Struct("<4sHHIIIIQBBH")
 _ENTRY = np.dtype([("nbytes", "<u8"), ("check", "<u8")])
 _CHECK = struct.Struct("<Q")
+_ALIGN = 64
 _NAMES = tuple(DTYPES)
 MAX_TEXT = 4096
 """Longest chain, and longest list of references."""
@@ -86,7 +87,11 @@ def head(spec: BlockSpec, chain: str, references: tuple[str, ...], units: int, p
 
 def head_nbytes(label: bytes, units: int, planes: int) -> int:
     """Bytes before the first part."""
-    return len(label) + units * planes * _ENTRY.itemsize + _CHECK.size
+    return _aligned(len(label) + units * planes * _ENTRY.itemsize)
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-(nbytes + _CHECK.size) // _ALIGN) * _ALIGN
 
 
 def seal_head(out: Bytes, label: bytes, sizes: np.ndarray, checks: np.ndarray) -> None:
@@ -94,6 +99,7 @@ def seal_head(out: Bytes, label: bytes, sizes: np.ndarray, checks: np.ndarray) -
     entries = np.empty(sizes.size, _ENTRY)
     entries["nbytes"], entries["check"] = sizes.ravel(), checks.ravel()
     body = label + entries.tobytes()
+    body = body.ljust(_aligned(len(body)) - _CHECK.size, b"\0")
     body += _CHECK.pack(xxhash.xxh3_64_intdigest(body))
     out[: len(body)] = np.frombuffer(body, np.uint8)
 
@@ -108,10 +114,12 @@ def read(data: Bytes) -> Frame:
     if magic != MAGIC:
         raise CannotDecode(f"an encoded block starts with {magic!r}, which this version does not read.")
     n_label = _HEAD.size + n_chain + n_refs
-    end = n_label + units * planes * _ENTRY.itemsize
-    if max(n_chain, n_refs) > MAX_TEXT or not units or not planes or data.size < end + _CHECK.size:
+    n_entries = n_label + units * planes * _ENTRY.itemsize
+    end = _aligned(n_entries)
+    if max(n_chain, n_refs) > MAX_TEXT or not units or not planes or data.size < end:
         raise CorruptBlock("the header of an encoded block is cut off or out of bounds.")
-    if _CHECK.unpack(data[end : end + _CHECK.size].tobytes())[0] != xxhash.xxh3_64_intdigest(data[:end].data):
+    checked = end - _CHECK.size
+    if _CHECK.unpack(data[checked:end].tobytes())[0] != xxhash.xxh3_64_intdigest(data[:checked].data):
         raise CorruptBlock("the header of an encoded block has a wrong checksum.")
     try:
         spec = BlockSpec(layers, tokens, heads, dim, _NAMES[dtype], position)
@@ -119,11 +127,11 @@ def read(data: Bytes) -> Frame:
         refs = tuple(data[_HEAD.size + n_chain : n_label].tobytes().decode("ascii").split("\n"))
     except (CannotEncode, IndexError, UnicodeDecodeError) as error:
         raise CorruptBlock(f"the header of an encoded block is out of bounds: {error}") from None
-    entries = np.frombuffer(data[n_label:end].tobytes(), _ENTRY).reshape(planes, units)
+    entries = np.frombuffer(data[n_label:n_entries].tobytes(), _ENTRY).reshape(planes, units)
     if units > layers or int(entries["nbytes"].max()) > 2 * spec.nbytes + (1 << 24):
         raise CorruptBlock("the directory of an encoded block is out of bounds.")
     sizes = entries["nbytes"].astype(np.int64)
     ends = np.cumsum(sizes.ravel())
-    offsets = (end + _CHECK.size + ends - sizes.ravel()).reshape(planes, units)
+    offsets = (end + ends - sizes.ravel()).reshape(planes, units)
     label = data[:n_label].tobytes()
     return Frame(spec, chain, refs, units, planes, sizes, entries["check"], offsets, label)

@@ -32,5 +32,8 @@ class Raw(BlockCoder):
         out[0][:] = as_bytes(unit.contiguous())
 
     def decode(self, planes: Sequence[Bytes], spec: BlockSpec, layer: int, out: torch.Tensor, context: Context) -> None:
-        del layer, context
-        out.copy_(torch.from_numpy(planes[0].copy()).view(spec.torch_dtype).view(spec.shape))
+        del spec, layer, context
+        target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
+        as_bytes(target)[:] = planes[0]
+        if target is not out:
+            out.copy_(target)

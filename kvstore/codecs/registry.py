@@ -1,5 +1,4 @@
-"""Chains by name: ``prerope|kv4(k=4,v=4)|zstd``. A name is in the header of each block, so it is read as strangers'
-text."""
+"""Chains by name, as in ``prerope|kv4(k=4,v=4)|zstd``. A name is in each block's header: text of strangers."""
 
 from __future__ import annotations
 
@@ -12,11 +11,15 @@ from kvstore.codecs.base import BlockCoder, BlockStep, ByteStep, Step
 from kvstore.codecs.byteplanes import BytePlanes
 from kvstore.codecs.chain import Chain
 from kvstore.codecs.fp8 import FP8
+from kvstore.codecs.kv4 import KV4
+from kvstore.codecs.mikv import MiKV
+from kvstore.codecs.prerope import PreRope
 from kvstore.codecs.raw import Raw
+from kvstore.codecs.seal import Seal
 from kvstore.codecs.zstd import Zstd
 from kvstore.errors import CannotDecode
 
-STEPS: Mapping[str, type[Step]] = {step.name: step for step in (Raw, BytePlanes, FP8, Zstd)}
+STEPS: Mapping[str, type[Step]] = {step.name: step for step in (PreRope, Raw, BytePlanes, FP8, KV4, MiKV, Zstd, Seal)}
 """Every step there is, by name."""
 
 SHORT: Mapping[str, str] = {"lossless": "byteplanes|zstd"}

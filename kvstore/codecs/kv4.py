@@ -1,0 +1,206 @@
+"""kv4: keys quantized per channel, values per token after a Hadamard rotation, the sinks kept, in planes of one bit
+each.
+
+After KIVI (arXiv 2402.02750), KVQuant (2401.18079) and QuaRot (2404.00456). Keys should come from ``prerope``. Any
+prefix of the planes from two bits on is usable, so a block loses precision by being cut off.
+
+Plane 0 of a unit: sinks float32 ``[layer][K|V][sink][channel]``; lows, then scales, float16, of keys
+``[layer][group][channel]``; lows, then scales, of values ``[layer][token][kv_head]``; then two bit planes of keys,
+two of values, each flat in the order ``[layer][token][channel]`` (`kvstore.codecs.quant` says the bit order). Plane
+p: bit plane p + 1 of keys, then of values; empty where a tensor has no such bit. Sinks are the first tokens of a
+prompt, and are in no group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from kvstore.codecs import hadamard, quant
+from kvstore.codecs.base import BlockCoder, BlockSpec, Bytes, Context
+from kvstore.errors import CannotEncode
+
+BASE_BITS = 2
+"""Bits in plane 0: fewer are not usable."""
+
+
+@dataclass(frozen=True)
+class KV4(BlockCoder):
+    """Uniform quantization in planes.
+
+    Attributes
+    ----------
+    k, v : int
+        Bits of keys and values, 2 to 8.
+    group : int
+        Tokens that share a channel's scale.
+    sinks : int
+        First tokens of a prompt that are kept as they are.
+    """
+
+    k: int = 4
+    v: int = 4
+    group: int = 64
+    sinks: int = 4
+    name: ClassVar[str] = "kv4"
+    lossy: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not (2 <= self.k <= 8 and 2 <= self.v <= 8 and 1 <= self.group <= 1 << 16 and 0 <= self.sinks <= 64):
+            raise CannotEncode(f"kv4 takes 2 to 8 bits, groups of 1 to 65536, 0 to 64 sinks, not {self}.")
+
+    def required(self) -> int:
+        return 1
+
+    def kept(self, spec: BlockSpec) -> int:
+        """Sinks in such a block."""
+        return min(max(self.sinks - spec.position, 0), spec.tokens)
+
+    def _fields(self, spec: BlockSpec) -> tuple[int, int, int, int, int]:
+        """Counts in plane 0: kept values, groups of keys, groups of values; codes; bytes of a bit plane."""
+        sinks = self.kept(spec)
+        rows = spec.tokens - sinks
+        codes = spec.layers * rows * spec.channels
+        keys = spec.layers * -(-rows // self.group) * spec.channels
+        return (
+            2 * spec.layers * sinks * spec.channels,
+            keys,
+            spec.layers * rows * spec.kv_heads,
+            codes,
+            quant.plane_nbytes(codes),
+        )
+
+    def planes(self, spec: BlockSpec, layer: int, context: Context) -> tuple[int, ...]:
+        del layer, context
+        kept, keys, values, _, plane = self._fields(spec)
+        base = 4 * kept + 4 * (keys + values) + 2 * BASE_BITS * plane
+        return (base, *(plane * ((self.k > bit) + (self.v > bit)) for bit in range(BASE_BITS, max(self.k, self.v))))
+
+    def encode(self, unit: torch.Tensor, spec: BlockSpec, layer: int, out: Sequence[Bytes], context: Context) -> None:
+        del layer, context
+        sinks = self.kept(spec)
+        keys = unit[:, 0, sinks:].reshape(spec.layers, spec.tokens - sinks, spec.channels)
+        k_codes, *k_numbers = _by_group(keys, self.k, self.group)
+        v_codes, *v_numbers = quant.quantize(hadamard.rotate(unit[:, 1, sinks:].contiguous()), self.v, -1)
+        head = [unit[:, :, :sinks].contiguous(), *k_numbers, *v_numbers]
+        at = _write(out[0], [part.contiguous().view(-1).numpy().view(np.uint8) for part in head])
+        for codes, bits, slots in zip(
+            (k_codes, v_codes), (self.k, self.v), self._slots(spec, [out[0][at:], *out[1:]]), strict=True
+        ):
+            quant.pack(codes.reshape(-1).numpy(), bits, slots)
+
+    def _slots(self, spec: BlockSpec, parts: Sequence[Bytes]) -> tuple[list[Bytes], list[Bytes]]:
+        """Where the bit planes of keys and of values are, given plane 0 without its numbers and the planes after it."""
+        n = self._fields(spec)[4]
+        base = parts[0]
+        keys = [base[i * n : (i + 1) * n] for i in range(BASE_BITS)]
+        values = [base[i * n : (i + 1) * n] for i in range(BASE_BITS, 2 * BASE_BITS)]
+        for bit, part in enumerate(parts[1:], BASE_BITS):
+            at = 0
+            if self.k > bit:
+                keys.append(part[:n])
+                at = n
+            if self.v > bit:
+                values.append(part[at : at + n])
+        return keys, values
+
+    def decode(self, planes: Sequence[Bytes], spec: BlockSpec, layer: int, out: torch.Tensor, context: Context) -> None:
+        del layer, context
+        kept, k_groups, v_groups, codes, _ = self._fields(spec)
+        sinks = self.kept(spec)
+        rows = spec.tokens - sinks
+        ends = np.cumsum([4 * kept, 2 * k_groups, 2 * k_groups, 2 * v_groups, 2 * v_groups])
+        first, k_low, k_scale, v_low, v_scale, base = np.split(planes[0], ends)
+        keys, values = self._slots(spec, [base, *planes[1:]])
+        if kept:
+            out[:, :, :sinks] = quant.numbers(first, np.float32).view(spec.layers, 2, sinks, *spec.shape[3:])
+        if not rows:
+            return
+        k = torch.from_numpy(quant.unpack(keys, codes)).view(spec.layers, rows, spec.channels)
+        low, scale = _numbers(k_low, k_scale, (spec.layers, -1, 1, spec.channels))
+        self._keys(k, low, scale, len(keys), out[:, 0, sinks:].view(spec.layers, rows, spec.channels))
+        v = torch.from_numpy(quant.unpack(values, codes)).view(spec.layers, rows, *spec.shape[3:])
+        low, scale = _numbers(v_low, v_scale, (*v.shape[:3], 1))
+        out[:, 1, sinks:] = _unrotated(v, low, scale, self.v, len(values), spec.torch_dtype)
+
+    def _keys(self, codes: torch.Tensor, low: torch.Tensor, scale: torch.Tensor, known: int, out: torch.Tensor) -> None:
+        layers, rows, channels = codes.shape
+        whole = rows // self.group * self.group
+        if whole:
+            shape = (layers, whole // self.group, self.group, channels)
+            full = shape[1]
+            found = quant.dequantize(codes[:, :whole].reshape(shape), low[:, :full], scale[:, :full], self.k, known)
+            out[:, :whole] = found.view(layers, whole, channels)
+        if whole < rows:
+            out[:, whole:] = quant.dequantize(codes[:, whole:], low[:, -1], scale[:, -1], self.k, known)
+
+    def tolerance(
+        self, unit: torch.Tensor, spec: BlockSpec, layer: int, planes: int, context: Context
+    ) -> torch.Tensor | None:
+        del layer, context
+        sinks = self.kept(spec)
+        found = torch.zeros(unit.shape)
+        if sinks == spec.tokens:
+            return found
+        _, _, scale = _by_group(unit[:, 0, sinks:].reshape(spec.layers, -1, spec.channels), self.k, self.group)
+        by_token = scale.float().repeat_interleave(self.group, 1)[:, : spec.tokens - sinks]
+        missing = [max(bits - BASE_BITS - planes + 1, 0) for bits in (self.k, self.v)]
+        found[:, 0, sinks:] = by_token.view(spec.layers, -1, *spec.shape[3:]) * (2.0 ** missing[0] / 2)
+        _, _, scale = quant.quantize(hadamard.rotate(unit[:, 1, sinks:]), self.v, -1)
+        found[:, 1, sinks:] = scale.float() * (2.0 ** missing[1] / 2 * hadamard.size_of(spec.head_dim) ** 0.5)
+        return found
+
+
+def _unrotated(
+    codes: torch.Tensor, low: torch.Tensor, scale: torch.Tensor, bits: int, known: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Values of rotated codes, rotated back; ``codes`` is changed.
+
+    A constant over a head becomes one element by the rotation, so only codes around zero are rotated. They are
+    integers of at most 8 bits, which bfloat16 has exactly: blocks that are bfloat16 anyway are rotated in it, at
+    twice the speed.
+    """
+    size = hadamard.size_of(codes.shape[-1])
+    kind = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    half = 1 << (known - 1)
+    signed = codes.sub_(half).view(torch.int8).to(kind)
+    found = (signed.view(-1, size) @ hadamard.signs(size, kind)).view(codes.shape)
+    step = scale.float() * float(1 << (bits - known))
+    middle = low.float() + step * half + (step - scale.float()) / 2
+    found = found.mul_((step * size**-0.5).to(kind))
+    found[..., ::size] += (middle * size**0.5).to(kind)
+    return found
+
+
+def _by_group(keys: torch.Tensor, bits: int, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes of keys ``[layer, token, channel]``; lows and scales of channels by groups of tokens, the last shorter."""
+    layers, rows, channels = keys.shape
+    whole = rows // group * group
+    found = []
+    if whole:
+        codes, low, scale = quant.quantize(keys[:, :whole].reshape(layers, -1, group, channels), bits, 2)
+        found.append((codes.view(layers, whole, channels), low[:, :, 0], scale[:, :, 0]))
+    if whole < rows:
+        found.append(quant.quantize(keys[:, whole:], bits, 1))
+    if not found:
+        empty = keys.new_empty(0, dtype=torch.float16)
+        return keys.to(torch.uint8), empty, empty
+    codes, low, scale = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
+    return codes, low, scale
+
+
+def _numbers(low: Bytes, scale: Bytes, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    return quant.numbers(low, np.float16).view(shape), quant.numbers(scale, np.float16, positive=True).view(shape)
+
+
+def _write(out: Bytes, parts: Sequence[Bytes]) -> int:
+    """Parts one after the other; how many bytes they took."""
+    at = 0
+    for part in parts:
+        out[at : at + part.size] = part
+        at += part.size
+    return at

@@ -1,0 +1,48 @@
+"""prerope: keys turned back to before RoPE, where they have lower rank and quantize better per channel; values
+untouched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar
+
+import torch
+
+from kvstore.codecs.base import BlockSpec, BlockStep, Context, need
+from kvstore.errors import CannotDecode, CannotEncode
+from kvstore.rope import Rotary
+
+
+@dataclass(frozen=True)
+class PreRope(BlockStep):
+    """Turn keys back by the block's positions; turn them forward on the way out."""
+
+    name: ClassVar[str] = "prerope"
+    lossy: ClassVar[bool] = True  # float32 rounding, far below that of bfloat16
+
+    def reference(self, context: Context) -> str:
+        return context.rotary.digest if context.rotary else ""
+
+    def forward(self, unit: torch.Tensor, spec: BlockSpec, layer: int, context: Context) -> torch.Tensor:
+        return _turned(unit.clone(), spec, layer, context, back=True)
+
+    def inverse(self, unit: torch.Tensor, spec: BlockSpec, layer: int, context: Context) -> torch.Tensor:
+        return _turned(unit, spec, layer, context, back=False)
+
+
+@lru_cache(maxsize=8)
+def _table(rotary: Rotary, position: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return rotary.table(torch.arange(position, position + tokens))
+
+
+def _turned(unit: torch.Tensor, spec: BlockSpec, layer: int, context: Context, *, back: bool) -> torch.Tensor:
+    rotary = need(context.rotary, "the model's rotation", encoding=back)
+    if 2 * len(rotary.frequencies) > spec.head_dim:
+        error = CannotEncode if back else CannotDecode
+        raise error(f"{2 * len(rotary.frequencies)} rotary dimensions do not fit a head of {spec.head_dim}.")
+    table = _table(rotary, spec.position, spec.tokens)
+    for index in range(spec.layers):
+        if layer + index not in rotary.skipped_layers:
+            unit[index, 0] = rotary.turn(unit[index, 0], table, back=back)
+    return unit
