@@ -94,6 +94,8 @@ class Daemon:
             max_block_bytes=s.limits.max_block_bytes,
             max_ttl_s=s.limits.lease_ttl_s,
             event_ring=s.events.ring,
+            chunk_bytes=s.chunks.index_bytes,
+            chunk_variants=s.chunks.variants,
         )
         self.service.snapshot = self.snapshot
         self._restore_namespaces()
@@ -103,6 +105,7 @@ class Daemon:
         await self._start_http()
         self._prepare_memory(f"uid-{os.getuid()}")
         self._spawn(self._housekeeping())
+        self._spawn(self.service.chunks.rebuild())
         self.ready = True
 
     def _lower_tiers(self) -> list[Tier]:

@@ -21,6 +21,8 @@ import msgspec
 
 from kvstore import __version__
 from kvstore.chain import TierChain
+from kvstore.chunks.desk import ChunkDesk
+from kvstore.chunks.index import check_chunk
 from kvstore.errors import (
     AccessError,
     AuthenticationFailed,
@@ -71,6 +73,8 @@ class Service:
         Longest lease or reservation.
     event_ring : int
         Events kept for subscribers of each trust domain.
+    chunk_bytes, chunk_variants : int
+        Bytes of the chunk index, and variants of one chunk.
     """
 
     def __init__(
@@ -81,6 +85,8 @@ class Service:
         max_block_bytes: int = 1 << 30,
         max_ttl_s: float = 300,
         event_ring: int = 65_536,
+        chunk_bytes: int = 64 << 20,
+        chunk_variants: int = 5,
     ) -> None:
         self.chain = chain
         self.host = chain.host
@@ -91,7 +97,8 @@ class Service:
         self.quotas = QuotaDesk(divided, self.namespaces, token)
         self.boot = secrets.token_bytes(16)
         log = EventLog(event_ring)
-        chain.watch(log)
+        self.chunks = ChunkDesk(chain, chunk_bytes, chunk_variants)
+        chain.watch(self.chunks.watcher(log))
         self.feed = Feed(log, chain.holdings(), self.namespaces, self.boot)
         self.draining = False
         self.missed: Counter[str] = Counter()
@@ -151,6 +158,10 @@ class Service:
         scope = self.namespaces.find(session.domain, p.ns).scope
         tiers = self.chain.locate(scope, m.split_keys(p.keys), p.prefix)
         return m.LookupReply(tiers, self.chain.speeds(tiers))
+
+    def match(self, session: Session, p: m.Match) -> m.MatchReply:
+        """Which parts of a prompt are stored chunks."""
+        return self.chunks.match(self.namespaces.find(session.domain, p.ns).scope, p)
 
     def lease(self, session: Session, p: m.Lease) -> m.LeaseReply:
         """Lend what is in memory; start bringing up what is below; say what is nowhere."""
@@ -244,7 +255,7 @@ class Service:
             raise ShuttingDown("the daemon is shutting down.")
         record = self.namespaces.find(session.domain, p.ns)
         self._limit(session.reservations)
-        todo = deque((i, offer, self._decode_header(i, offer)) for i, offer in enumerate(p.blocks))
+        todo = deque((i, offer, self._decode_header(i, offer, p.ns)) for i, offer in enumerate(p.blocks))
         ttl_s = min(p.ttl_s, self._max_ttl_s)
         reservation = self.ledger.new_reservation(session, ttl_s + p.wait_s)
         reply = m.ReserveReply(reservation.id, ttl_s, [], [])
@@ -305,11 +316,13 @@ class Service:
             return DropReason.TOO_LARGE.value
         return None
 
-    def _decode_header(self, index: int, offer: m.Offer) -> BlockHeader:
+    def _decode_header(self, index: int, offer: m.Offer, ns: bytes) -> BlockHeader:
         try:
-            return _header.decode(offer.header)
+            header = _header.decode(offer.header)
         except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
             raise InvalidParams(f"reserve: header of block {index}: {error}.") from None
+        check_chunk(ns, offer.key, header)
+        return header
 
     def commit(self, session: Session, p: m.Commit) -> m.CommitReply | Awaitable[m.CommitReply]:
         """Make filled blocks visible. What is acknowledged is readable when the reply is sent."""

@@ -176,6 +176,24 @@ class Redis(msgspec.Struct, frozen=True, kw_only=True):
     timeout_s: Annotated[float, Rule("Longest time one command may take.", "2s", duration(0.01, 60))]
 
 
+class Chunks(msgspec.Struct, frozen=True, kw_only=True):
+    """Chunks: KV that is found by its own tokens and reused anywhere in a prompt."""
+
+    index_bytes: Annotated[
+        int,
+        Rule(
+            "Memory of the index of chunks; above it those used longest ago are no longer found by content.",
+            "auto",
+            size(1 << 16),
+            lambda _, values: max(16 << 20, values["host.bytes"] // 64),
+            "host.bytes / 64, at least 16MiB",
+        ),
+    ]
+    variants: Annotated[
+        int, Rule("Variants of one chunk that are kept, each computed in another context.", "5", integer(1, 64))
+    ]
+
+
 class Events(msgspec.Struct, frozen=True, kw_only=True):
     """Events: what came into the tiers of this daemon and what left them."""
 
@@ -245,6 +263,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     host: Host
     disk: Disk
     redis: Redis
+    chunks: Chunks
     events: Events
     http: Http
     limits: Limits

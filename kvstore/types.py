@@ -94,6 +94,9 @@ class BlockId(NamedTuple):
 MAX_CHUNK_TOKENS = 8192
 """Longest chunk: its description, ids and statistics included, fits into the header of one block."""
 
+MAX_LINEAGE = 64
+"""Chunks before it that a chunk remembers: the nearest."""
+
 CHUNK_MARK = b"ch"
 """The last bytes of the key of a chunk's last block: after a restart chunks are found by the names of their files."""
 
@@ -119,7 +122,7 @@ class ChunkInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     blocks : bytes
         Keys of its blocks before the last one, 32 bytes each, in order.
     lineage : list of bytes
-        Content keys of the chunks before it, in order.
+        Content keys of the chunks before it, in order; the nearest `MAX_LINEAGE` of them.
     inter : list of float
         Cache-Craft's influence of each of those on it, summed over layers; empty if not measured.
     cci : float
@@ -136,8 +139,8 @@ class ChunkInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     position: Annotated[int, msgspec.Meta(ge=0, le=1 << 31)] = 0
     capture: Literal["isolated", "system", "live"] = "isolated"
     blocks: Annotated[bytes, msgspec.Meta(max_length=DIGEST_BYTES * MAX_CHUNK_TOKENS // 16)] = b""
-    lineage: Annotated[list[bytes], msgspec.Meta(max_length=64)] = []
-    inter: Annotated[list[float], msgspec.Meta(max_length=64)] = []
+    lineage: Annotated[list[bytes], msgspec.Meta(max_length=MAX_LINEAGE)] = []
+    inter: Annotated[list[float], msgspec.Meta(max_length=MAX_LINEAGE)] = []
     cci: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 0.0
     external: Annotated[bytes, msgspec.Meta(max_length=2 * MAX_CHUNK_TOKENS)] = b""
     labels: Annotated[list[Label], msgspec.Meta(max_length=16)] = []

@@ -18,7 +18,7 @@ from kvstore.chunks.table import Content, ContentTable
 from kvstore.chunks.variants import Variant, nearness
 from kvstore.errors import InvalidParams
 from kvstore.keys import chunk_block_keys, content_key, context_hasher
-from kvstore.types import CHUNK_MARK, DIGEST_BYTES, BlockHeader, BlockId, ChunkInfo, Scope
+from kvstore.types import CHUNK_MARK, DIGEST_BYTES, MAX_LINEAGE, BlockHeader, BlockId, ChunkInfo, Scope
 
 ENTRY_BYTES = 1536
 """What one variant costs beside its tokens, keys and statistics: objects, dict entries, slots of the filter."""
@@ -67,7 +67,7 @@ def check_chunk(ns: bytes, key: bytes, header: BlockHeader) -> None:
     elif (info.capture == "isolated") != (info.position == 0) or (info.lineage and info.capture != "live"):
         wrong = f"it can not be {info.capture!r} at position {info.position} with {len(info.lineage)} chunks before it"
     if wrong:
-        raise InvalidParams(f"chunk: {wrong}.", "Make headers with kvstore.client.chunk_offers.")
+        raise InvalidParams(f"chunk: {wrong}.", "Make headers with kvstore.client.chunk_parts.")
 
 
 class ChunkIndex:
@@ -280,7 +280,7 @@ class _Search:
     def choose(self, start: int, content: Content) -> Match:
         """The best variant of a chunk here; places have to come in order."""
         context = self._context_at(start)
-        rated = [(v.overhead(self._before, context), nearness(v), v) for v in self._variants(content)]
+        rated = [(v.overhead(self._before[-MAX_LINEAGE:], context), nearness(v), v) for v in self._variants(content)]
         overhead, _, best = min(rated, key=lambda one: one[:2])
         self._before.append(content.key)
         self._index.touch(BlockId(self._scope, best.key), best, overhead)

@@ -61,6 +61,8 @@ def fix_overhead(info: ChunkInfo, before: Sequence[bytes], alpha: float = 1.0) -
     stands twice in a context counts as two.
     """
     cci = info.cci or MEAN_CCI
+    if not info.lineage:
+        return min(alpha * cci, 1.0)
     old, new = _numbered(info.lineage), _numbered(before)
     weights = dict(zip(old, info.inter or [1.0] * len(old), strict=True))
     total = sum(weights.values())

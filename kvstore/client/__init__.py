@@ -2,6 +2,7 @@
 
 from kvstore.client.aio import AsyncKVStoreClient
 from kvstore.client.blocks import LeasedBlock, Loaded, Room
+from kvstore.client.chunks import ChunkPart, chunk_keys, chunk_parts
 from kvstore.client.events import Event, Mirror, Position
 from kvstore.client.handles import AsyncReservation, Lease, Reservation
 from kvstore.client.plans import AsyncPlanRun, PlanRun
@@ -13,6 +14,7 @@ __all__ = [
     "AsyncKVStoreClient",
     "AsyncPlanRun",
     "AsyncReservation",
+    "ChunkPart",
     "Event",
     "EventStream",
     "KVStoreClient",
@@ -24,4 +26,6 @@ __all__ = [
     "Position",
     "Reservation",
     "Room",
+    "chunk_keys",
+    "chunk_parts",
 ]

@@ -21,7 +21,7 @@ from kvstore.errors import ConnectionLost, DeadlineExceeded, InvalidParams, KVSt
 from kvstore.keys import PrefixChain, TokenIds
 from kvstore.plan import Plan
 from kvstore.quotas import QuotaRule
-from kvstore.types import BlockHeader, LoadOutcome, Miss, Namespace, StoreOutcome, TierCode
+from kvstore.types import BlockHeader, ChunkMatch, LoadOutcome, Miss, Namespace, StoreOutcome, TierCode
 from kvstore.wire import frame
 from kvstore.wire import messages as m
 
@@ -153,6 +153,21 @@ class AsyncKVStoreClient:
     ) -> list[list[TierCode]]:
         """See `KVStoreClient.lookup_many`."""
         return await self.drive(self.core.lookup_many(queries, prefix), timeout_s)
+
+    async def match(
+        self,
+        tokens: TokenIds,
+        *,
+        spans: Sequence[tuple[int, int]] = (),
+        separator: TokenIds = (),
+        find: bool = False,
+        labels: Sequence[str] = (),
+        namespace: Namespace | None = None,
+        timeout_s: float | None = None,
+    ) -> tuple[list[ChunkMatch], list[tuple[int, int]]]:
+        """See `KVStoreClient.match`."""
+        flow = self.core.match(tokens, spans, separator, find, labels, namespace)
+        return await self.drive(flow, timeout_s)
 
     async def lease(
         self,

@@ -18,11 +18,12 @@ from kvstore import __version__
 from kvstore.client.blocks import Buffer, LeasedBlock, Loaded, Room, as_bytes, copy_parts
 from kvstore.client.slabs import Bytes, Extents, SlabMap, SlabNotMapped
 from kvstore.errors import InvalidParams, LimitExceeded, ProtocolError, UnknownNamespace
-from kvstore.keys import namespace_digest
+from kvstore.keys import TokenIds, as_token_array, namespace_digest
 from kvstore.quotas import QuotaRule
 from kvstore.types import (
     DIGEST_BYTES,
     BlockHeader,
+    ChunkMatch,
     Dropped,
     DropReason,
     Exists,
@@ -199,6 +200,30 @@ class Core:
             replies = yield Calls(calls)
         self.speeds = _speeds(replies)
         return [_codes(reply, len(keys)) for reply, (_, keys) in zip(replies, queries, strict=True)]
+
+    def match(
+        self,
+        tokens: TokenIds,
+        spans: Sequence[tuple[int, int]],
+        separator: TokenIds,
+        find: bool,
+        labels: Sequence[str],
+        namespace: Namespace | None,
+    ) -> Flow[tuple[list[ChunkMatch], list[tuple[int, int]]]]:
+        """Chunks in a prompt, and named spans that are none."""
+        ids, between = as_token_array(tokens).tobytes(), as_token_array(separator).tobytes()
+        if len(ids) > 4 * m.MAX_MATCH_TOKENS:
+            raise InvalidParams(f"tokens: more than {m.MAX_MATCH_TOKENS} can not be matched.", "Match a part of them.")
+        reply: m.MatchReply = yield from self.in_namespace(
+            namespace, lambda ns: Call("match", m.Match(ns, ids, list(spans), between, find, list(labels)))
+        )
+        try:
+            found = [
+                ChunkMatch(f.start, f.stop, f.key, f.blocks, _tier[f.tier], f.capture, f.overhead) for f in reply.found
+            ]
+        except KeyError as error:
+            raise ProtocolError(f"match: there is no tier {error}.") from None
+        return found, reply.absent
 
     # -- reading -------------------------------------------------------------------------------------------------------
 

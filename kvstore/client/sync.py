@@ -23,7 +23,7 @@ from kvstore.errors import ConnectionLost, DeadlineExceeded, InvalidParams, KVSt
 from kvstore.keys import PrefixChain, TokenIds
 from kvstore.plan import Plan
 from kvstore.quotas import QuotaRule
-from kvstore.types import BlockHeader, LoadOutcome, Miss, Namespace, StoreOutcome, TierCode
+from kvstore.types import BlockHeader, ChunkMatch, LoadOutcome, Miss, Namespace, StoreOutcome, TierCode
 from kvstore.wire import frame
 from kvstore.wire import messages as m
 
@@ -106,6 +106,47 @@ class KVStoreClient:
     ) -> list[list[TierCode]]:
         """Lookups in several namespaces in one round trip, as for the ranks of a tensor-parallel engine."""
         return self.drive(self.core.lookup_many(queries, prefix), timeout_s)
+
+    def match(
+        self,
+        tokens: TokenIds,
+        *,
+        spans: Sequence[tuple[int, int]] = (),
+        separator: TokenIds = (),
+        find: bool = False,
+        labels: Sequence[str] = (),
+        namespace: Namespace | None = None,
+        timeout_s: float | None = None,
+    ) -> tuple[list[ChunkMatch], list[tuple[int, int]]]:
+        """Which parts of a prompt are stored chunks, wherever they stand (docs/chunks.md).
+
+        Parameters
+        ----------
+        tokens : ints
+            The prompt.
+        spans : sequence of (int, int)
+            Half-open ranges, in order, that are looked up as they are.
+        separator : ints
+            What stands between two of these is looked up, too.
+        find : bool
+            Look for chunks at any other place.
+        labels : sequence of str
+            Rights to read that the prompt's sender has.
+
+        Returns
+        -------
+        found : list of ChunkMatch
+            In order, none overlapping.
+        absent : list of (int, int)
+            Spans, named or between separators, that no stored chunk matches.
+
+        Raises
+        ------
+        InvalidParams
+            For spans that overlap, leave the prompt or are too long.
+        """
+        flow = self.core.match(tokens, spans, separator, find, labels, namespace)
+        return self.drive(flow, timeout_s)
 
     def lease(
         self,

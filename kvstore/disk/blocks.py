@@ -222,6 +222,14 @@ class BlockFiles:
             theirs[:] = ours
         return header
 
+    def header(self, block: BlockId, shape: Shape) -> BlockHeader:
+        """Read and verify a block's header alone. Raises like `read`."""
+        first = self._scratch.get("header", shape.offset)
+        with self._open_checked(block, shape) as fd:
+            move(self._files.read, fd, [first])
+            header, _ = decode_header(first, block, shape)
+        return header
+
     def verify(self, block: BlockId, shape: Shape) -> None:
         """Read a block part by part and compare every byte, without room for the whole block. Raises like `read`."""
         first = self._scratch.get("header", shape.offset)

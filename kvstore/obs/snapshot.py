@@ -36,6 +36,7 @@ def snapshot(service: Service, traffic: Traffic, started: float, ready: bool) ->
         "queue": {"blocks": chain.dirty_blocks, "bytes": sum(queue.bytes for queue in chain.queues)},
         "prefetch": {"blocks": len(chain.ahead), "bytes": chain.ahead.bytes, "refused": chain.ahead.refused},
         "events": service.feed.state(),
+        "chunks": service.chunks.state(),
         "namespaces": _namespaces(service),
         "quotas": service.quotas.state(),
         "quota_evictions": [list(each) for each in service.quotas.evicted()],

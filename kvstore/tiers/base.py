@@ -104,6 +104,10 @@ class Tier(ABC):
         up to the next multiple of 4096 bytes.
         """
 
+    async def header(self, block: BlockId) -> BlockHeader | None:
+        """The header of a block, without its payload; None if it is not here, damaged, or this tier can not tell."""
+        return None
+
     @abstractmethod
     async def put(
         self, block: BlockId, header: BlockHeader, payload: Sequence[memoryview], nbytes: int, *, durable: bool = False

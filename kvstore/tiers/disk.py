@@ -230,6 +230,22 @@ class DiskTier(Tier):
             await store.forget_lost(block)
         return Miss(reason)
 
+    async def header(self, block: BlockId) -> BlockHeader | None:
+        """The header of a block that is here and undamaged."""
+        return await self._store.to_the_end(self._header(block))
+
+    async def _header(self, block: BlockId) -> BlockHeader | None:
+        shape = self._living(block) if self._store.ready else None
+        if shape is None:
+            return None
+        reading = self._index.begin_read(block)
+        try:
+            return await self._store.thread(self._store.blocks.header, block, shape)
+        except (CorruptBlock, ForeignFile, OSError):  # whoever reads all of it will see to that
+            return None
+        finally:
+            self._index.end_read(block, reading)
+
     def _wants_touch(self, block: BlockId) -> bool:
         """Whether the use should be noted in the file's times."""
         now = time.monotonic()

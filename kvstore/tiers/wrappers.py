@@ -56,6 +56,9 @@ class WrappedTier(Tier):
     async def get(self, block: BlockId, into: Sequence[memoryview]) -> LoadOutcome:
         return await self.inner.get(block, into)
 
+    async def header(self, block: BlockId) -> BlockHeader | None:
+        return await self.inner.header(block)
+
     async def put(
         self, block: BlockId, header: BlockHeader, payload: Sequence[memoryview], nbytes: int, *, durable: bool = False
     ) -> StoreOutcome:

@@ -16,13 +16,16 @@ from msgspec import Meta, Struct
 
 from kvstore.errors import InvalidParams, KVStoreError, ProtocolError, UnknownMethod
 from kvstore.quotas import QuotaRule
-from kvstore.types import DIGEST_BYTES, Namespace
+from kvstore.types import DIGEST_BYTES, Label, Namespace
 
 PROTOCOL_VERSION = 1
 """Raised when a message changes its meaning; `hello` refuses a peer of another version."""
 
 MAX_KEYS = 16_384
 """Keys in one request: 4 Mi tokens at 256 a block."""
+
+MAX_MATCH_TOKENS = 262_144
+"""Tokens of a prompt in which chunks are looked for."""
 
 REQUEST, REPLY, NOTICE = 0, 1, 2
 
@@ -31,6 +34,7 @@ Keys = Annotated[bytes, Meta(max_length=MAX_KEYS * DIGEST_BYTES)]
 """Keys one after the other, 32 bytes each: one msgpack item however many there are."""
 Handle = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Indexes = Annotated[list[Annotated[int, Meta(ge=0, le=MAX_KEYS)]], Meta(max_length=MAX_KEYS)]
+Span = tuple[Annotated[int, Meta(ge=0, le=MAX_MATCH_TOKENS)], Annotated[int, Meta(ge=0, le=MAX_MATCH_TOKENS)]]
 Seconds = Annotated[float, Meta(ge=0.0, le=86_400.0)]
 
 
@@ -145,6 +149,44 @@ class Prefetch(Message):
     ns: Digest
     keys: Keys
     cancel: bool = False
+
+
+class Match(Message):
+    """Which parts of a prompt are stored chunks: of named `spans`, of what is between `separator`s, of all (`find`).
+
+    Spans are half-open ranges of token positions, in order. Chunks whose lineage asks for other `labels` than these are
+    not found. Each chunk found counts as used.
+    """
+
+    ns: Digest
+    tokens: Annotated[bytes, Meta(max_length=4 * MAX_MATCH_TOKENS)]
+    spans: Annotated[list[Span], Meta(max_length=4096)] = []
+    separator: Annotated[bytes, Meta(max_length=256)] = b""
+    find: bool = False
+    labels: Annotated[list[Label], Meta(max_length=64)] = []
+
+
+class Found(Message):
+    """A chunk in a prompt: the `key` of its last block, whose header describes it (`kvstore.types.ChunkInfo`).
+
+    It has so many blocks, each in some tier; `tier` is the farthest. `overhead` is Cache-Craft's fix overhead of the
+    variant chosen here, 0 if it was computed behind exactly these tokens.
+    """
+
+    start: int
+    stop: int
+    key: bytes
+    blocks: int
+    tier: int
+    capture: str
+    overhead: float
+
+
+class MatchReply(Message):
+    """What was found, in order, and which of the spans asked for are no chunks yet."""
+
+    found: list[Found]
+    absent: list[tuple[int, int]]
 
 
 class CountReply(Message):
@@ -357,6 +399,7 @@ METHODS: dict[str, tuple[type[Message], type[Message]]] = {
     "fetch": (Fetch, Empty),
     "fill": (Fill, Empty),
     "prefetch": (Prefetch, CountReply),
+    "match": (Match, MatchReply),
     "pin": (Pin, CountReply),
     "unpin": (Unpin, CountReply),
     "drop": (Drop, CountReply),

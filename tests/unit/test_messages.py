@@ -54,6 +54,15 @@ PARAMS: dict[str, st.SearchStrategy[m.Message]] = {
     "fetch": st.builds(m.Fetch, handles, small),
     "fill": st.builds(m.Fill, handles, small),
     "prefetch": st.builds(m.Prefetch, digests, keys, st.booleans()),
+    "match": st.builds(
+        m.Match,
+        digests,
+        st.binary(max_size=20),
+        st.lists(st.tuples(st.integers(0, 99), st.integers(0, 99)), max_size=3),
+        st.binary(max_size=8),
+        st.booleans(),
+        st.lists(st.text(min_size=1, max_size=9), max_size=2),
+    ),
     "events": st.builds(m.Events, st.binary(max_size=16), handles, handles, seconds, st.integers(1, m.MAX_KEYS)),
     "quota": st.builds(m.Quota, st.none() | rules, st.text(max_size=8)),
     "pin": st.builds(m.Pin, digests, keys, seconds),
@@ -83,6 +92,11 @@ RESULTS: dict[str, st.SearchStrategy[m.Message]] = {
     "commit": st.builds(m.CommitReply, st.lists(st.builds(m.Outcome, small, texts), max_size=3)),
     "stats": st.builds(m.StatsReply, st.dictionaries(texts, plain, max_size=3)),
     "quota": st.builds(m.QuotaReply, st.lists(rules, max_size=2), st.dictionaries(texts, plain, max_size=2)),
+    "match": st.builds(
+        m.MatchReply,
+        st.lists(st.builds(m.Found, counts, counts, digests, counts, small, texts, st.floats(0, 1)), max_size=2),
+        st.lists(st.tuples(counts, counts), max_size=2),
+    ),
     "events": st.builds(
         m.EventsReply,
         st.binary(max_size=16),
