@@ -33,7 +33,8 @@ from kvstore.types import Scope
 from kvstore.units import format_size
 from kvstore.where import Where
 from kvstore.wire.fds import FdServer
-from kvstore.wire.server import Listener, Traffic
+from kvstore.wire.server import Listener
+from kvstore.wire.traffic import Traffic
 
 if TYPE_CHECKING:
     from kvstore.http import HttpServer
@@ -272,6 +273,7 @@ class Daemon:
             self._beat = time.monotonic()
             self.service.ledger.expire()
             self.chain.host.expire()
+            self.service.desk.reuse.tick()
             for tier in self.chain.below:
                 self._spawn(tier.expire())
 

@@ -23,6 +23,7 @@ from kvstore import __version__
 from kvstore.chain import TierChain
 from kvstore.chunks.desk import ChunkDesk
 from kvstore.chunks.index import check_chunk
+from kvstore.desk import Desk
 from kvstore.errors import (
     AccessError,
     AuthenticationFailed,
@@ -41,6 +42,7 @@ from kvstore.namespaces import NamespaceRecord, NamespaceRegistry
 from kvstore.quota_desk import QuotaDesk
 from kvstore.tiers.host import HostBlock
 from kvstore.types import BlockHeader, BlockId, DropReason, Miss, MissReason, Namespace, Scope, Stored, TierCode
+from kvstore.watcher import Watchers
 from kvstore.wire import messages as m
 
 log = logging.getLogger("kvstore.service")
@@ -95,10 +97,11 @@ class Service:
         divided = {"host": (chain.host.order, chain.host.arena.capacity)}
         divided |= {tier.name: (tier.order, tier.usage().capacity) for tier in chain.below if tier.order is not None}
         self.quotas = QuotaDesk(divided, self.namespaces, token)
+        self.desk = Desk(self)
         self.boot = secrets.token_bytes(16)
         log = EventLog(event_ring)
         self.chunks = ChunkDesk(chain, chunk_bytes, chunk_variants)
-        chain.watch(self.chunks.watcher(log))
+        chain.watch(Watchers(self.chunks.watcher(log), self.desk.departures))
         self.feed = Feed(log, chain.holdings(), self.namespaces, self.boot)
         self.draining = False
         self.missed: Counter[str] = Counter()
@@ -223,6 +226,7 @@ class Service:
         record.hit[tier] += len(blocks)
         self.host.counters.hits += len(blocks)
         self.host.counters.bytes_read += sum([block.nbytes for block in blocks.values()])
+        self.desk.reuse.note([(block.id.key, block.nbytes) for block in blocks.values()])
         remote, code = lease.session.remote, int(tier)
         return [
             m.Grant(index, block.nbytes, code, () if remote else block.extents, block.header_bytes if headers else b"")
@@ -291,8 +295,9 @@ class Service:
                     return
                 else:
                     status = self.host.why_full(scope, offer.nbytes).value
+            self.desk.reuse.note([(offer.key, offer.nbytes)])  # it had to be computed
             if status is not None:
-                self._count_refused(status)
+                self._refused(block, status)
                 reply.others.append(m.NoRoom(index, status))
             todo.popleft()
 
@@ -300,6 +305,11 @@ class Service:
         if not reply.rooms:
             self.ledger.end_reservation(reservation)
         return reply
+
+    def _refused(self, block: BlockId, status: str) -> None:
+        self._count_refused(status)
+        if status not in ("exists", DropReason.IN_FLIGHT):
+            self.desk.departures.refused(block, status)
 
     def _count_refused(self, status: str) -> None:
         if status == "exists":
@@ -427,14 +437,30 @@ class Service:
 
     def quota(self, session: Session, p: m.Quota) -> m.QuotaReply:
         """List the rules about quotas, set one, or remove one."""
-        changes = p.set is not None or p.remove
-        if changes and (session.remote or session.domain != f"uid-{os.getuid()}"):
-            raise AccessError("quotas are changed by the user that runs the daemon, on its own machine.")
+        if p.set is not None or p.remove:
+            self._operator(session, "quotas are")
         if p.set is not None:
             self.quotas.set(p.set)
         if p.remove:
             self.quotas.remove(p.remove)
         return m.QuotaReply(self.quotas.rules, self.quotas.state())
+
+    def explain(self, session: Session, p: m.Explain) -> m.ExplainReply:
+        """Where each block of a prompt is, and why the others are not here."""
+        seen = self.desk.explain(Scope(session.domain, p.ns), m.split_keys(p.keys))
+        return m.ExplainReply([msgspec.structs.asdict(each) for each in seen])
+
+    def leases(self, session: Session, p: m.Leases) -> m.LeasesReply:
+        """Leases that are open, of the caller's trust domain."""
+        held = [msgspec.structs.asdict(each) for each in self.desk.leases()]
+        return m.LeasesReply([each for each in held if each["domain"] == session.domain])
+
+    def policy(self, session: Session, p: m.Policy) -> m.PolicyReply:
+        """The eviction policy of each tier, after giving one to a tier."""
+        if p.tier:
+            self._operator(session, "policies are")
+            self.desk.set_policy(p.tier, p.policy)
+        return m.PolicyReply(self.desk.policies())
 
     def events(self, session: Session, p: m.Events) -> m.EventsReply | Awaitable[m.EventsReply]:
         """What happened to blocks, or what there is."""
@@ -444,6 +470,11 @@ class Service:
     """Set by the daemon, which knows what else there is to tell."""
 
     # -- helpers -------------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _operator(session: Session, what: str) -> None:
+        if session.remote or session.domain != f"uid-{os.getuid()}":
+            raise AccessError(f"{what} changed by the user that runs the daemon, on its own machine.")
 
     @staticmethod
     def _limit(handles: dict[int, Any]) -> None:

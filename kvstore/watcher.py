@@ -13,3 +13,20 @@ class Watcher:
 
     def removed(self, tier: TierCode, block: BlockId, reason: Gone) -> None:
         """A block that was there no longer is."""
+
+
+class Watchers(Watcher):
+    """Several watchers as one."""
+
+    def __init__(self, *watchers: Watcher) -> None:
+        self._watchers = watchers
+
+    def stored(self, tier: TierCode, block: BlockId, nbytes: int, parent: bytes) -> None:
+        """Tell all of them."""
+        for watcher in self._watchers:
+            watcher.stored(tier, block, nbytes, parent)
+
+    def removed(self, tier: TierCode, block: BlockId, reason: Gone) -> None:
+        """Tell all of them."""
+        for watcher in self._watchers:
+            watcher.removed(tier, block, reason)

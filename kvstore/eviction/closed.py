@@ -54,6 +54,7 @@ class PrefixClosed(EvictionPolicy[Item]):
                 waiting.discard(parent)
                 yield parent
                 item = parent
+        yield from waiting  # blocks whose headers name each other, or themselves, as parents: no client needs those
 
     def __len__(self) -> int:
         return len(self._inner)

@@ -111,6 +111,19 @@ class Partitions:
             self.evicted = Counter({pair: n for pair, n in self.evicted.items() if name not in pair})
         self._settle(list(self._accounts))
 
+    @property
+    def policy(self) -> str:
+        """Name of the policy of every partition."""
+        return self._shared.policy.name
+
+    def switch(self, policy: str) -> None:
+        """Give every partition another policy. Blocks enter it in the order in which they would have left."""
+        for partition in self._by_name.values():
+            old, partition.policy = partition.policy, make_policy(policy)
+            for item in list(old.victims()):
+                nbytes, cost, parent = self._facts(item)
+                partition.policy.insert(item, nbytes, cost=cost, parent=parent)
+
     def reassign(self, scope: Scope) -> None:
         """Find out anew which rule a namespace falls under: more is known of it now."""
         if self.ruled and scope in self._accounts:

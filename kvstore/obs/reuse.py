@@ -13,8 +13,10 @@ bounded. Accesses are gathered and worked off by the second; repeats within one 
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from bisect import bisect_left
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 
 MAX_KEYS = 8192
 MAX_A_TICK = 1024
@@ -78,7 +80,7 @@ class ReuseSampler:
         """Place and bytes of each sampled key, least recently wanted first."""
         self._sums = ByteSums(2 * max_keys)
         self._next = 0
-        self._histogram: Counter[int] = Counter()
+        self._histogram: defaultdict[int, float] = defaultdict(float)
         self._weighed = 0.0
         self.wanted = 0
         self.reusable = 0.0
@@ -135,7 +137,7 @@ class ReuseSampler:
         weight = times / self.share
         self._weighed += weight
         self.reusable += weight
-        self._histogram[_bucket(int(distance / self.share))] += weight  # pyright: ignore[reportArgumentType]
+        self._histogram[_bucket(int(distance / self.share))] += weight
 
     def _renumber(self) -> None:
         """Put the keys on places from 0 again, in their order."""
@@ -164,12 +166,13 @@ class ReuseSampler:
         if self.wanted <= 0:
             return [0.0 for _ in sizes]
         missing = self.wanted - len(self._pending) / self.share - self._weighed
-        counts = sorted(self._histogram.items())
+        buckets = sorted(self._histogram)
+        below = [0.0, *accumulate(self._histogram[bucket] for bucket in buckets)]
         rates: list[float] = []
         for size in sizes:
             last = _bucket(size)
-            hits = sum(weight for bucket, weight in counts if bucket < last) + max(0.0, missing)
-            hits += sum(weight * _part(bucket, size) for bucket, weight in counts if bucket == last)
+            hits = max(0.0, missing) + below[bisect_left(buckets, last)]
+            hits += self._histogram.get(last, 0.0) * _part(last, size)
             rates.append(min(1.0, max(0.0, hits / max(self.wanted, self._weighed))))
         return rates
 

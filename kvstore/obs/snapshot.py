@@ -14,7 +14,7 @@ from kvstore.types import Scope, TierCode
 if TYPE_CHECKING:
     from kvstore.service import Service
     from kvstore.tiers.base import Tier
-    from kvstore.wire.server import Traffic
+    from kvstore.wire.traffic import Traffic
 
 
 def snapshot(service: Service, traffic: Traffic, started: float, ready: bool) -> dict[str, Any]:
@@ -40,9 +40,13 @@ def snapshot(service: Service, traffic: Traffic, started: float, ready: bool) ->
         "namespaces": _namespaces(service),
         "quotas": service.quotas.state(),
         "quota_evictions": [list(each) for each in service.quotas.evicted()],
+        "policies": service.desk.policies(),
+        "reuse": service.desk.reuse_state(),
         "requests": {
-            verb: {"count": s.count, "errors": s.errors, "seconds": s.seconds} for verb, s in traffic.verbs.items()
+            verb: {"count": s.count, "errors": s.errors, "seconds": s.seconds, "buckets": s.below()}
+            for verb, s in traffic.verbs.items()
         },
+        "slow": [slow._asdict() for slow in traffic.slow],
         "errors": dict(traffic.errors),
         "refused_connections": traffic.refused_connections,
         "asked_blocks": service.asked,

@@ -45,6 +45,8 @@ class HostBlock:
         No longer in the index; its memory goes back with the last reference.
     """
 
+    since : float
+        Monotonic time at which it came.
     __slots__ = (
         "dirty",
         "extents",
@@ -60,6 +62,7 @@ class HostBlock:
 
     def __init__(
         self, block: BlockId, header_bytes: bytes, header: BlockHeader, nbytes: int, extents: tuple[Extent, ...]
+        "since",
     ):
         self.id = block
         self.header = header
@@ -74,6 +77,7 @@ class HostBlock:
 
     @property
     def index_bytes(self) -> int:
+        self.since = time.monotonic()
         """Bytes it costs beside its payload."""
         return INDEX_BYTES + len(self.header_bytes)
 

@@ -335,6 +335,42 @@ class QuotaReply(Message):
     tiers: dict[str, Any]
 
 
+class Explain(Message):
+    """Where each block of a prompt is, and why the others are nowhere. Changes nothing."""
+
+    ns: Digest
+    keys: Keys
+
+
+class ExplainReply(Message):
+    """A `kvstore.desk.Sighting` for each key."""
+
+    blocks: list[dict[str, Any]]
+
+
+class Leases(Message):
+    """Leases of this trust domain that are open."""
+
+
+class LeasesReply(Message):
+    """A `kvstore.desk.HeldLease` for each, the oldest first."""
+
+    leases: list[dict[str, Any]]
+
+
+class Policy(Message):
+    """The eviction policy of each tier; or give a tier another one, which only the daemon's own user may."""
+
+    tier: Annotated[str, Meta(max_length=32)] = ""
+    policy: Annotated[str, Meta(max_length=64)] = ""
+
+
+class PolicyReply(Message):
+    """Policy by tier."""
+
+    policies: dict[str, str]
+
+
 # -- events ------------------------------------------------------------------------------------------------------------
 
 
@@ -405,6 +441,9 @@ METHODS: dict[str, tuple[type[Message], type[Message]]] = {
     "drop": (Drop, CountReply),
     "stats": (Stats, StatsReply),
     "quota": (Quota, QuotaReply),
+    "explain": (Explain, ExplainReply),
+    "leases": (Leases, LeasesReply),
+    "policy": (Policy, PolicyReply),
     "events": (Events, EventsReply),
 }
 """Params and result of each verb. What is not here cannot be called."""

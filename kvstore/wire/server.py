@@ -14,14 +14,13 @@ import os
 import socket
 import struct
 import time
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from kvstore.errors import InternalError, InvalidParams, KVStoreError, LimitExceeded, ProtocolError
 from kvstore.wire import frame
 from kvstore.wire import messages as m
+from kvstore.wire.traffic import Traffic
 
 if TYPE_CHECKING:
     from kvstore.leases import Session
@@ -44,35 +43,6 @@ class Verbs(Protocol):
     def call(self, session: Session, method: str, params: m.Message) -> Any: ...
     def payload(self, session: Session, p: m.Fetch) -> tuple[Any, list[memoryview]]: ...
     def place(self, session: Session, p: m.Fill) -> list[memoryview]: ...
-
-
-@dataclass(slots=True)
-class VerbStats:
-    """Counts of one verb."""
-
-    count: int = 0
-    errors: int = 0
-    seconds: float = 0.0
-
-
-@dataclass(slots=True)
-class Traffic:
-    """Counts of all connections of a server."""
-
-    verbs: dict[str, VerbStats] = field(default_factory=dict)
-    errors: Counter[str] = field(default_factory=Counter)
-    refused_connections: int = 0
-
-    def record(self, method: str, started: float, failed: KVStoreError | None = None) -> None:
-        """Count a finished call."""
-        stats = self.verbs.get(method)
-        if stats is None:
-            stats = self.verbs[method] = VerbStats()
-        stats.count += 1
-        stats.seconds += time.perf_counter() - started
-        if failed is not None:
-            stats.errors += 1
-            self.errors[failed.code] += 1
 
 
 class Listener:

@@ -1,0 +1,172 @@
+"""The operator's desk on a real daemon: where blocks are, why others are not, who reads, and what can be changed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+from conftest import MakeDaemon
+from daemons import NAMESPACE, NS, DaemonProcess, payload, store
+
+from kvstore import KVStoreClient
+from kvstore.client import operator
+from kvstore.errors import AccessError, ConfigError, InternalError, RequestError
+from kvstore.eviction import make_policy, names
+from kvstore.eviction.partitions import Partitions
+from kvstore.keys import prefix_keys
+from kvstore.obs.departures import Departures
+from kvstore.types import BlockId, Gone, Scope, TierCode
+from kvstore.wire.traffic import BOUNDS_S, Traffic
+
+KEYS = prefix_keys(NAMESPACE, range(256 * 6))
+SCOPE = Scope("uid-1", b"n" * 32)
+MIB = 1 << 20
+
+
+@pytest.fixture
+def daemon(make_daemon: MakeDaemon) -> DaemonProcess:
+    return make_daemon({"host.bytes": "16MiB", "host.slab_bytes": "4MiB", "disk.bytes": "0"}).start()
+
+
+@pytest.fixture
+def client(daemon: DaemonProcess) -> Iterator[KVStoreClient]:
+    with KVStoreClient(daemon.socket, namespace=NAMESPACE) as client:
+        yield client
+
+
+def test_explain_tells_where_blocks_are_and_why_others_are_not(client: KVStoreClient):
+    store(client, [KEYS[0], KEYS[1], KEYS[3]])
+    client.drop([KEYS[1]])
+    with client.lease([KEYS[0]]) as lease:
+        assert lease
+        seen = operator.explain(client, NS, KEYS[:5])
+    assert [block["tiers"] for block in seen] == [["host"], [], [], ["host"], []]
+    assert [block["reachable"] for block in seen] == [True, False, False, False, False]
+    assert [block["reason"] for block in seen] == ["", "dropped", "never_stored", "", "never_stored"]
+    assert seen[0]["readers"] == 1
+    assert seen[0]["bytes"] > 0
+    assert 0 <= seen[0]["age_s"] < 60
+    assert 0 <= seen[1]["gone_s"] < 60
+    assert seen[1]["left"] == "host"
+    assert operator.explain(client, NS, []) == []
+
+
+def test_an_evicted_block_says_so(client: KVStoreClient):
+    chain = prefix_keys(NAMESPACE, range(256 * 40))
+    for key in chain:
+        client.put(key, payload(key, MIB))
+    reasons = {block["reason"] for block in operator.explain(client, NS, chain)}
+    assert reasons == {"", "evicted"}
+
+
+def test_leases_are_listed_while_they_last(client: KVStoreClient):
+    store(client, KEYS[:3])
+    assert operator.leases(client) == []
+    with client.lease(KEYS[:3]):
+        (held,) = operator.leases(client)
+        assert held["blocks"] == 3
+        assert held["namespace"] == NS.hex()
+        assert held["model"] == NAMESPACE.model
+        assert 0 < held["expires_s"] <= 60
+    assert operator.leases(client) == []
+
+
+def test_a_tier_gets_another_policy_and_keeps_its_blocks(client: KVStoreClient):
+    store(client, KEYS)
+    assert operator.policy(client)["host"] == "lhd"
+    for name in ("lru", "arc", "mq", "s3fifo", "gdsf", "lhd"):
+        assert operator.policy(client, "host", name) == {"host": name}
+        assert all(client.get(key) for key in KEYS)
+    with pytest.raises(RequestError, match="attic"):
+        operator.policy(client, "attic", "lru")
+    with pytest.raises(ConfigError, match="fifo"):
+        operator.policy(client, "host", "fifo")
+
+
+def test_only_the_own_user_changes_a_policy(shared_daemon: DaemonProcess, tcp_port: int):
+    from daemons import TOKEN
+
+    with KVStoreClient(f"tcp://127.0.0.1:{tcp_port}", token=TOKEN, namespace=NAMESPACE) as remote:
+        assert operator.policy(remote)
+        with pytest.raises(AccessError):
+            operator.policy(remote, "host", "lru")
+
+
+def test_a_namespace_is_dropped_by_its_digest(client: KVStoreClient):
+    store(client, KEYS)
+    assert operator.drop(client, NS) == len(KEYS)
+    assert not any(client.get(key) for key in KEYS)
+
+
+def test_wanted_blocks_are_those_handed_out_and_those_computed(client: KVStoreClient):
+    store(client, KEYS)
+    for _ in range(3):
+        with client.lease(KEYS):
+            pass
+    deadline = time.monotonic() + 5
+    while (reuse := client.stats()["reuse"])["reusable"] < 18:
+        assert time.monotonic() < deadline, reuse
+        time.sleep(0.1)
+    assert reuse["wanted"] == 24
+    assert reuse["ceiling"] == pytest.approx(0.75)
+    assert [rate for _, rate in reuse["curve"]] == sorted(rate for _, rate in reuse["curve"])
+
+
+# -- parts -------------------------------------------------------------------------------------------------------------
+
+
+def test_departures_are_bounded_and_the_latest_counts():
+    departures = Departures(capacity=3)
+    blocks = [BlockId(SCOPE, bytes([i]) * 32) for i in range(5)]
+    for block in blocks:
+        departures.removed(TierCode.HOST, block, Gone.EVICTED)
+    departures.removed(TierCode.DISK, blocks[4], Gone.CORRUPT)
+    departures.refused(blocks[3], "host_full")
+    assert len(departures) == 3
+    assert departures.find(blocks[0]) is None
+    latest = departures.find(blocks[4])
+    assert latest is not None
+    assert (latest.tier, latest.reason) == ("disk", "corrupt")
+    refused = departures.find(blocks[3])
+    assert refused is not None
+    assert (refused.tier, refused.reason) == ("", "host_full")
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_switched_order_yields_each_block_once(name: str):
+    order = Partitions(make_policy("lru"), lambda item: (4096, 1.0, None))
+    blocks = [BlockId(SCOPE, bytes([i]) * 32) for i in range(50)]
+    for block in blocks:
+        order.insert(block, 4096, cost=1.0, parent=None)
+    order.switch(name)
+    assert order.policy == name
+    assert len(order) == 50
+    left = [item for item, _ in order.victims(None, 0, lambda _: 4096)]
+    assert sorted(left) == blocks
+    for item in left:
+        order.remove(item, evicted=True)
+    assert len(order) == 0
+
+
+@pytest.mark.parametrize("name", ["lru", "arc", "mq", "s3fifo", "gdsf"])
+def test_blocks_that_name_each_other_as_parents_can_leave(name: str):
+    order = Partitions(make_policy(name), lambda item: (4096, 1.0, None))
+    blocks = [BlockId(SCOPE, bytes([i]) * 32) for i in range(3)]
+    for block, parent in zip(blocks, (blocks[0], blocks[2], blocks[1]), strict=True):
+        order.insert(block, 4096, cost=1.0, parent=parent)
+    assert sorted(item for item, _ in order.victims(None, 0, lambda _: 4096)) == blocks
+
+
+def test_request_times_are_counted_in_buckets_and_slow_ones_remembered():
+    traffic = Traffic()
+    for ago in (0.0, 1e-3, 0.2, 100.0):
+        traffic.record("lease", time.perf_counter() - ago)
+    traffic.record("reserve", time.perf_counter() - 1, InternalError("x"))
+    traffic.record("events", time.perf_counter() - 30)
+    below = dict(traffic.verbs["lease"].below())
+    assert list(below) == list(BOUNDS_S)
+    assert below[10.0] == 3, "one took longer than the last bound"
+    assert below[0.25] == 3
+    assert below[10e-3] == 2
+    assert [(slow.verb, slow.error) for slow in traffic.slow] == [("lease", ""), ("lease", ""), ("reserve", "KV900")]
