@@ -16,7 +16,7 @@ from kvstore.eviction import make_policy, names
 from kvstore.eviction.partitions import Partitions
 from kvstore.keys import prefix_keys
 from kvstore.obs.departures import Departures
-from kvstore.types import BlockId, Gone, Scope, TierCode
+from kvstore.types import BlockHeader, BlockId, Gone, Scope, TierCode
 from kvstore.wire.traffic import BOUNDS_S, Traffic
 
 KEYS = prefix_keys(NAMESPACE, range(256 * 6))
@@ -73,9 +73,10 @@ def test_leases_are_listed_while_they_last(client: KVStoreClient):
 
 
 def test_a_tier_gets_another_policy_and_keeps_its_blocks(client: KVStoreClient):
-    store(client, KEYS)
+    for key, parent in zip(KEYS, [b"", *KEYS], strict=False):
+        client.put(key, payload(key), BlockHeader(parent=parent))
     assert operator.policy(client)["host"] == "lhd"
-    for name in ("lru", "arc", "mq", "s3fifo", "gdsf", "lhd"):
+    for name in ("lru", "arc", "mq", "s3-fifo", "gdsf", "lhd"):
         assert operator.policy(client, "host", name) == {"host": name}
         assert all(client.get(key) for key in KEYS)
     with pytest.raises(RequestError, match="attic"):
@@ -149,7 +150,7 @@ def test_a_switched_order_yields_each_block_once(name: str):
     assert len(order) == 0
 
 
-@pytest.mark.parametrize("name", ["lru", "arc", "mq", "s3fifo", "gdsf"])
+@pytest.mark.parametrize("name", ["lru", "arc", "mq", "s3-fifo", "gdsf"])
 def test_blocks_that_name_each_other_as_parents_can_leave(name: str):
     order = Partitions(make_policy(name), lambda item: (4096, 1.0, None))
     blocks = [BlockId(SCOPE, bytes([i]) * 32) for i in range(3)]
