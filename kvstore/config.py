@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from kvstore import machine
 from kvstore.errors import ConfigError
-from kvstore.rules import Secret, show, show_size, split_address
+from kvstore.rules import Secret, is_loopback, show, show_size, split_address
 from kvstore.settings import ENV_PREFIX, GROUPS, RULES, Env, Settings, Values, env_names, flag_names
 
 __all__ = ["Loaded", "Row", "Secret", "Settings", "find_file", "load", "split_address"]
@@ -207,6 +207,12 @@ def _check(settings: Settings, origins: dict[str, str]) -> None:
         raise ConfigError(
             f"listen.tcp: {listen.tcp!r} ({origins['listen.tcp']}) is given and there is no token.",
             "Make one with `openssl rand -hex 32` and give it with --listen-token-file or KVSTORE_TOKEN.",
+        )
+    if settings.http.address and not is_loopback(settings.http.address) and not listen.token:
+        raise ConfigError(
+            f"http.address: {settings.http.address!r} ({origins['http.address']}) is beyond loopback, where anybody "
+            "could read it, and there is no token.",
+            "Give one with --listen-token-file or KVSTORE_TOKEN, or use 127.0.0.1, ::1 or localhost.",
         )
     if host.slab_bytes > host.bytes:
         raise ConfigError(

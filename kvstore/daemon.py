@@ -234,14 +234,15 @@ class Daemon:
         from kvstore.http import start_http
 
         host, port = split_address(address)
+        parts = self.service.quotas, self.where, self.service.desk, self._settings.listen.token.reveal()
         try:
-            self._http = await start_http(self, host, port, self.service.quotas, self.where)
+            self._http = await start_http(self, host, port, *parts)
         except ConfigError as error:
             if self.loaded.origins["http.address"] != "default":
                 raise
             # Nobody asked for this very port, so another will do; the banner says which.
             log.warning("%s Using a free port.", error.cause)
-            self._http = await start_http(self, host, 0, self.service.quotas, self.where)
+            self._http = await start_http(self, host, 0, *parts)
         self.where.address = self._http.url
         if self._exchange is not None:
             self._exchange.address = self._http.url
@@ -287,7 +288,7 @@ class Daemon:
     def readiness(self) -> tuple[bool, str]:
         """Whether work can be done, and a sentence."""
         if self.service.draining:
-            return False, "shutting down"
+            return False, "draining: new blocks are not taken"
         if not self.ready:
             return False, "starting"
         blocks = {tier.name: tier.usage().blocks for tier in self.chain.below}

@@ -8,13 +8,12 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from kvstore.chain import TierChain
 from kvstore.errors import ConfigError, RequestError
 from kvstore.eviction import names
 from kvstore.obs.departures import Departures
 from kvstore.obs.reuse import ReuseSampler
+from kvstore.sightings import NEVER, HeldLease, Sighting
 from kvstore.types import BlockId, Scope
 
 if TYPE_CHECKING:
@@ -22,66 +21,6 @@ if TYPE_CHECKING:
 
 MAX_LEASES = 1000
 """Leases that are listed; the oldest first."""
-
-NEVER = "never_stored"
-"""Reason of a block of which nothing is remembered."""
-
-
-class Sighting(msgspec.Struct, frozen=True):
-    """One block of a prompt.
-
-    Attributes
-    ----------
-    key : bytes
-        Its prefix key.
-    tiers : list of str
-        Where it is, nearest first; empty if it is nowhere.
-    bytes : int
-        Payload bytes; 0 if it is nowhere.
-    reachable : bool
-        Whether every block before it is here, too: an engine uses a prefix without a hole.
-    age_s : float or None
-        How long it has been in memory; None if it is not there.
-    readers : int
-        Leases that read it now.
-    pinned, waiting : bool
-        Whether it is kept from eviction, and whether a lower tier has yet to be told of it.
-    chunk : str
-        How the chunk was captured that ends here; empty if none does.
-    reason : str
-        Why it is nowhere: ``never_stored``, how it left (``evicted``, ``expired``, ``dropped``, ``corrupt``, ``lost``),
-        or why it was not taken (a `kvstore.types.DropReason`).
-    left : str
-        The tier that it left last.
-    gone_s : float or None
-        How long ago that was.
-    """
-
-    key: bytes
-    tiers: list[str]
-    bytes: int
-    reachable: bool
-    age_s: float | None = None
-    readers: int = 0
-    pinned: bool = False
-    waiting: bool = False
-    chunk: str = ""
-    reason: str = ""
-    left: str = ""
-    gone_s: float | None = None
-
-
-class HeldLease(msgspec.Struct, frozen=True):
-    """A lease that is open: whose, on what, and for how long."""
-
-    client: str
-    domain: str
-    namespace: str
-    model: str
-    blocks: int
-    bytes: int
-    pending: int
-    expires_s: float
 
 
 class Desk:
@@ -120,7 +59,7 @@ class Desk:
         below = [(tier.name, size) for tier in self._chain.below if (size := tier.size(block)) is not None]
         if in_host is not None:
             return Sighting(
-                block.key,
+                block.key.hex(),
                 ["host", *(name for name, _ in below)],
                 in_host.nbytes,
                 reachable,
@@ -131,11 +70,11 @@ class Desk:
                 chunk=in_host.header.chunk.capture if in_host.header.chunk is not None else "",
             )
         if below:
-            return Sighting(block.key, [name for name, _ in below], below[0][1], reachable)
+            return Sighting(block.key.hex(), [name for name, _ in below], below[0][1], reachable)
         gone = self.departures.find(block)
         if gone is None:
-            return Sighting(block.key, [], 0, False, reason=NEVER)
-        return Sighting(block.key, [], 0, False, reason=gone.reason, left=gone.tier, gone_s=now - gone.at)
+            return Sighting(block.key.hex(), [], 0, False, reason=NEVER)
+        return Sighting(block.key.hex(), [], 0, False, reason=gone.reason, left=gone.tier, gone_s=now - gone.at)
 
     def leases(self) -> list[HeldLease]:
         """Open leases, the oldest first."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hmac
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from kvstore.errors import AccessError, AuthenticationFailed, QuotaRefused
+from kvstore.errors import QuotaRefused
 from kvstore.eviction.partitions import Partitions
 from kvstore.namespaces import NamespaceRegistry
 from kvstore.quotas import QuotaRule, QuotaTable, load_table, save_table
@@ -23,17 +22,12 @@ class QuotaDesk:
         Order and capacity of each tier that can be divided.
     namespaces : NamespaceRegistry
         What is known of the namespaces.
-    token : str
-        What a request over HTTP has to show to change a rule; empty if none can.
     """
 
-    def __init__(
-        self, tiers: Mapping[str, tuple[Partitions, int]], namespaces: NamespaceRegistry, token: str = ""
-    ) -> None:
+    def __init__(self, tiers: Mapping[str, tuple[Partitions, int]], namespaces: NamespaceRegistry) -> None:
         self._orders = {name: order for name, (order, _) in tiers.items()}
         self._capacities = {name: capacity for name, (_, capacity) in tiers.items()}
         self._namespaces = namespaces
-        self._token = token
         self._path: Path | None = None
         self._table = QuotaTable()
 
@@ -94,19 +88,3 @@ class QuotaDesk:
         for name, order in self._orders.items():
             for (by, victim), count in order.evicted.items():
                 yield name, by, victim, count
-
-    def admit(self, authorization: str) -> None:
-        """Check the Authorization header of a request that changes a rule.
-
-        Raises
-        ------
-        AccessError, AuthenticationFailed
-            If the daemon has no token, or it is not that one.
-        """
-        if not self._token:
-            raise AccessError(
-                "Rules cannot be changed over HTTP: this daemon has no token.",
-                "Start it with --token-file, or use `kvstore quota` on its socket.",
-            )
-        if not hmac.compare_digest(authorization.encode(), f"Bearer {self._token}".encode()):
-            raise AuthenticationFailed("the token is missing or wrong.", "Send `Authorization: Bearer <listen.token>`.")

@@ -96,7 +96,7 @@ class Service:
         self.namespaces = NamespaceRegistry()
         divided = {"host": (chain.host.order, chain.host.arena.capacity)}
         divided |= {tier.name: (tier.order, tier.usage().capacity) for tier in chain.below if tier.order is not None}
-        self.quotas = QuotaDesk(divided, self.namespaces, token)
+        self.quotas = QuotaDesk(divided, self.namespaces)
         self.desk = Desk(self)
         self.boot = secrets.token_bytes(16)
         log = EventLog(event_ring)

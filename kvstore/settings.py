@@ -222,8 +222,8 @@ class Http(msgspec.Struct, frozen=True, kw_only=True):
 
     address: Annotated[
         str,
-        Rule("host:port of status page and metrics, on loopback; empty switches them off.",
-             "127.0.0.1:7070", address(loopback_only=True), alias="http"),
+        Rule("host:port of status page and metrics; beyond loopback only with a token; empty switches them off.",
+             "127.0.0.1:7070", address(), alias="http"),
     ]  # fmt: skip
 
 

@@ -14,7 +14,7 @@ PAGE = 1024
 
 
 def explain(client: KVStoreClient, ns: bytes, keys: Sequence[bytes]) -> list[dict[str, Any]]:
-    """Where each block of a prompt is, and why the others are nowhere: a `kvstore.desk.Sighting` for each key."""
+    """Where each block of a prompt is, and why the others are nowhere: a `kvstore.sightings.Sighting` for each key."""
     found: list[dict[str, Any]] = []
     for first in range(0, len(keys), PAGE):
         part = b"".join(keys[first : first + PAGE])
@@ -24,7 +24,7 @@ def explain(client: KVStoreClient, ns: bytes, keys: Sequence[bytes]) -> list[dic
 
 
 def leases(client: KVStoreClient) -> list[dict[str, Any]]:
-    """Leases that are open in the caller's trust domain: a `kvstore.desk.HeldLease` for each."""
+    """Leases that are open in the caller's trust domain: a `kvstore.sightings.HeldLease` for each."""
     reply: m.LeasesReply = client.drive(_ask("leases", m.Leases()), None)
     return reply.leases
 

@@ -1,5 +1,7 @@
-"""HTTP: health, metrics, stats and the dashboard. Read-only, and the only place that imports aiohttp."""
+"""HTTP: health, metrics, stats, actions and the dashboard. The only place that imports aiohttp."""
 
-from kvstore.http.server import ROUTES, HttpServer, Source, start_http
+from kvstore.http.face import Face, Operator, Places, Rules, Source
+from kvstore.http.routes import TABLE, Route
+from kvstore.http.server import HttpServer, start_http
 
-__all__ = ["ROUTES", "HttpServer", "Source", "start_http"]
+__all__ = ["TABLE", "Face", "HttpServer", "Operator", "Places", "Route", "Rules", "Source", "start_http"]

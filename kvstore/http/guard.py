@@ -12,6 +12,9 @@ from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
 from kvstore.errors import AccessError, KVStoreError, LimitExceeded, ProtocolError, RequestError
+from kvstore.http.access import Gate
+from kvstore.http.answers import Problem
+from kvstore.http.routes import PATHS, find, methods
 
 log = logging.getLogger("kvstore.http")
 
@@ -22,15 +25,10 @@ FIRST_REQUEST_S = 10.0
 """A connection that has not sent a whole request by then is closed."""
 IDLE_S = 75.0
 
-WRITES = {"/v1/quotas": ("PUT", "DELETE"), "/v1/where": ("POST",)}
-"""What else than GET and HEAD is served, and where. What changes anything asks for the token itself."""
-MAX_BODY_BYTES = {"PUT": 4096, "POST": 2 << 20}
-"""Longest body of the methods that have one."""
-
 HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
     ),
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -43,13 +41,13 @@ HEADERS = {
 
 def json_response(value: Any, status: int = 200) -> web.Response:
     """An answer in JSON. Bytes come out as hexadecimal, what is not finite as null."""
-    body = msgspec.json.encode(plain(value))
+    body = msgspec.json.encode(plain(msgspec.to_builtins(value) if isinstance(value, msgspec.Struct) else value))
     return web.Response(body=body, status=status, content_type="application/json", headers=HEADERS)
 
 
 def error_response(error: KVStoreError, status: int | None = None) -> web.Response:
     """An error as {code, cause, remedy}."""
-    body = {"code": error.code, "cause": error.cause, "remedy": error.remedy}
+    body = Problem(error.code, error.cause, error.remedy)
     return json_response(body, status or error.http_status)
 
 
@@ -158,26 +156,41 @@ class Server(web.Server):
         )
 
 
-def refuse(request: web.BaseRequest, bound: str, routes: list[str]) -> web.Response | None:
-    """The answer to a request that may not be served, or None where it may."""
-    if not host_allowed(request.headers.get("Host", ""), bound):
+def refuse(request: web.BaseRequest, bound: str, gate: Gate) -> web.Response | None:
+    """The answer to a request that may not be served, or None where it may.
+
+    Where others than this machine can reach us everything but the probes asks for the token, so that nobody gains by
+    redirecting a name, and names are not looked at.
+    """
+    if not gate.wide and not host_allowed(request.headers.get("Host", ""), bound):
         error = AccessError(
             "The Host header does not name this server.", f"Ask for it by its address, {bound}, or as localhost."
         )
         return _last(error_response(error))
-    writes = WRITES.get(request.path, ())
-    if request.method not in ("GET", "HEAD", *writes):
-        error = RequestError(
-            f"{_shown(request.method)} is not served here.", "Everything here is read with GET or HEAD."
-        )
+    route = find(request.method, request.path)
+    if route is None and (request.path in PATHS or request.method not in ("GET", "HEAD")):
+        allowed = ", ".join(methods(request.path))
+        error = RequestError(f"{_shown(request.method)} is not served here.", f"What is served is {allowed}.")
         response = _last(error_response(error, 405))
-        response.headers["Allow"] = ", ".join(("GET", "HEAD", *writes))
+        response.headers["Allow"] = allowed
         return response
-    if request.path not in routes:
-        error = RequestError(f"There is nothing at {_shown(request.path)}.", f"There is: {' '.join(routes)}")
+    if route is None:
+        error = RequestError(f"There is nothing at {_shown(request.path)}.", f"There is: {' '.join(PATHS)}")
         return error_response(error, 404)
-    if request.method in MAX_BODY_BYTES:
-        length, most = request.content_length, MAX_BODY_BYTES[request.method]
+    try:
+        gate.check(route.access, request.headers.get("Authorization", ""))
+    except AccessError as error:
+        response = _last(error_response(error))
+        if response.status == 401:
+            response.headers["WWW-Authenticate"] = gate.challenge(route.access)
+        return response
+    return _refuse_body(request, route.max_body)
+
+
+def _refuse_body(request: web.BaseRequest, most: int) -> web.Response | None:
+    """The answer to a request with a body that is not read."""
+    if most:
+        length = request.content_length
         if length is None or length > most:
             error = LimitExceeded(f"The body has no length, or more than {most} bytes.", "Send less at once.")
             return _last(error_response(error, 413))

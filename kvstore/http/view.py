@@ -6,7 +6,7 @@ without JavaScript and nothing is formatted in two languages.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -16,6 +16,7 @@ from kvstore.http.numbers import NOTHING, bytes_per_second, compact, per_second,
 from kvstore.http.words import DROPS, MISSES, UNKNOWN_REASON, error_words
 from kvstore.obs import Snapshot, count, namespaces, number, numbers, part
 from kvstore.obs.history import History, Span
+from kvstore.sightings import HeldLease
 from kvstore.units import format_duration, format_size
 
 MAX_ROWS = 100
@@ -63,7 +64,7 @@ class View(msgspec.Struct):
     readouts: dict[str, list[str]] = msgspec.field(default_factory=dict)
 
 
-def build(snapshot: Snapshot, history: History, ready: tuple[bool, str]) -> View:
+def build(snapshot: Snapshot, history: History, ready: tuple[bool, str], leases: Sequence[HeldLease] = ()) -> View:
     """The view of a snapshot and what went before it."""
     view = View(boot=_text(snapshot.get("boot", "")))
     tiers = tier_names(snapshot)

@@ -343,7 +343,7 @@ class Explain(Message):
 
 
 class ExplainReply(Message):
-    """A `kvstore.desk.Sighting` for each key."""
+    """A `kvstore.sightings.Sighting` for each key."""
 
     blocks: list[dict[str, Any]]
 
@@ -353,7 +353,7 @@ class Leases(Message):
 
 
 class LeasesReply(Message):
-    """A `kvstore.desk.HeldLease` for each, the oldest first."""
+    """A `kvstore.sightings.HeldLease` for each, the oldest first."""
 
     leases: list[dict[str, Any]]
 

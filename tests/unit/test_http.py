@@ -16,13 +16,15 @@ import pytest_asyncio
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvstore.errors import BY_CODE, ConfigError
-from kvstore.http import ROUTES, HttpServer, guard, start_http
+from kvstore.http import TABLE, HttpServer, guard, start_http
 from kvstore.http import events as events_module
 from kvstore.http.numbers import NOTHING
 from kvstore.namespaces import NamespaceRegistry
 from kvstore.quota_desk import QuotaDesk
 
 TOKEN = "0123456789abcdef"
+JSON = {"Content-Type": "application/json"}
+PATHS = {route.path for route in TABLE}
 
 
 class FakeSource:
@@ -67,7 +69,7 @@ def source() -> FakeSource:
 
 @pytest_asyncio.fixture
 async def server(source: FakeSource) -> AsyncIterator[HttpServer]:
-    running = await start_http(source, "127.0.0.1", 0, QuotaDesk({}, NamespaceRegistry(), TOKEN))
+    running = await start_http(source, "127.0.0.1", 0, QuotaDesk({}, NamespaceRegistry()), token=TOKEN)
     yield running
     await running.close()
 
@@ -93,23 +95,37 @@ async def is_typed(answer: aiohttp.ClientResponse) -> dict[str, str]:
 
 
 def test_the_route_table():
-    assert sorted(ROUTES) == [
-        "/",
-        "/dashboard/app.js",
-        "/dashboard/style.css",
-        "/healthz",
-        "/livez",
-        "/metrics",
-        "/readyz",
-        "/v1/config",
-        "/v1/events",
-        "/v1/quotas",
-        "/v1/stats",
-        "/v1/where",
+    assert [f"{route.method} {route.path} {route.access.value}" for route in TABLE] == [
+        "GET / read",
+        "GET /dashboard/app.js read",
+        "GET /dashboard/style.css read",
+        "GET /livez open",
+        "GET /readyz open",
+        "GET /healthz open",
+        "GET /metrics read",
+        "GET /v1/openapi.json read",
+        "GET /v1/stats read",
+        "GET /v1/config read",
+        "GET /v1/events read",
+        "GET /v1/where read",
+        "POST /v1/where read",
+        "GET /v1/explain read",
+        "POST /v1/explain read",
+        "GET /v1/leases read",
+        "GET /v1/quotas read",
+        "PUT /v1/quotas act",
+        "DELETE /v1/quotas act",
+        "GET /v1/policy read",
+        "PUT /v1/policy act",
+        "POST /v1/drop act",
+        "PUT /v1/drain act",
     ]
 
 
-@pytest.mark.parametrize("path", sorted(set(ROUTES) - {"/v1/where"}))
+PLAIN = [route.path for route in TABLE if route.method == "GET" and route.query is None]
+
+
+@pytest.mark.parametrize("path", sorted({*PLAIN} - {"/v1/leases", "/v1/policy"}))
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 async def test_every_route_answers_with_the_guarding_headers(client: aiohttp.ClientSession, path: str, method: str):
     async with client.request(method, path) as answer:
@@ -307,7 +323,7 @@ async def test_odd_paths_get_only_typed_4xx(server: HttpServer):
         target = path.encode()
         answer = await raw(server, b"GET " + target + b" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         head, _, body = answer.partition(b"\r\n\r\n")
-        if path.split("?")[0].split("#")[0] in ROUTES:
+        if path.split("?")[0].split("#")[0] in PATHS:
             continue
         assert 400 <= int(head.split(b" ")[1]) < 500, (path, head)
         assert set(json.loads(body)) == {"code", "cause", "remedy"}
@@ -393,17 +409,16 @@ async def next_event(stream: aiohttp.ClientResponse) -> dict[str, Any]:
                 return json.loads(line[6:])
 
 
-async def test_events_carry_snapshot_rates_and_view(client: aiohttp.ClientSession, source: FakeSource):
+async def test_events_carry_what_the_page_shows(client: aiohttp.ClientSession, source: FakeSource):
     source.state |= {"asked_blocks": 0, "hit_blocks": {"host": 0}}
     async with client.get("/v1/events") as stream:
         assert stream.headers["Content-Type"].startswith("text/event-stream")
         first = await next_event(stream)
-        assert first["snapshot"]["boot"] == first["view"]["boot"] == "b00t"
-        assert first["view"]["text"]["hit_rate"] == NOTHING
+        assert first["boot"] == "b00t"
+        assert first["text"]["hit_rate"] == NOTHING
         source.state |= {"asked_blocks": 50, "hit_blocks": {"host": 25}}
         second = await next_event(stream)
-        assert second["rates"]["asked"] > 0
-        assert second["view"]["text"]["hit_rate"] == "50 %"
+        assert second["text"]["hit_rate"] == "50 %"
 
 
 async def test_the_number_of_viewers_is_limited(client: aiohttp.ClientSession, server: HttpServer):
@@ -435,7 +450,7 @@ async def test_a_slow_viewer_holds_few_events_and_is_cut_off(source: FakeSource,
         async with asyncio.timeout(5):
             while not server.viewers:
                 await asyncio.sleep(0.01)
-        hub = server._hub
+        hub = server._face.hub
         viewer = next(iter(hub.viewers))
         event = b"data: " + b"x" * 1_000_000 + b"\n\n"
         for _ in range(200):
@@ -465,9 +480,9 @@ async def test_rules_are_changed_with_the_token_alone(client: aiohttp.ClientSess
     for wrong in ({}, {"Authorization": "Bearer 0123456789abcdee"}, {"Authorization": TOKEN}):
         for method, query in (("PUT", ""), ("DELETE", "?name=a")):
             async with client.request(method, "/v1/quotas" + query, data=rule, headers=wrong) as answer:
-                assert answer.status in (401, 413), "a DELETE has no body"
+                assert answer.status == 401
                 await is_typed(answer)
-    async with client.put("/v1/quotas", data=rule, headers=shown) as answer:
+    async with client.put("/v1/quotas", data=rule, headers=shown | JSON) as answer:
         assert answer.status == 200
         assert (await answer.json())["rules"] == [json.loads(rule)]
     async with client.get("/v1/quotas") as answer:
@@ -478,9 +493,9 @@ async def test_rules_are_changed_with_the_token_alone(client: aiohttp.ClientSess
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"name":"a"}', b'{"name":"a","tenant":"a","limit":"x"}', b"\xff"])
 async def test_a_bad_rule_is_a_typed_error(client: aiohttp.ClientSession, body: bytes):
-    async with client.put("/v1/quotas", data=body, headers={"Authorization": f"Bearer {TOKEN}"}) as answer:
+    async with client.put("/v1/quotas", data=body, headers={"Authorization": f"Bearer {TOKEN}"} | JSON) as answer:
         assert answer.status == 400
-        assert (await is_typed(answer))["code"] == "KV404"
+        assert (await is_typed(answer))["code"] in ("KV203", "KV404")
 
 
 async def test_a_long_rule_is_refused_unread(client: aiohttp.ClientSession):
