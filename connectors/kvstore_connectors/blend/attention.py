@@ -1,0 +1,98 @@
+"""Attention of scattered queries over a whole prompt, with true causal positions, and where its mass goes.
+
+A query at position p sees the keys at positions up to p, however many queries were left out before it. A triangle
+aligned to the last key, as ordinary causal kernels use, lets a recomputed token see its own future and is worse than no
+repair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_MASK_ELEMENTS = 1 << 26
+"""Queries are taken in pieces so that no mask and no table of scores is larger."""
+
+
+def _pieces(queries: int, keys: int) -> Iterator[slice]:
+    step = max(1, _MASK_ELEMENTS // max(1, keys))
+    for start in range(0, queries, step):
+        yield slice(start, start + step)
+
+
+def _seen(positions: Tensor, keys: int) -> Tensor:
+    return torch.arange(keys, device=positions.device)[None] <= positions[:, None]
+
+
+def attend(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, scale: float) -> Tensor:
+    """Attention of rotated queries at true positions.
+
+    Parameters
+    ----------
+    queries : Tensor
+        ``[n, heads, dim]``.
+    keys, values : Tensor
+        ``[keys, kv_heads, dim]``, of positions 0, 1, 2, ...
+    positions : Tensor
+        ``[n]``; a query sees keys up to its own position.
+
+    Returns
+    -------
+    Tensor
+        ``[n, heads * dim]``.
+    """
+    last = int(positions.max()) + 1 if len(positions) else 0
+    k, v = keys[:last].to(queries.dtype).transpose(0, 1)[None], values[:last].to(queries.dtype).transpose(0, 1)[None]
+    grouped = keys.shape[1] != queries.shape[1]
+    out = torch.empty_like(queries)
+    for piece in _pieces(len(queries), last):
+        q = queries[piece].transpose(0, 1)[None]
+        mask = _seen(positions[piece], last)
+        one = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
+        out[piece] = one[0].transpose(0, 1)
+    return out.flatten(1)
+
+
+def scores(queries: Tensor, keys: Tensor, positions: Tensor, scale: float) -> Tensor:
+    """Products of queries and keys ``[heads, n, keys]`` in float32; minus infinity where a key is behind its query."""
+    n, heads, dim = queries.shape
+    grouped = queries.view(n, keys.shape[1], heads // keys.shape[1], dim).permute(1, 2, 0, 3).float()
+    products = grouped @ keys.permute(1, 2, 0)[:, None].float() * scale
+    return products.flatten(0, 1).masked_fill_(~_seen(positions, len(keys)), -torch.inf)
+
+
+def segment_masses(
+    queries: Tensor, keys: Tensor, positions: Tensor, scale: float, segments: Sequence[tuple[int, int]]
+) -> Tensor:
+    """Mass that each query puts on each half-open range of keys ``[heads, n, segments]``.
+
+    Made from log-sum-exp a segment, as split attention kernels have it anyway: exp(LSE_segment - LSE_all). No table of
+    attention is kept.
+    """
+    found = []
+    for rows in _pieces(len(queries), len(keys) * queries.shape[1]):
+        table = scores(queries[rows], keys, positions[rows], scale)
+        whole = table.logsumexp(-1)
+        found.append(torch.stack([(table[..., a:b].logsumexp(-1) - whole).exp() for a, b in segments], -1))
+    return torch.cat(found, 1)
+
+
+def runs(positions: Tensor) -> list[tuple[int, int]]:
+    """Maximal contiguous half-open runs of sorted positions.
+
+    An engine presents each run to its paged attention as a sequence of its own, with as many queries as the run is long
+    and as many keys as its end, over one block table; the stock causal mask is then exact.
+    """
+    found: list[tuple[int, int]] = []
+    for p in positions.tolist():
+        if found and found[-1][1] == p:
+            found[-1] = (found[-1][0], p + 1)
+        else:
+            found.append((p, p + 1))
+    return found

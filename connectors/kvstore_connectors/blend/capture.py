@@ -1,0 +1,77 @@
+"""Computing the KV of a chunk in a context of our choosing, and placing it in a prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from kvstore_connectors.blend.attention import segment_masses
+from kvstore_connectors.blend.prompt import Capture, LayerKV, Prompt, Span
+from kvstore_connectors.blend.recompute import empty_cache, prefill
+from kvstore_connectors.blend.rope import move
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from kvstore.rope import Rotary
+    from kvstore_connectors.blend.model import Model
+    from kvstore_connectors.blend.prompt import Cache
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A chunk as it is kept: ids, KV with keys turned for positions from ``start``, and how it came to be."""
+
+    ids: Tensor
+    kv: tuple[LayerKV, ...]
+    start: int
+    capture: Capture
+    external: Tensor | None = None
+
+
+def capture(model: Model, ids: Tensor, system: Tensor | None = None, before: Sequence[Tensor] = ()) -> Chunk:
+    """Prefill a chunk behind a system prompt and other chunks, either of which may be absent.
+
+    With chunks before it, the mass that each token puts on them is measured on the way, a mean over layers and heads.
+    """
+    lead = [part for part in ([] if system is None else [system]) + list(before) if len(part)]
+    first = sum(len(part) for part in lead)
+    others = (0 if system is None else len(system), first)
+    external = torch.zeros(len(ids), device=ids.device)
+
+    def watch(layer: int, rows: Tensor, queries: Tensor, keys: Tensor) -> None:
+        mass = segment_masses(queries[first:], keys, rows[first:], model.scale, [others])
+        external.add_(mass.mean(0)[:, 0] / model.layers)
+
+    _, cache = prefill(model, torch.cat([*lead, ids]), watch=watch if before else None)
+    kind = Capture.LIVE if before else Capture.ISOLATED if system is None else Capture.SYSTEM
+    kv = tuple(LayerKV(layer.keys[first:].clone(), layer.values[first:].clone()) for layer in cache)
+    return Chunk(ids, kv, first, kind, external if before else None)
+
+
+def assemble(
+    model: Model, rotation: Rotary, system: Tensor, chunks: Sequence[Chunk], question: Tensor, room: int = 0
+) -> tuple[Prompt, Cache]:
+    """The prompt ``system + chunks + question`` and its cache with ``room`` for more, chunks moved to where they stand.
+
+    A first chunk that was captured behind this system prompt is exact where it stands.
+    """
+    spans: list[Span] = []
+    at = len(system)
+    for index, chunk in enumerate(chunks):
+        kind = Capture.EXACT if not index and chunk.capture is Capture.SYSTEM and chunk.start == at else chunk.capture
+        spans.append(Span(at, at + len(chunk.ids), kind, chunk.external))
+        at += len(chunk.ids)
+    prompt = Prompt(torch.cat([system, *(chunk.ids for chunk in chunks), question]), tuple(spans))
+    cache = empty_cache(model, prompt.ids, room)
+    for span, chunk in zip(spans, chunks, strict=True):
+        new = torch.arange(span.start, span.stop, device=prompt.ids.device)
+        old = new - span.start + chunk.start
+        for layer, (held, kept) in enumerate(zip(cache, chunk.kv, strict=True)):
+            held.keys[span.start : span.stop] = move(rotation, layer, kept.keys, old, new)
+            held.values[span.start : span.stop] = kept.values
+    return prompt, cache

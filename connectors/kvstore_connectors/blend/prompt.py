@@ -1,0 +1,148 @@
+"""A prompt made of chunks whose KV is cached, and that KV as it stands while it is repaired."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+
+from kvstore.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Capture(Enum):
+    """In which context the KV of a chunk was computed."""
+
+    ISOLATED = "isolated"
+    SYSTEM = "system"
+    LIVE = "live"
+    EXACT = "exact"
+    """In the very context it stands in now, at the same positions: there is nothing to repair."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Tokens ``start`` to ``stop`` of a prompt, taken from a cached chunk.
+
+    Attributes
+    ----------
+    start, stop : int
+        Half-open range of positions in the prompt.
+    capture : Capture
+        In which context the chunk was computed.
+    external : Tensor, optional
+        Attention mass ``[stop - start]`` that each token put on other chunks when it was captured (Cache-Craft's w_i).
+    """
+
+    start: int
+    stop: int
+    capture: Capture
+    external: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids and what of them is cached; what lies in no span and behind the exact prefix is computed always.
+
+    Attributes
+    ----------
+    ids : Tensor
+        Token ids ``[n]``, int64.
+    spans : tuple of Span
+        Cached chunks, in prompt order.
+    exact : int
+        Leading tokens whose KV is there and exact; they are read, never computed.
+
+    Raises
+    ------
+    ConfigError
+        If spans overlap, are empty, leave the prompt or reach into the exact prefix, or nothing is left to compute.
+    """
+
+    ids: Tensor
+    spans: tuple[Span, ...]
+    exact: int = 0
+
+    def __post_init__(self) -> None:
+        end = self.exact
+        for span in self.spans:
+            if not end <= span.start < span.stop <= len(self.ids):
+                raise ConfigError(
+                    f"span {span.start}..{span.stop} is empty, overlaps what is before it, or leaves the prompt",
+                    "Name spans in prompt order, each a half-open range of token positions.",
+                )
+            if span.external is not None and span.external.shape != (span.stop - span.start,):
+                raise ConfigError("external mass needs one value a token of its span", "Capture the chunk again.")
+            end = span.stop
+        if self.exact < 0 or end >= len(self.ids):
+            raise ConfigError(
+                f"{end} of {len(self.ids)} tokens are cached: the last one has to be computed",
+                "Leave at least the last token of a prompt out of its spans.",
+            )
+
+    @cached_property
+    def cached(self) -> Tensor:
+        """Mask ``[n]`` of the tokens that have cached KV of a chunk."""
+        return self.chunk_of >= 0
+
+    @cached_property
+    def repairable(self) -> Tensor:
+        """Mask ``[n]`` of the cached tokens whose KV may differ from what full prefill computes."""
+        mask = torch.zeros(len(self.ids), dtype=torch.bool, device=self.ids.device)
+        for span in self.spans:
+            mask[span.start : span.stop] = span.capture is not Capture.EXACT
+        return mask
+
+    @cached_property
+    def missing(self) -> Tensor:
+        """Sorted positions of the tokens without any KV."""
+        absent = ~self.cached
+        absent[: self.exact] = False
+        return absent.nonzero()[:, 0]
+
+    @cached_property
+    def question(self) -> Tensor:
+        """Positions behind the last span: what is asked about the chunks."""
+        start = self.spans[-1].stop if self.spans else self.exact
+        return torch.arange(start, len(self.ids), device=self.ids.device)
+
+    @cached_property
+    def chunk_of(self) -> Tensor:
+        """Index of the span that holds each position ``[n]``; -1 in none."""
+        owner = torch.full((len(self.ids),), -1, dtype=torch.long, device=self.ids.device)
+        for index, span in enumerate(self.spans):
+            owner[span.start : span.stop] = index
+        return owner
+
+    @cached_property
+    def reused(self) -> int:
+        """Number of tokens in spans; shares of recomputation are shares of this."""
+        return sum(span.stop - span.start for span in self.spans)
+
+
+@dataclass(frozen=True)
+class LayerKV:
+    """Keys, turned for the positions of this prompt, and values of one layer: ``[n, kv_heads, dim]`` each."""
+
+    keys: Tensor
+    values: Tensor
+
+
+Cache = Sequence[LayerKV]
+"""All layers of a prompt; rows of repaired tokens are written in place."""
+
+
+def top(scores: Tensor, count: int) -> Tensor:
+    """Positions of the ``count`` highest scores above minus infinity, sorted; among equals the lower position wins.
+
+    The order is the same on every device and every tensor parallel rank that holds the same scores.
+    """
+    order = torch.sort(scores, descending=True, stable=True)
+    kept = order.indices[: max(0, count)]
+    return kept[order.values[: max(0, count)] > -torch.inf].sort().values

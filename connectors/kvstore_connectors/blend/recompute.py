@@ -1,0 +1,114 @@
+"""Recomputing chosen tokens of a prompt layer by layer, among cached ones, while later layers may still be loading."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from kvstore_connectors.blend.prompt import LayerKV
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kvstore_connectors.blend.model import Model
+    from kvstore_connectors.blend.prompt import Cache
+
+
+class Narrow(Protocol):
+    """Drops rows on the way: given fresh and cached KV of the active rows, the mask of rows that go on."""
+
+    def __call__(self, layer: int, rows: Tensor, fresh: LayerKV, cached: LayerKV) -> Tensor | None:
+        """Mask over ``rows``, or None to keep all."""
+        ...
+
+
+class Watch(Protocol):
+    """Sees the queries and keys of a layer just before its attention."""
+
+    def __call__(self, layer: int, rows: Tensor, queries: Tensor, keys: Tensor) -> None:
+        """Rotated queries of ``rows`` and the rotated keys of all positions."""
+        ...
+
+
+@dataclass
+class Pass:
+    """One pass over the layers of a prompt.
+
+    A row that is computed sees the keys of all positions up to its own: fresh ones of rows in this pass, those in the
+    cache of the others.
+
+    Attributes
+    ----------
+    rows : Tensor
+        Sorted positions still active; fewer at the end where ``narrow`` dropped some.
+    hidden : Tensor
+        Hidden states of ``rows`` behind the layers passed so far.
+    token_layers : int
+        Rows computed, summed over layers: the work done.
+    """
+
+    model: Model
+    ids: Tensor
+    cache: Cache
+    rows: Tensor
+    narrow: Narrow | None = None
+    watch: Watch | None = None
+    wait_layer: Callable[[int], None] | None = None
+    token_layers: int = 0
+
+    def __post_init__(self) -> None:
+        self.hidden = self.model.embed(self.ids[self.rows])
+
+    def steps(self, layers: int | None = None) -> Iterator[int]:
+        """Repair one layer after the other, ``layers`` of them; yields each layer when its rows are written.
+
+        `wait_layer` is called before a layer's cached rows are read and returns once they have come; what it raises
+        ends the pass, with the layers from there on untouched.
+        """
+        for layer in range(self.model.layers if layers is None else layers):
+            if self.wait_layer is not None:
+                self.wait_layer(layer)
+            self._layer(layer)
+            yield layer
+
+    def run(self) -> Pass:
+        """Pass all layers."""
+        for _ in self.steps():
+            pass
+        return self
+
+    def _layer(self, layer: int) -> None:
+        held = self.cache[layer]
+        queries, keys, values = self.model.qkv(layer, self.hidden)
+        keys = self.model.rope(layer, keys, self.rows)
+        kept = None
+        if self.narrow is not None:
+            cached = LayerKV(held.keys[self.rows], held.values[self.rows])
+            kept = self.narrow(layer, self.rows, LayerKV(keys, values), cached)
+        held.keys[self.rows] = keys.to(held.keys.dtype)
+        held.values[self.rows] = values.to(held.values.dtype)
+        if kept is not None:
+            self.rows, self.hidden, queries = self.rows[kept], self.hidden[kept], queries[kept]
+        self.token_layers += len(self.rows)
+        queries = self.model.rope(layer, queries, self.rows)
+        if self.watch is not None:
+            self.watch(layer, self.rows, queries, held.keys)
+        out = self.model.attend(layer, queries, held.keys, held.values, self.rows)
+        self.hidden = self.model.post(layer, self.hidden, out)
+
+
+def empty_cache(model: Model, ids: Tensor, room: int = 0) -> list[LayerKV]:
+    """A cache with nothing in it yet, for every token of a prompt and ``room`` more."""
+    _, keys, values = model.qkv(0, model.embed(ids[:1]))
+    shape = (len(ids) + room, *keys.shape[1:])
+    return [LayerKV(keys.new_zeros(shape), values.new_zeros(shape)) for _ in range(model.layers)]
+
+
+def prefill(model: Model, ids: Tensor, watch: Watch | None = None) -> tuple[Tensor, list[LayerKV]]:
+    """Full prefill: hidden states of all tokens, and their KV."""
+    cache = empty_cache(model, ids)
+    whole = Pass(model, ids, cache, torch.arange(len(ids), device=ids.device), watch=watch).run()
+    return whole.hidden, cache

@@ -1,0 +1,1 @@
+"""Which cached tokens are recomputed: one strategy a file."""

@@ -1,0 +1,52 @@
+"""The selector that fits how a prompt's chunks were captured, and selectors by name."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kvstore.errors import ConfigError
+from kvstore_connectors.blend.prompt import Capture
+from kvstore_connectors.blend.selectors.deviation import Deviation
+from kvstore_connectors.blend.selectors.external import External
+from kvstore_connectors.blend.selectors.initial import Initial
+from kvstore_connectors.blend.selectors.question import Question
+
+if TYPE_CHECKING:
+    from kvstore_connectors.blend.prompt import Prompt
+    from kvstore_connectors.blend.work import Selector
+
+GRADUAL = ((0.0, 1.5), (0.25, 1.0), (0.5, 0.75))
+"""CacheBlend's gradual filtering: where it narrows, and to what multiple of the count; 1 on the average."""
+
+
+SELECTORS: dict[str, Selector] = {
+    selector.name: selector
+    for selector in (
+        Deviation("values"),
+        Deviation("keys"),
+        Deviation("values", GRADUAL),
+        Deviation("keys", GRADUAL),
+        Initial(),
+        External(),
+        Question(),
+    )
+}
+
+
+def selector_named(name: str) -> Selector:
+    """The selector of this name.
+
+    Raises
+    ------
+    ConfigError
+        If there is none.
+    """
+    if name not in SELECTORS:
+        raise ConfigError(f"there is no selector {name!r}", f"Choose one of {', '.join(SELECTORS)}.")
+    return SELECTORS[name]
+
+
+def planner(prompt: Prompt) -> Selector:
+    """External mass where all chunks were captured behind others; else what the question looks at."""
+    kinds = {span.capture for span in prompt.spans} - {Capture.EXACT}
+    return SELECTORS["external"] if kinds == {Capture.LIVE} else SELECTORS["question"]

@@ -1,0 +1,120 @@
+"""The repair of one prompt: passes over its layers, what they cost, and who decides which rows they take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from kvstore.errors import ConfigError
+from kvstore_connectors.blend.recompute import Narrow, Pass, Watch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kvstore_connectors.blend.model import Model
+    from kvstore_connectors.blend.prompt import Cache, Prompt
+
+
+class Selector(Protocol):
+    """Decides which cached rows of a prompt are recomputed, and runs the passes that do it.
+
+    Attributes
+    ----------
+    name : str
+        Word for settings, metrics and tables.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    def repair(self, work: Work, count: int) -> Iterator[int]:
+        """Run passes until the missing rows and about ``count`` rows of the spans are recomputed.
+
+        Yields once for every layer of every pass. The last pass computes all missing rows.
+        """
+        ...
+
+
+class Work:
+    """The repair of one prompt.
+
+    Parameters
+    ----------
+    model : Model
+    prompt : Prompt
+    cache : Cache
+        Written in place; half repaired if a pass raises.
+    wait_layer : callable, optional
+        Called with a layer before it is first read.
+
+    Attributes
+    ----------
+    rows, hidden : Tensor
+        Positions that the last pass computed to the end, and their hidden states behind the last layer.
+    changed : Tensor
+        Mask ``[n]`` of rows that any pass wrote.
+    token_layers : int
+        Rows computed, summed over layers and passes, those without KV included.
+    """
+
+    def __init__(
+        self, model: Model, prompt: Prompt, cache: Cache, wait_layer: Callable[[int], None] | None = None
+    ) -> None:
+        self.model, self.prompt, self.cache = model, prompt, cache
+        self._wait_layer = wait_layer
+        self._loaded = 0
+        self.rows = prompt.missing
+        self.hidden = model.embed(prompt.ids[:0])
+        self.changed = torch.zeros(len(prompt.ids), dtype=torch.bool, device=prompt.ids.device)
+        self.token_layers = 0
+
+    def repair(self, selector: Selector, share: float) -> Iterator[int]:
+        """Recompute the missing rows and this share of the reused ones; yields once a layer.
+
+        Raises
+        ------
+        ConfigError
+            If the share is not between 0 and 1.
+        """
+        if not 0 <= share <= 1:
+            raise ConfigError(f"a share of {share} is not between 0 and 1", "Give the share of tokens to recompute.")
+        count = int(share * self.prompt.reused + 0.5)
+        if count >= int(self.prompt.repairable.sum()):
+            yield from self.steps(self.all_rows())
+        else:
+            yield from selector.repair(self, count)
+
+    def steps(
+        self, rows: Tensor, *, narrow: Narrow | None = None, watch: Watch | None = None, layers: int | None = None
+    ) -> Iterator[int]:
+        """One pass over these rows, through the first ``layers`` or all; yields once a layer."""
+        one = Pass(self.model, self.prompt.ids, self.cache, rows, narrow, watch, self._wait)
+        self.changed[rows] = True
+        before = 0
+        for layer in one.steps(layers):
+            self.token_layers += one.token_layers - before
+            before = one.token_layers
+            self.rows, self.hidden = one.rows, one.hidden
+            yield layer
+
+    def with_missing(self, rows: Tensor) -> Tensor:
+        """These rows and the missing ones, sorted."""
+        return torch.cat([rows, self.prompt.missing]).unique()
+
+    def all_rows(self) -> Tensor:
+        """The missing rows and all that may need repair, sorted."""
+        return self.with_missing(self.prompt.repairable.nonzero()[:, 0])
+
+    @property
+    def cost(self) -> float:
+        """Work beyond computing the missing rows once, as a share of computing all reused rows; choosing included."""
+        least = len(self.prompt.missing) * self.model.layers
+        return (self.token_layers - least) / max(1, self.prompt.reused * self.model.layers)
+
+    def _wait(self, layer: int) -> None:
+        if layer == self._loaded:
+            if self._wait_layer is not None:
+                self._wait_layer(layer)
+            self._loaded = layer + 1

@@ -1,0 +1,387 @@
+"""Exact properties of selective recomputation, on a tiny random Llama."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvstore.errors import ConfigError
+from kvstore_connectors.blend import Capture, LayerKV, Prompt, Selector, Span, Work, movable, move, planner
+from kvstore_connectors.blend.attention import attend, runs, scores, segment_masses
+from kvstore_connectors.blend.capture import Chunk, assemble, capture
+from kvstore_connectors.blend.llama import Llama
+from kvstore_connectors.blend.prompt import top
+from kvstore_connectors.blend.recompute import Pass, empty_cache, prefill
+from kvstore_connectors.blend.selectors.planner import SELECTORS
+
+BASE: dict[str, Any] = {
+    "hidden_size": 48,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "rms_norm_eps": 1e-5,
+    "num_hidden_layers": 4,
+    "intermediate_size": 96,
+    "vocab_size": 101,
+    "rope_theta": 10_000.0,
+    "max_position_embeddings": 512,
+}
+
+ROPES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "linear": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "llama3": {
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+    },
+    "yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}},
+    "partial": {"partial_rotary_factor": 0.5},
+    "interleaved": {"rope_interleave": True},
+    "nope layers": {"no_rope_layers": [0, 1, 0, 1]},
+}
+
+
+def tiny(seed: int = 0, **config: Any) -> Llama:
+    """A Llama of random weights whose attention is sharp enough for context to matter."""
+    made = BASE | config
+    rng = torch.Generator().manual_seed(seed)
+
+    def weight(*shape: int, gain: float = 1.0) -> Tensor:
+        return torch.randn(*shape, generator=rng) * gain / math.sqrt(shape[-1])
+
+    hidden, inner = made["hidden_size"], made["intermediate_size"]
+    heads, kv_heads = made["num_attention_heads"] * made["head_dim"], made["num_key_value_heads"] * made["head_dim"]
+    tensors = {
+        "model.embed_tokens.weight": weight(made["vocab_size"], hidden, gain=7),
+        "model.norm.weight": torch.ones(hidden),
+    }
+    for layer in range(made["num_hidden_layers"]):
+        name = f"model.layers.{layer}."
+        for part, rows, columns in (
+            ("self_attn.q_proj", heads, hidden),
+            ("self_attn.k_proj", kv_heads, hidden),
+            ("self_attn.v_proj", kv_heads, hidden),
+            ("self_attn.o_proj", hidden, heads),
+            ("mlp.gate_proj", inner, hidden),
+            ("mlp.up_proj", inner, hidden),
+            ("mlp.down_proj", hidden, inner),
+        ):
+            tensors[f"{name}{part}.weight"] = weight(
+                rows, columns, gain=2 if part.endswith(("q_proj", "k_proj")) else 1
+            )
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{name}{norm}.weight"] = torch.ones(hidden)
+    return Llama(made, tensors)
+
+
+def words(count: int, seed: int) -> Tensor:
+    return torch.randint(0, BASE["vocab_size"], (count,), generator=torch.Generator().manual_seed(seed))
+
+
+SYSTEM, CHUNKS, QUESTION = words(5, 1), [words(n, 10 + n) for n in (12, 9, 15)], words(6, 2)
+
+
+def kl(p: Tensor, q: Tensor) -> float:
+    """Mean over rows of KL(p || q), of logits, in float64."""
+    p, q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def full(model: Llama) -> Tensor:
+    """Logits of the question's rows after full prefill."""
+    hidden, _ = prefill(model, torch.cat([SYSTEM, *CHUNKS, QUESTION]))
+    return model.logits(hidden[-len(QUESTION) :])
+
+
+def captured(model: Llama, mode: str) -> list[Chunk]:
+    if mode == "isolated":
+        return [capture(model, chunk) for chunk in CHUNKS]
+    if mode == "system":
+        return [capture(model, chunk, SYSTEM) for chunk in CHUNKS]
+    return [capture(model, chunk, SYSTEM, [words(8, 40 + i), words(7, 50 + i)]) for i, chunk in enumerate(CHUNKS)]
+
+
+def repaired(model: Llama, mode: str, selector: Selector, share: float) -> tuple[Tensor, Work]:
+    """Logits of the question's rows after repair, and the work."""
+    prompt, cache = assemble(model, model.rotary, SYSTEM, captured(model, mode), QUESTION)
+    work = Work(model, prompt, cache)
+    for _ in work.repair(selector, share):
+        pass
+    asked = work.rows >= int(prompt.question[0])
+    return model.logits(work.hidden[asked]), work
+
+
+def usable(mode: str) -> Iterator[Selector]:
+    return (selector for selector in SELECTORS.values() if mode == "live" or selector.name != "external")
+
+
+@pytest.mark.parametrize("mode", ["isolated", "system", "live"])
+def test_all_recomputed_is_full_prefill(mode: str) -> None:
+    model = tiny()
+    for selector in usable(mode):
+        logits, work = repaired(model, mode, selector, 1.0)
+        assert kl(full(model), logits) < 1e-6
+        exact = len(CHUNKS[0]) if mode == "system" else 0
+        assert work.cost == pytest.approx(1 - exact / sum(map(len, CHUNKS)))
+
+
+@pytest.mark.parametrize("mode", ["isolated", "system", "live"])
+def test_repair_helps_and_costs_what_was_asked(mode: str) -> None:
+    model = tiny()
+    reference = full(model)
+    for selector in usable(mode):
+        _, none = repaired(model, mode, selector, 0.0)
+        logits, work = repaired(model, mode, selector, 0.6)
+        before, _ = repaired(model, mode, selector, 0.0)
+        assert kl(reference, logits) < kl(reference, before)
+        assert 0 < work.cost - none.cost <= 0.65
+
+
+def test_first_chunk_behind_the_prefix_is_exact() -> None:
+    model = tiny()
+    prompt, cache = assemble(model, model.rotary, SYSTEM, captured(model, "system")[:1], QUESTION)
+    assert prompt.spans[0].capture is Capture.EXACT
+    _, exact = prefill(model, prompt.ids)
+    span = slice(prompt.spans[0].start, prompt.spans[0].stop)
+    for held, true in zip(cache, exact, strict=True):
+        torch.testing.assert_close(held.keys[span], true.keys[span], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(held.values[span], true.values[span], rtol=1e-5, atol=1e-5)
+    work = Work(model, prompt, cache)
+    for _ in work.repair(planner(prompt), 0.5):
+        pass
+    whole, _ = prefill(model, prompt.ids)
+    assert kl(model.logits(whole[-6:]), model.logits(work.hidden[-6:])) < 1e-6
+    assert not work.changed[span].any()
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_moved_keys_are_keys_computed_there(rope: str) -> None:
+    model = tiny(**ROPES[rope])
+    there = torch.arange(200, 212)
+    _, keys, _ = model.qkv(0, model.embed(CHUNKS[0]))
+    here = model.rope(0, keys, torch.arange(12))
+    moved = move(model.rotary, 0, here, torch.arange(12), there)
+    torch.testing.assert_close(moved, model.rope(0, keys, there), rtol=1e-5, atol=1e-5)
+    assert torch.equal(move(model.rotary, 0, here, there, there), here)
+    by_steps = move(model.rotary, 0, move(model.rotary, 0, here, torch.arange(12), there + 7), there + 7, there)
+    torch.testing.assert_close(by_steps, moved, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_all_recomputed_is_full_prefill_for_every_rope(rope: str) -> None:
+    model = tiny(**ROPES[rope])
+    logits, _ = repaired(model, "isolated", SELECTORS["question"], 1.0)
+    assert kl(full(model), logits) < 1e-6
+
+
+@pytest.mark.parametrize("kept", [0.1, 0.5])
+def test_rows_before_and_at_the_check_are_exact(kept: float) -> None:
+    model = tiny()
+    prompt, cache = assemble(model, model.rotary, SYSTEM, captured(model, "isolated"), QUESTION)
+    for _ in Work(model, prompt, cache).repair(SELECTORS["v-deviation"], kept):
+        pass
+    _, exact = prefill(model, prompt.ids)
+    for layer in (0, 1):
+        torch.testing.assert_close(cache[layer].keys, exact[layer].keys, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(cache[layer].values, exact[layer].values, rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_behind_a_position_changes_it() -> None:
+    """What two published implementations get wrong: a recomputed token must not see keys behind its own."""
+    model = tiny()
+    prompt, cache = assemble(model, model.rotary, SYSTEM, captured(model, "isolated"), QUESTION)
+    rows = torch.tensor([3, 8, 9, 14, 22, 23, 24])
+    copies = [[LayerKV(held.keys.clone(), held.values.clone()) for held in cache] for _ in range(2)]
+    for held in copies[1]:
+        held.keys[15:] = torch.randn_like(held.keys[15:]) * 9
+        held.values[15:] = torch.randn_like(held.values[15:]) * 9
+    one, other = (Pass(model, prompt.ids, copy, rows).run() for copy in copies)
+    assert torch.equal(one.hidden[:4], other.hidden[:4])
+    assert not torch.allclose(one.hidden[4:], other.hidden[4:])
+
+
+def test_runs_as_sequences_are_the_dense_mask() -> None:
+    rng = torch.Generator().manual_seed(3)
+    queries, keys, values = (torch.randn(30, heads, 16, generator=rng) for heads in (6, 2, 2))
+    rows = torch.tensor([0, 1, 5, 6, 7, 20, 29])
+    assert runs(rows) == [(0, 2), (5, 8), (20, 21), (29, 30)]
+    dense = attend(queries[rows], keys, values, rows, 0.25)
+    pieces = []
+    for start, stop in runs(rows):  # each run: the stock bottom-right causal mask over the keys up to its end
+        causal = torch.ones(stop - start, stop, dtype=torch.bool).tril(start)
+        table = torch.einsum("qhd,khd->hqk", queries[start:stop], keys[:stop].repeat_interleave(3, 1)) * 0.25
+        weights = table.masked_fill(~causal, -torch.inf).softmax(-1)
+        pieces.append(torch.einsum("hqk,khd->qhd", weights, values[:stop].repeat_interleave(3, 1)).flatten(1))
+    torch.testing.assert_close(dense, torch.cat(pieces), rtol=1e-5, atol=1e-5)
+
+
+def test_segment_masses_are_sums_of_the_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvstore_connectors.blend.attention._MASK_ELEMENTS", 400)  # several pieces
+    rng = torch.Generator().manual_seed(4)
+    queries, keys = torch.randn(20, 6, 16, generator=rng), torch.randn(20, 2, 16, generator=rng)
+    segments = [(0, 3), (3, 11), (11, 20)]
+    masses = segment_masses(queries, keys, torch.arange(20), 0.25, segments)
+    weights = scores(queries, keys, torch.arange(20), 0.25).softmax(-1)
+    expected = torch.stack([weights[..., a:b].sum(-1) for a, b in segments], -1)
+    torch.testing.assert_close(masses, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(masses.sum(-1), torch.ones(6, 20), rtol=1e-5, atol=1e-5)
+
+
+def test_chunks_do_not_see_each_other() -> None:
+    """Without repair, changing one chunk changes no row of another."""
+    model = tiny()
+    chunks = captured(model, "isolated")
+    _, cache = assemble(model, model.rotary, SYSTEM, chunks, QUESTION)
+    other = capture(model, words(len(CHUNKS[0]), 99))
+    _, changed = assemble(model, model.rotary, SYSTEM, [other, *chunks[1:]], QUESTION)
+    for a, b in zip(cache, changed, strict=True):
+        assert torch.equal(a.keys[17:], b.keys[17:])
+        assert torch.equal(a.values[17:], b.values[17:])
+
+
+@pytest.mark.parametrize("name", ["v-deviation", "k-deviation", "question", "initial"])
+def test_shards_choose_the_same_tokens(name: str) -> None:
+    """Scores of two head shards, summed as `total` does, choose what the whole model chooses."""
+    model = tiny()
+    _, whole = repaired(model, "isolated", SELECTORS[name], 0.3)
+    prompt, cache = assemble(model, model.rotary, SYSTEM, captured(model, "isolated"), QUESTION)
+    barrier = Meeting(2)
+    works = [Work(Shard(model, rank, barrier), prompt, shard(cache, rank)) for rank in (0, 1)]
+    barrier.run([lambda w=w: [None for _ in w.repair(SELECTORS[name], 0.3)] for w in works])
+    for work in works:
+        assert torch.equal(work.changed, whole.changed)
+        assert torch.equal(work.rows, whole.rows)
+        torch.testing.assert_close(work.hidden, whole.hidden, rtol=1e-4, atol=1e-4)
+
+
+def shard(cache: Any, rank: int) -> list[LayerKV]:
+    return [LayerKV(held.keys[:, rank : rank + 1].clone(), held.values[:, rank : rank + 1].clone()) for held in cache]
+
+
+class Meeting:
+    """Threads that exchange tensors: every rank gives one and gets all."""
+
+    def __init__(self, ranks: int) -> None:
+        self._given: list[Tensor] = [torch.empty(0)] * ranks
+        self._barrier = threading.Barrier(ranks, timeout=30)
+
+    def all(self, rank: int, tensor: Tensor) -> list[Tensor]:
+        self._given[rank] = tensor
+        self._barrier.wait()
+        given = list(self._given)
+        self._barrier.wait()
+        return given
+
+    def run(self, parts: list[Callable[[], Any]]) -> None:
+        with ThreadPoolExecutor(len(parts)) as pool:
+            for done in [pool.submit(part) for part in parts]:
+                done.result()
+
+
+class Shard:
+    """One of two ranks: KV head ``rank`` and its three query heads."""
+
+    def __init__(self, model: Llama, rank: int, meeting: Meeting) -> None:
+        self._model, self._rank, self._meeting = model, rank, meeting
+        self.layers, self.scale = model.layers, model.scale
+        self.embed, self.rope, self.logits = model.embed, model.rope, model.logits
+
+    def qkv(self, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self._model.qkv(layer, hidden)
+        r = self._rank
+        return q[:, 3 * r : 3 * r + 3], k[:, r : r + 1], v[:, r : r + 1]
+
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
+        return attend(queries, keys, values, positions, self.scale)
+
+    def post(self, layer: int, hidden: Tensor, attended: Tensor) -> Tensor:
+        return self._model.post(layer, hidden, torch.cat(self._meeting.all(self._rank, attended), 1))
+
+    def total(self, scores: Tensor, how: str) -> Tensor:
+        given = torch.stack(self._meeting.all(self._rank, scores))
+        return given.sum(0) if how == "sum" else given.amax(0)
+
+
+def test_layers_that_come_late_give_the_same_and_failures_end_cleanly() -> None:
+    model = tiny()
+    for selector in usable("isolated"):
+        reference, _ = repaired(model, "isolated", selector, 0.3)
+        prompt, whole = assemble(model, model.rotary, SYSTEM, captured(model, "isolated"), QUESTION)
+        waited: list[int] = []
+        cache = [
+            LayerKV(torch.full_like(held.keys, torch.nan), torch.full_like(held.values, torch.nan)) for held in whole
+        ]
+
+        def arrive(layer: int, cache: list[LayerKV] = cache, whole: Any = whole, waited: list[int] = waited) -> None:
+            cache[layer].keys.copy_(whole[layer].keys)
+            cache[layer].values.copy_(whole[layer].values)
+            waited.append(layer)
+
+        work = Work(model, prompt, cache, arrive)
+        for _ in work.repair(selector, 0.3):
+            pass
+        assert waited == [0, 1, 2, 3]
+        torch.testing.assert_close(model.logits(work.hidden[-6:]), reference, rtol=0, atol=0)
+
+        def fail(layer: int, arrive: Callable[[int], None] = arrive) -> None:
+            if layer == 2:
+                raise TimeoutError("layer 2 never came")
+            arrive(layer)
+
+        with pytest.raises(TimeoutError, match="layer 2"):
+            for _ in Work(model, prompt, cache, fail).repair(selector, 0.3):
+                pass
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic NTK"),
+        ({"rope_scaling": {"rope_type": "longrope", "long_factor": [1.0]}}, "LongRoPE"),
+        ({"rope_scaling": {"type": "su"}}, "LongRoPE"),
+        ({"rope_scaling": {"rope_type": "default", "mrope_section": [2, 3, 3]}}, "M-RoPE"),
+        ({"position_embedding_type": "absolute"}, "absolute"),
+        ({"rope_theta": None}, "absolute or unknown"),
+    ],
+)
+def test_what_cannot_be_moved_is_refused_with_the_reason(config: dict[str, Any], reason: str) -> None:
+    made = {key: value for key, value in (BASE | config).items() if value is not None}
+    with pytest.raises(ConfigError, match=reason):
+        movable(made)
+
+
+def test_prompts_that_make_no_sense_are_refused() -> None:
+    ids = words(20, 5)
+    for spans, exact in (
+        ([(2, 2)], 0),
+        ([(2, 6), (5, 9)], 0),
+        ([(4, 21)], 0),
+        ([(2, 6)], 3),
+        ([(4, 20)], 0),
+    ):
+        with pytest.raises(ConfigError):
+            Prompt(ids, tuple(Span(a, b, Capture.ISOLATED) for a, b in spans), exact)
+    with pytest.raises(ConfigError, match="external mass"):
+        Prompt(ids, (Span(0, 4, Capture.LIVE, torch.ones(3)),))
+    prompt = Prompt(ids, (Span(0, 4, Capture.LIVE),))
+    with pytest.raises(ConfigError, match="between 0 and 1"):
+        list(Work(tiny(), prompt, empty_cache(tiny(), ids)).repair(SELECTORS["question"], 1.5))
+    with pytest.raises(ConfigError, match="no external mass"):
+        list(Work(tiny(), prompt, empty_cache(tiny(), ids)).repair(SELECTORS["external"], 0.5))
+
+
+def test_ties_go_to_the_lower_position() -> None:
+    assert top(torch.tensor([1.0, 3.0, 3.0, -torch.inf, 3.0]), 2).tolist() == [1, 2]
+    assert top(torch.tensor([1.0, -torch.inf]), 2).tolist() == [0]
