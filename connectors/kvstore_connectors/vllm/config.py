@@ -40,6 +40,18 @@ class ConnectorConfig:
         byte, once per start.
     tenant : str
         Blocks are shared only inside one tenant.
+    blend_gate : str
+        File with the verdict of a probe on this model; without one nothing is blended (docs/chunks.md).
+    blend : bool
+        Blend requests that do not say whether they want it.
+    blend_share : float
+        Share of reused tokens that is computed again, where a request names none.
+    blend_selector : str
+        How these are chosen, where a request does not say.
+    blend_separator : str
+        Token ids, separated by commas, between which chunks stand, where a request names none.
+    capture : bool
+        Store the chunks of requests that are computed exactly, where a request does not say.
     """
 
     address: str = ""
@@ -52,6 +64,12 @@ class ConnectorConfig:
     async_load: bool = True
     weights_digest: str = "sample"
     tenant: str = ""
+    blend_gate: str = ""
+    blend: bool = False
+    blend_share: float = 0.15
+    blend_selector: str = "auto"
+    blend_separator: str = ""
+    capture: bool = False
 
     @classmethod
     def from_extra(cls, extra: Mapping[str, Any]) -> ConnectorConfig:

@@ -11,6 +11,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 
 from kvstore.types import TierCode
 from kvstore_connectors.base import Breaker, Link, Tally, log, report_defect, shielded
+from kvstore_connectors.vllm.blend_gate import read_verdict
+from kvstore_connectors.vllm.blend_scheduler import Blends, default_wish
+from kvstore_connectors.vllm.blend_search import Searches
+from kvstore_connectors.vllm.blend_wish import NAME
 from kvstore_connectors.vllm.config import ConnectorConfig, block_tokens_for
 from kvstore_connectors.vllm.decisions import Decisions
 from kvstore_connectors.vllm.jobs import ConnectorMeta, Handshake, Report
@@ -83,6 +87,7 @@ class KVStoreConnector(KVConnectorBase_V1):
         self._lookups = Lookups(self._link, self._tally, config.lookup_deadline_ms / 1e3)
         chunk = self._vllm_config.scheduler_config.max_num_batched_tokens
         decisions = Decisions(self._tally, block_tokens, chunk, always=config.load == "always")
+        self._blends = self._make_blends(config, engine_block, block_tokens)
         self._scheduler = SchedulerSide(
             self._lookups,
             self._tally,
@@ -92,8 +97,22 @@ class KVStoreConnector(KVConnectorBase_V1):
             async_load=config.async_load,
             may_load=transfer.is_kv_consumer,
             may_save=transfer.is_kv_producer,
+            blends=self._blends,
         )
         self._breaker.start(START_WAIT_S)
+
+    def _make_blends(self, config: ConnectorConfig, engine_block: int, block_tokens: int) -> Blends:
+        link = Link(lambda: open_client(config, "search", LOOKUP_TIMEOUT_S), self._breaker, self._tally)
+        searches = Searches(link, self._tally, config.lookup_deadline_ms / 1e3)
+        default = default_wish(
+            config.blend_share,
+            config.blend_selector,
+            config.blend_separator,
+            blend=config.blend,
+            capture=config.capture,
+        )
+        verdict = read_verdict(config.blend_gate) if config.blend_gate else None
+        return Blends(searches, self._tally, engine_block, block_tokens, default, verdict)
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -190,9 +209,11 @@ class KVStoreConnector(KVConnectorBase_V1):
     @shielded(lambda: (False, None))
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """A request has ended; its blocks may be freed at once."""
-        if self._scheduler is not None:
-            self._scheduler.finished(request)
-        return False, None
+        if self._scheduler is None:
+            return False, None
+        report = self._blends.report(request.request_id)
+        self._scheduler.finished(request)
+        return False, None if report is None else {NAME: report}
 
     @shielded(lambda: False)
     def reset_cache(self) -> bool:
@@ -287,6 +308,7 @@ class KVStoreConnector(KVConnectorBase_V1):
         else:
             self._breaker.close()
             self._lookups.close()
+            self._blends.close()
             self._link.close()
 
 

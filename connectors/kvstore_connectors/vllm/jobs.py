@@ -12,6 +12,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from kvstore.types import Namespace
+from kvstore_connectors.vllm.blend_jobs import BlendJob, CaptureJob
 from kvstore_connectors.vllm.identity import Scope
 
 
@@ -94,6 +95,8 @@ class ConnectorMeta(KVConnectorMetadata):
     step: int = 0
     loads: list[LoadJob] = field(default_factory=list)
     saves: list[SaveJob] = field(default_factory=list)
+    blends: list[BlendJob] = field(default_factory=list)
+    captures: list[CaptureJob] = field(default_factory=list)
     idle: bool = False
     timed: bool = False
 

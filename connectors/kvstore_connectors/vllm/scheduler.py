@@ -16,6 +16,8 @@ import numpy as np
 from kvstore.types import Namespace, TierCode
 from kvstore_connectors.base import Tally, report_defect
 from kvstore_connectors.choice import Choice
+from kvstore_connectors.vllm.blend_jobs import BlendJob
+from kvstore_connectors.vllm.blend_scheduler import Blends
 from kvstore_connectors.vllm.decisions import Decisions
 from kvstore_connectors.vllm.identity import Scope, request_namespace, request_scope
 from kvstore_connectors.vllm.jobs import ConnectorMeta, LoadJob, Report, SaveBlock, SaveJob
@@ -96,6 +98,8 @@ class SchedulerSide:
     decisions : Decisions
         Whether loading pays.
     async_load, may_load, may_save : bool
+    blends : Blends, optional
+        For requests that reuse or store chunks.
     """
 
     def __init__(
@@ -109,8 +113,10 @@ class SchedulerSide:
         async_load: bool = True,
         may_load: bool = True,
         may_save: bool = True,
+        blends: Blends | None = None,
     ) -> None:
         self._lookups = lookups
+        self._blends = blends
         self._tally = tally
         self._decisions = decisions
         self._engine_block = engine_block
@@ -134,6 +140,8 @@ class SchedulerSide:
         Before they are known nothing is looked up.
         """
         self._ranks = list(namespaces)
+        if self._blends is not None:
+            self._blends.know_ranks(self._ranks)
         self._decisions.block_bytes = block_bytes * len(set(namespaces))  # ranks that hold replicas share blocks
 
     # -- what can be loaded --------------------------------------------------------------------------------------------
@@ -141,6 +149,8 @@ class SchedulerSide:
     def arrived(self, request: Any) -> None:
         """A request is new: look its blocks up before anybody asks."""
         tracked = self._track(request)
+        if self._blends is not None and self._may_load:
+            self._blends.arrived(request, tracked.scope)
         if tracked.query is None and self._wants_lookup(tracked):
             self._ask(tracked)
 
@@ -151,12 +161,14 @@ class SchedulerSide:
         """
         tracked = self._track(request)
         tracked.n_local, tracked.sources, tracked.choice = n_local, [], None
-        if not self._wants_lookup(tracked):
-            return 0, False
-        tiers = self._answer(tracked)
-        if tiers is None:
+        waited = self._await_search(request.request_id)
+        tiers = self._answer(tracked) if self._wants_lookup(tracked) else []
+        if tiers is None or not waited:
             return None, False
         first = n_local // self._block_tokens
+        blended = self._blend(tracked, first + _leading(tiers, first))
+        if blended:
+            return blended, False
         found = _leading(tiers, first)
         if found == 0 or n_local >= request.num_tokens - 1:
             return 0, False
@@ -168,6 +180,17 @@ class SchedulerSide:
             return 0, False
         tracked.sources = tracked.matched[: choice.blocks]
         return count, self._async
+
+    def _await_search(self, name: str) -> bool:
+        """Whether nothing is to be waited for that concerns chunks; waits a moment for it."""
+        search = None if self._blends is None else self._blends.waits(name)
+        return self._blends is None or search is None or self._blends.wait(search, FIRST_WAIT_S)
+
+    def _blend(self, tracked: Tracked, exact_blocks: int) -> int:
+        """Tokens that can be blended behind those that the engine has, given how many blocks can be had exactly."""
+        if self._blends is None or tracked.given_up or getattr(tracked.request, "skip_reading_prefix_cache", False):
+            return 0
+        return self._blends.promise(tracked.request, tracked.n_local, exact_blocks * self._block_tokens)
 
     def _decide(self, tracked: Tracked, matched: list[TierCode]) -> Choice:
         """How many of the matched blocks are worth loading."""
@@ -231,6 +254,8 @@ class SchedulerSide:
         tracked.engine_ids = list(engine_ids)
         if n_external > 0:
             self._promised[request.request_id] = (tracked.n_local, n_external)
+        if self._blends is not None:
+            self._blends.allocated(request.request_id, n_external)
         self._take(request.request_id, tracked, n_external)
 
     def _take(self, name: str, tracked: Tracked, n_external: int) -> None:
@@ -256,6 +281,27 @@ class SchedulerSide:
                 out[tier] = out.get(tier, 0) + stop - place
                 place = stop
         return out
+
+    def _blend_job(self, blends: Blends, name: str, tracked: Tracked, start: int, output: Any) -> BlendJob:
+        tracked.loading = tracked.engine_ids[start // self._engine_block :]
+        hashes = [] if tracked.query is None else tracked.query.hashes
+        try:
+            job = blends.job(name, start, tracked.engine_ids, hashes, self._computed_now(name, output))
+            if job is not None:
+                return job
+        except Exception:  # the promise was made: it has to end as a failed load, not as silence
+            report_defect("planning a blend")
+        return BlendJob(name, tracked.scope, b"", [], 0, start, start, tracked.engine_ids, [], 0.0, "", sound=False)
+
+    def _computed_now(self, name: str, output: Any) -> set[int]:
+        """Engine blocks that other requests compute in this step."""
+        ids: set[int] = set()
+        for other, count in output.num_scheduled_tokens.items():
+            tracked = self._requests.get(other)
+            if tracked is not None and other != name:
+                begin = tracked.request.num_computed_tokens
+                ids.update(tracked.engine_ids[begin // self._engine_block : (begin + count) // self._engine_block + 1])
+        return ids
 
     def _load_job(self, name: str, tracked: Tracked, start: int, count: int) -> LoadJob:
         first, last = start // self._engine_block, -(-(start + count) // self._engine_block)
@@ -284,8 +330,12 @@ class SchedulerSide:
         meta = ConnectorMeta(step=self._step, idle=not output.total_num_scheduled_tokens)
         promised, self._promised = self._promised, {}
         for name, (start, count) in promised.items():
-            meta.loads.append(self._load_job(name, self._requests[name], start, count))
-        if meta.loads and not self._async:
+            tracked = self._requests[name]
+            if self._blends is not None and self._blends.blending(name):
+                meta.blends.append(self._blend_job(self._blends, name, tracked, start, output))
+            else:
+                meta.loads.append(self._load_job(name, tracked, start, count))
+        if meta.blends or (meta.loads and not self._async):
             self._unconfirmed[self._step] = len(self._ranks)
         try:
             self._plan_saves(meta, output)
@@ -307,7 +357,8 @@ class SchedulerSide:
                     request = tracked.request
                     spans[name] = (request.num_computed_tokens, count, request.num_tokens)
             whole = len(spans) == len(output.num_scheduled_tokens)
-            return self._decisions.planned(self._step, spans, whole and (self._async or not meta.loads))
+            pure = whole and not meta.blends and (self._async or not meta.loads)
+            return self._decisions.planned(self._step, spans, pure)
         except Exception:  # the plan has to reach the workers
             report_defect("timing a step")
             return False
@@ -346,6 +397,9 @@ class SchedulerSide:
                 blocks = self._fresh_blocks(name, tracked, count, output)
                 if blocks:
                     meta.saves.append(SaveJob(name, tracked.scope, blocks))
+                if self._blends is not None:
+                    table, hashes = self._table(name, tracked, output), tracked.request.block_hashes
+                    meta.captures += self._blends.captures(name, tracked.computed + count, table, hashes)
 
     def _follow_progress(self, tracked: Tracked) -> None:
         computed = tracked.request.num_computed_tokens
@@ -358,6 +412,9 @@ class SchedulerSide:
     def _fresh_blocks(self, name: str, tracked: Tracked, count: int, output: Any) -> list[SaveBlock]:
         """Blocks that are full after this step and are not known to be stored."""
         full = min((tracked.computed + count) // self._block_tokens, self._full_hashes(tracked))
+        exact = None if self._blends is None else self._blends.exact_tokens(name)
+        if exact is not None:  # what is behind is approximate: it is nobody else's
+            full = min(full, exact // self._block_tokens)
         if full <= tracked.saved:
             return []
         table = self._table(name, tracked, output)
@@ -388,8 +445,11 @@ class SchedulerSide:
     def _rest(self) -> None:
         """Nothing to compute: wait a moment for a lookup instead of spinning."""
         open_queries = [t.query for t in self._requests.values() if t.query is not None and not t.query.finished]
+        search = None if self._blends is None else self._blends.any_open()
         if open_queries:
             self._lookups.wait_any(open_queries, IDLE_WAIT_S)
+        elif self._blends is not None and search is not None:
+            self._blends.wait(search, IDLE_WAIT_S)
 
     def failed(self, engine_ids: set[int]) -> set[int]:
         """Blocks were reported as not loaded: their requests compute for themselves, and store again.
@@ -408,9 +468,12 @@ class SchedulerSide:
                 tracked.given_up = True
                 tracked.present = 0
                 tracked.loading = []
-            if not self._async:
+            blended = self._blends is not None and self._blends.blending(name)
+            if not self._async or blended:
                 first = next((place for place, one in enumerate(tracked.engine_ids) if one in engine_ids), None)
                 spoiled.update(tracked.engine_ids[first:] if first is not None else ())
+            if self._blends is not None and tracked.given_up:
+                self._blends.give_up(name)
         return spoiled
 
     def confirmed(self, report: Report) -> None:
@@ -425,6 +488,8 @@ class SchedulerSide:
     def reset(self) -> None:
         """The engine's caches were reset, perhaps since its weights changed: share nothing with what was before."""
         self._epoch = os.urandom(16).hex()
+        if self._blends is not None:
+            self._blends.reset()
         for tracked in self._requests.values():
             tracked.scope = tracked.scope._replace(epoch=self._epoch)
             tracked.query, tracked.private = None, True
@@ -433,6 +498,8 @@ class SchedulerSide:
         """A request has ended."""
         self._requests.pop(request.request_id, None)
         self._decisions.forget(request.request_id)
+        if self._blends is not None:
+            self._blends.forget(request.request_id)
 
     def _track(self, request: Any) -> Tracked:
         tracked = self._requests.get(request.request_id)

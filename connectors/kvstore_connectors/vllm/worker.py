@@ -13,9 +13,14 @@ import torch
 from kvstore.errors import ConfigError
 from kvstore.types import Namespace
 from kvstore_connectors.base import Breaker, Link, Tally, report_defect
+from kvstore_connectors.blend.rope import movable
+from kvstore_connectors.vllm.blend_jobs import BlendJob
+from kvstore_connectors.vllm.blend_model import EngineModel, find_model
+from kvstore_connectors.vllm.blend_rows import Rows
+from kvstore_connectors.vllm.blend_worker import Blender
 from kvstore_connectors.vllm.identity import rank_namespace, request_namespace
 from kvstore_connectors.vllm.jobs import ConnectorMeta, Handshake, LoadJob, Report, SaveBlock, SaveJob
-from kvstore_connectors.vllm.layout import PageViews, layer_cache, learn, write_op
+from kvstore_connectors.vllm.layout import CANONICAL, PageViews, WriteOp, layer_cache, learn, write_op
 from kvstore_connectors.vllm.pages import DevicePages, Pages, make_pages
 from kvstore_connectors.vllm.transfers import Transfers, from_stage
 
@@ -178,6 +183,7 @@ class WorkerSide:
         self._saver: Saver | None = None
         self._failed: set[int] = set()
         self._report = Report()
+        self._blender: Blender | None = None
 
     # -- start ---------------------------------------------------------------------------------------------------------
 
@@ -209,11 +215,44 @@ class WorkerSide:
         self._pages = pages
         transfers = Transfers(pages, self._namespace, self.tally, self._config.load_deadline_ms / 1e3)
         self._transfers = transfers
+        self._blender = self._make_blender(layers, caches, pages, page_tokens)
         if self._config.async_load:
             self._loader = Loader(lambda job, after, stop: transfers.load(self._load_link, job, after, stop))
         if isinstance(pages, DevicePages):
             self._saver = Saver(pages, self._store_staged, self.tally)
         self._breaker.start(START_WAIT_S)
+
+    def _make_blender(
+        self, layers: list[PageViews], caches: dict[str, Any], pages: Pages, page_tokens: int
+    ) -> Blender | None:
+        """What blends and captures, where pages are of a known order; with the model if the gate may let it blend."""
+        if pages.layout != CANONICAL or self._namespace is None:
+            if self._config.blend_gate:
+                raise ConfigError("blend_gate: the order of tokens in this backend's pages is not known.", _REMEDY)
+            return None
+        deadline_s = self._config.load_deadline_ms / 1e3
+        if not self._config.blend_gate:
+            rows = Rows(layers, [], pages, page_tokens)
+            return Blender(rows, self._namespace, self.tally, deadline_s)
+        if self._namespace.pp_size > 1:
+            raise ConfigError("blend_gate: pipelines of several ranks are not blended.", _REMEDY)
+        config = self._vllm_config.model_config.hf_text_config.to_dict()
+        rows = Rows(layers, self._writes(caches), pages, page_tokens)
+        model = EngineModel(find_model())
+        return Blender(rows, self._namespace, self.tally, deadline_s, model, movable(config))
+
+    def _writes(self, caches: dict[str, Any]) -> list[tuple[WriteOp, torch.Tensor]]:
+        """Each layer's own write operation and its cache, in the order of `_learn`."""
+        context = self._vllm_config.compilation_config.static_forward_context
+        out: list[tuple[WriteOp, torch.Tensor]] = []
+        seen: set[tuple[int, Any]] = set()
+        for name, registered in caches.items():
+            layer = context.get(name)
+            cache, write = layer_cache(layer, registered), write_op(layer)
+            if write is not None and (cache.data_ptr(), cache.stride()) not in seen:
+                seen.add((cache.data_ptr(), cache.stride()))
+                out.append((write, cache))
+        return out
 
     def _learn(self, caches: dict[str, Any]) -> tuple[list[PageViews], int]:
         context = self._vllm_config.compilation_config.static_forward_context
@@ -251,11 +290,11 @@ class WorkerSide:
 
     def start_loads(self, meta: ConnectorMeta) -> None:
         """Hand the step's loads to the loader, or do them at once."""
-        if not meta.loads:
-            return
         for job in meta.loads:
             self._start_load(job)
-        if any(not job.is_async for job in meta.loads):
+        for blend in meta.blends:
+            self._blend(blend)
+        if meta.blends or any(not job.is_async for job in meta.loads):
             self._report.steps[meta.step] = self._report.steps.get(meta.step, 0) + 1
 
     def _start_load(self, job: LoadJob) -> None:
@@ -272,10 +311,25 @@ class WorkerSide:
             report_defect("starting a load")
             self._failed |= set(job.engine_ids)
 
+    def _blend(self, job: BlendJob) -> None:
+        """Put a prompt together from chunks, after the step's loads and before its forward pass."""
+        try:
+            transfers, blender = self._transfers, self._blender
+            if transfers is None or blender is None:
+                raise RuntimeError("a prompt was to be blended before the caches were registered")
+            after = self._pages.mark() if self._pages is not None else None
+            load = lambda exact: transfers.load(self._load_link, exact, after)  # noqa: E731
+            self._failed |= blender.blend(self._load_link, job, load)
+        except Exception:  # whatever happened, the engine computes
+            report_defect("blending")
+            self.tally.add("blend_failures")
+            self._failed |= set(job.table[job.begin // self._spec.block_size :])
+
     def save(self, meta: ConnectorMeta) -> None:
         """Store the step's full blocks. On the CPU they are copied before this returns; on a device, gathered."""
         begun = time.monotonic()
         self._save(meta)
+        self._capture(meta)
         if meta.timed:
             self._report.timed[meta.step] = time.monotonic() - begun
 
@@ -291,6 +345,14 @@ class WorkerSide:
                 self._saver.submit(job)
         else:
             self._transfers.save(self._save_link, meta.saves)
+
+    def _capture(self, meta: ConnectorMeta) -> None:
+        if self._blender is not None and self._breaker.allow():
+            for job in meta.captures:
+                try:
+                    self._blender.capture(self._save_link, job)
+                except Exception:
+                    report_defect("capturing a chunk")
 
     def _store_staged(self, scope: Any, blocks: Any) -> None:
         if self._transfers is not None and self._namespace is not None:

@@ -1,0 +1,126 @@
+"""vLLM's own model, opened layer by layer for the blend (`kvstore_connectors.blend.model.Model`).
+
+Its modules compute; only attention does not run through vLLM, since a batch's queries can not be scattered there.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from kvstore.errors import ConfigError
+from kvstore_connectors.blend.attention import attend
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_LAYERS = ("LlamaDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
+_REMEDY = "Remove `blend_gate` from kv_connector_extra_config; prefixes are reused without it."
+
+
+def find_model() -> torch.nn.Module:
+    """The model of the runner that is registering its caches, found among those who called.
+
+    Raises
+    ------
+    ConfigError
+        If there is none.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        runner = frame.f_locals.get("self")
+        model = getattr(runner, "model", None)
+        if isinstance(model, torch.nn.Module) and hasattr(runner, "kv_cache_config"):
+            return model
+        frame = frame.f_back
+    raise ConfigError("blending: this vLLM's model runner is not known.", _REMEDY)
+
+
+class EngineModel:
+    """A decoder of the Llama or Qwen family as vLLM has loaded it, this rank's part of it.
+
+    Parameters
+    ----------
+    model : Module
+        For example `vllm.model_executor.models.llama.LlamaForCausalLM`.
+
+    Raises
+    ------
+    ConfigError
+        If its layers are not of a kind that is known.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._outer: Any = getattr(model, "runnable", model)
+        self._inner: Any = getattr(self._outer, "model", None)
+        self._layers: list[Any] = list(getattr(self._inner, "layers", ()))
+        kinds = sorted({type(layer).__name__ for layer in self._layers})
+        if not kinds or any(kind not in _LAYERS for kind in kinds):
+            what = ", ".join(kinds) or type(model).__name__
+            raise ConfigError(
+                f"blending: layers of kind {what} are not known; known are {', '.join(_LAYERS)}.", _REMEDY
+            )
+        attention = self._layers[0].self_attn
+        self._heads, self._kv_heads, self._dim = attention.num_heads, attention.num_kv_heads, attention.head_dim
+        self.layers = len(self._layers)
+        self.scale = float(attention.scaling)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """KV heads of this rank, and size of a head."""
+        return self._kv_heads, self._dim
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """See `Model.embed`."""
+        return self._inner.embed_tokens(ids)
+
+    def qkv(self, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Model.qkv`."""
+        module = self._layers[layer]
+        attention = module.self_attn
+        both, _ = attention.qkv_proj(module.input_layernorm(hidden))
+        q, k, v = both.split([attention.q_size, attention.kv_size, attention.kv_size], dim=-1)
+        q, k = q.reshape(-1, self._heads, self._dim), k.reshape(-1, self._kv_heads, self._dim)
+        if hasattr(attention, "q_norm"):
+            q, k = attention.q_norm(q.contiguous()), attention.k_norm(k.contiguous())
+        return q, k, v.reshape(-1, self._kv_heads, self._dim)
+
+    def rope(self, layer: int, rows: Tensor, positions: Tensor) -> Tensor:
+        """See `Model.rope`; with the engine's own table."""
+        turned, _ = self._layers[layer].self_attn.rotary_emb.forward_native(positions, rows.flatten(1), None)
+        return turned.view(rows.shape)
+
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
+        """See `Model.attend`."""
+        return attend(queries, keys, values, positions, self.scale)
+
+    def post(self, layer: int, hidden: Tensor, attended: Tensor) -> Tensor:
+        """See `Model.post`."""
+        module = self._layers[layer]
+        out, _ = module.self_attn.o_proj(attended.contiguous())
+        hidden = hidden + out
+        return hidden + module.mlp(module.post_attention_layernorm(hidden))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """See `Model.logits`."""
+        return self._outer.compute_logits(self._inner.norm(hidden))
+
+    def total(self, scores: Tensor, how: Literal["sum", "max"]) -> Tensor:
+        """See `Model.total`."""
+        from vllm.distributed.parallel_state import get_tp_group
+
+        group = get_tp_group()
+        if group.world_size == 1:
+            return scores
+        summed = scores.clone()
+        operation = torch.distributed.ReduceOp.SUM if how == "sum" else torch.distributed.ReduceOp.MAX
+        torch.distributed.all_reduce(summed, operation, group=group.device_group)
+        return summed
+
+    def agree(self, sound: bool) -> bool:
+        """Whether all ranks are; a pass that one of them can not begin would leave the others waiting."""
+        device = next(self._inner.parameters()).device
+        return bool(self.total(torch.tensor([float(not sound)], device=device), "max").item() == 0.0)

@@ -1,0 +1,71 @@
+"""Single tokens' KV in vLLM's paged cache: read through the learned views, written by the layer's own operation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from kvstore.errors import ConfigError
+from kvstore_connectors.vllm.layout import PageViews, WriteOp
+from kvstore_connectors.vllm.pages import Pages
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Rows:
+    """The cache of all layers, by token.
+
+    Parameters
+    ----------
+    layers : list of PageViews
+        One for each layer, in the order of the model.
+    writes : list of (write operation, cache)
+        Of each layer; empty where nothing will be written.
+    pages : Pages
+    page_tokens : int
+        Tokens in a page of the kernels' cache.
+
+    Raises
+    ------
+    ConfigError
+        If the order of tokens inside a page is not known.
+    """
+
+    def __init__(
+        self, layers: list[PageViews], writes: list[tuple[WriteOp, Tensor]], pages: Pages, page_tokens: int
+    ) -> None:
+        if not all(views.page_tokens_known for views in layers):
+            raise ConfigError(
+                "chunks: the order of tokens inside a page of this attention backend is not known.",
+                "Use another attention backend, or reuse prefixes only.",
+            )
+        self._views = [views.sides for views in layers]
+        self._writes = writes
+        self._pages = pages
+        self._page_tokens = page_tokens
+        self.layers = len(layers)
+        self.engine_block = pages.engine_block
+        sample = layers[0].sides[0]
+        self.dtype, self.device = sample.dtype, sample.device
+        self.shape = (int(sample.shape[2]), int(sample.shape[3]))
+
+    def _slots(self, table: Sequence[int], start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Page and place in it of each token."""
+        pages = torch.tensor(self._pages.page_ids(table), dtype=torch.int64, device=self.device)
+        tokens = torch.arange(start, stop, device=self.device)
+        return pages[tokens // self._page_tokens], tokens % self._page_tokens
+
+    def read(self, layer: int, table: Sequence[int], start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """K and V ``[token, head, dim]`` of tokens `start` to `stop` of a request with this block table."""
+        pages, places = self._slots(table, start, stop)
+        keys, values = self._views[layer]
+        return keys[pages, places], values[pages, places]
+
+    def write(self, layer: int, table: Sequence[int], start: int, keys: Tensor, values: Tensor) -> None:
+        """Put K and V ``[token, head, dim]`` of tokens from `start` on where the engine looks for them."""
+        pages, places = self._slots(table, start, start + len(keys))
+        write, cache = self._writes[layer]
+        write(keys.contiguous(), values.contiguous(), cache, pages * self._page_tokens + places)
