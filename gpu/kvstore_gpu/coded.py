@@ -1,0 +1,106 @@
+"""Blocks that a codec made, as kernels meet them: where parts begin, and the way through the codec on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from kvstore.codecs.base import BlockCoder, BlockSpec, BlockStep, Context
+from kvstore_gpu import checks, host, jobs
+from kvstore_gpu.cache import PagedCache
+from kvstore_gpu.checks import FLOATS
+from kvstore_gpu.jobs import Part
+
+
+def spec_of(cache: PagedCache, tokens: int, position: int = 0) -> BlockSpec:
+    """The block of so many tokens of a cache."""
+    return BlockSpec(cache.layers, tokens, cache.heads, cache.dim, str(cache.dtype).removeprefix("torch."), position)
+
+
+def offsets(coder: BlockCoder, spec: BlockSpec, start: int = 0) -> torch.Tensor:
+    """Where parts begin, int64 ``[plane, layer]``, laid out plane after plane from ``start`` on, as a frame does."""
+    sizes = torch.tensor([coder.planes(spec.of(1), layer, Context()) for layer in range(spec.layers)]).T
+    flat = sizes.reshape(-1)
+    return (flat.cumsum(0) - flat + start).view(sizes.shape)
+
+
+def nbytes(coder: BlockCoder, spec: BlockSpec) -> int:
+    """Bytes of all parts."""
+    return sum(sum(coder.planes(spec.of(1), layer, Context())) for layer in range(spec.layers))
+
+
+def check(cache: PagedCache, parts: Sequence[Part], spec: BlockSpec, coder: BlockCoder, places: torch.Tensor) -> None:
+    """Refuse what does not fit: the cache, the pages, or parts that would lie outside a block."""
+    if cache.sides != 2 or cache.dtype not in FLOATS or cache.dim % 8 or cache.rows.unit != 16:
+        raise checks.refuse("cache", f"K and V in {cache.dtype} with heads of {cache.dim} and aligned rows are needed")
+    if spec != spec_of(cache, spec.tokens, spec.position) or spec.tokens % cache.page_tokens:
+        raise checks.refuse("spec", f"{spec} is no block of whole pages of this cache")
+    sizes = torch.tensor([coder.planes(spec.of(1), layer, Context()) for layer in range(spec.layers)]).T
+    planes = len(places)
+    if places.dim() != 2 or places.dtype != torch.int64 or places.shape[1] != spec.layers or planes > len(sizes):
+        raise checks.refuse("places", f"{tuple(places.shape)} of {places.dtype}: [plane, layer] of int64 are needed")
+    end = int((places + sizes[:planes]).max()) if places.numel() else 0
+    if places.numel() and (int(places.min()) < 0 or bool((places % 4).any())):
+        raise checks.refuse("places", "a part begins before the block, or not at a multiple of 4")
+    block_pages = spec.tokens // cache.page_tokens
+    for part in parts:
+        checks.tensor(part.block, "block", shape=(None,), dtypes=(torch.uint8,), align=16)
+        cache.check_ids(part.pages, "pages")
+        if part.block.numel() < end or not 0 <= part.first <= block_pages - len(part.pages):
+            raise checks.refuse("block", f"{part.block.numel()} bytes, {len(part.pages)} pages from {part.first} on")
+
+
+def table(cache: PagedCache, parts: Sequence[Part], stream: torch.cuda.Stream | None) -> torch.Tensor:
+    """The jobs of some parts, on the device."""
+    made = jobs.table(parts, host.addresses([part.block for part in parts], cache.device))
+    return jobs.upload(made, cache.device, stream)
+
+
+def decode(
+    cache: PagedCache,
+    parts: Sequence[Part],
+    spec: BlockSpec,
+    steps: Sequence[BlockStep],
+    coder: BlockCoder,
+    places: torch.Tensor,
+    layers: range,
+    context: Context,
+) -> None:
+    """The reference of every unpack: through the codec itself."""
+    one = spec.of(1)
+    for part in parts:
+        data = part.block.numpy()
+        for layer in layers:
+            sizes = coder.planes(one, layer, context)
+            planes = [data[at : at + size] for at, size in zip(places[:, layer].tolist(), sizes, strict=False)]
+            unit = torch.empty(one.shape, dtype=torch.float32)
+            coder.decode(planes, one, layer, unit, context)
+            for step in reversed(steps):
+                unit = step.inverse(unit, one, layer, context)
+            paged = unit.view(2, -1, *cache.sample.shape[1:])[:, part.first : part.first + len(part.pages)]
+            for side in range(2):
+                cache.views[layer][side][list(part.pages)] = paged[side].to(cache.dtype)
+
+
+def encode(
+    cache: PagedCache,
+    parts: Sequence[Part],
+    spec: BlockSpec,
+    steps: Sequence[BlockStep],
+    coder: BlockCoder,
+    places: torch.Tensor,
+    context: Context,
+) -> None:
+    """The reference of every pack: through the codec itself."""
+    one = spec.of(1)
+    for part in parts:
+        data = part.block.numpy()
+        for layer in range(spec.layers):
+            sides = [cache.views[layer][side][list(part.pages)].float() for side in range(2)]
+            unit = torch.stack(sides).view(one.shape)
+            for step in steps:
+                unit = step.forward(unit, one, layer, context)
+            sizes = coder.planes(one, layer, context)
+            planes = [data[at : at + size] for at, size in zip(places[:, layer].tolist(), sizes, strict=False)]
+            coder.encode(unit, one, layer, planes, context)

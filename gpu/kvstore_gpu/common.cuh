@@ -1,0 +1,108 @@
+// What all kernels share. It stands before every kernel.cu, so that NVRTC needs no header of the toolkit.
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
+
+#define INFINITY_ __int_as_float(0x7f800000)
+
+// Elements as they lie in memory; arithmetic is in float32, rounded once (to nearest, ties to even) on the way back.
+struct bf16 { u16 bits; };
+struct f16 { u16 bits; };
+struct f32 { float bits; };
+
+__device__ __forceinline__ float to_float(bf16 x) { return __uint_as_float(u32(x.bits) << 16); }
+__device__ __forceinline__ float to_float(f32 x) { return x.bits; }
+__device__ __forceinline__ float to_float(f16 x) {
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+    return y;
+}
+__device__ __forceinline__ void from_float(bf16& x, float y) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(x.bits) : "f"(y)); }
+__device__ __forceinline__ void from_float(f16& x, float y) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(x.bits) : "f"(y)); }
+__device__ __forceinline__ void from_float(f32& x, float y) { x.bits = y; }
+
+// N elements that travel together: 16 bytes or a part of it, aligned, so that each is one access.
+template <typename T, int N>
+struct alignas(sizeof(T) * N) Pack { T at[N]; };
+
+template <typename T, int N>
+__device__ __forceinline__ void load(const T* from, float (&to)[N]) {
+    constexpr int SPLIT = sizeof(T) * N > 16 ? sizeof(T) * N / 16 : 1;
+    typedef Pack<T, N / SPLIT> Part;
+#pragma unroll
+    for (int s = 0; s < SPLIT; s++) {
+        Part part = reinterpret_cast<const Part*>(from)[s];
+#pragma unroll
+        for (int i = 0; i < N / SPLIT; i++) to[s * (N / SPLIT) + i] = to_float(part.at[i]);
+    }
+}
+
+template <typename T, int N>
+__device__ __forceinline__ void store(T* to, const float (&from)[N]) {
+    constexpr int SPLIT = sizeof(T) * N > 16 ? sizeof(T) * N / 16 : 1;
+    typedef Pack<T, N / SPLIT> Part;
+#pragma unroll
+    for (int s = 0; s < SPLIT; s++) {
+        Part part;
+#pragma unroll
+        for (int i = 0; i < N / SPLIT; i++) from_float(part.at[i], from[s * (N / SPLIT) + i]);
+        reinterpret_cast<Part*>(to)[s] = part;
+    }
+}
+
+// Sums and extremes over the lanes of a group of WIDTH lanes; every lane gets the result, always in the same order.
+template <int WIDTH = 32>
+__device__ __forceinline__ float lane_sum(float x) {
+#pragma unroll
+    for (int step = WIDTH / 2; step; step /= 2) x += __shfl_xor_sync(~0u, x, step);
+    return x;
+}
+
+template <int WIDTH = 32>
+__device__ __forceinline__ float lane_max(float x) {
+#pragma unroll
+    for (int step = WIDTH / 2; step; step /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, step));
+    return x;
+}
+
+// One page of the engine's cache to move: where its block begins in memory, which page, and its place in the block.
+struct Job {
+    u64 block;
+    int page, place;
+};
+
+// Walsh-Hadamard transform over 8 elements a lane and `lanes` neighbouring lanes (a power of two), unnormalised.
+__device__ __forceinline__ void hadamard8(float (&x)[8], int lanes) {
+#pragma unroll
+    for (int half = 1; half < 8; half *= 2)
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            if (!(i & half)) {
+                const float a = x[i], b = x[i + half];
+                x[i] = a + b;
+                x[i + half] = a - b;
+            }
+    for (int step = 1; step < lanes; step *= 2) {
+        const bool upper = threadIdx.x & step;
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const float other = __shfl_xor_sync(~0u, x[i], step);
+            x[i] = upper ? other - x[i] : x[i] + other;
+        }
+    }
+}
+
+// Float16 rounded towards minus (or plus) infinity, as bits.
+__device__ __forceinline__ u16 half_down(float x) {
+    u16 y;
+    asm("cvt.rm.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ u16 half_up(float x) {
+    u16 y;
+    asm("cvt.rp.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
+    return y;
+}

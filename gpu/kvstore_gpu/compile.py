@@ -1,0 +1,180 @@
+"""From kernel.cu to functions: NVRTC through CuPy, templates instantiated by name, kept on disk by CuPy."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kvstore.errors import DeviceUnavailable, InternalError
+
+HERE = Path(__file__).parent
+OPTIONS = ("-std=c++17", "-default-device", "--fmad=true")
+ARCHITECTURES = ("80", "90", "100")
+"""Compute capabilities that every instantiation is compiled for in the tests."""
+
+THREADS = 256
+"""Threads of a block, where a kernel has no reason for another number."""
+
+_sources: dict[str, Source] = {}
+
+
+class Source:
+    """The kernels of one operation.
+
+    Parameters
+    ----------
+    operation : str
+        Name of its folder.
+    names : iterable of str
+        C++ names of all instantiations, e.g. ``copy_pages<true, 16>``. Others do not exist.
+    """
+
+    def __init__(self, operation: str, names: Iterable[str]) -> None:
+        self.operation = operation
+        self.names = tuple(names)
+        self._kernels: dict[str, Any] = {}
+        self._large: set[tuple[int, str]] = set()
+        self._lock = threading.Lock()
+        _sources[operation] = self
+
+    @property
+    def text(self) -> str:
+        """Source code, with what is common to all kernels before it."""
+        common = (HERE / "common.cuh").read_text("utf-8")
+        kernel = (HERE / self.operation / "kernel.cu").read_text("utf-8")
+        return f'{common}\n#line 1 "{self.operation}/kernel.cu"\n{kernel}'
+
+    def launch(
+        self,
+        name: str,
+        grid: int | tuple[int, ...],
+        args: Sequence[Any],
+        device: torch.device,
+        *,
+        threads: int = THREADS,
+        shared: int = 0,
+        stream: torch.cuda.Stream | None = None,
+    ) -> None:
+        """Run an instantiation on a stream: the current one of the device unless another is given.
+
+        Tensors among the arguments are passed as addresses, int as int32, float as float32.
+        """
+        kernel = self._kernel(name)
+        queue = stream if stream is not None else torch.cuda.current_stream(device)
+        shape = grid if isinstance(grid, tuple) else (grid,)
+        with torch.cuda.device(device), _queue(queue.cuda_stream, queue.device_index):
+            if shared > 48 << 10:
+                self._allow(kernel, name, shared, queue.device_index)
+            kernel(shape, (threads,), tuple(_argument(value) for value in args), shared_mem=shared)
+
+    def _kernel(self, name: str) -> Any:
+        if name not in self.names:
+            raise InternalError(f"{self.operation}: there is no instantiation {name}.")
+        kernel = self._kernels.get(name)
+        if kernel is None:
+            with self._lock:
+                # A module for each instantiation: compiling all of them would take many seconds.
+                module = _cupy().RawModule(code=self.text, options=OPTIONS, name_expressions=[name])
+                kernel = self._kernels[name] = module.get_function(name)
+        return kernel
+
+    def _allow(self, kernel: Any, name: str, shared: int, device: int) -> None:
+        """More than 48 KiB of shared memory have to be asked for, once."""
+        if (device, name) not in self._large:
+            kernel.max_dynamic_shared_size_bytes = shared
+            self._large.add((device, name))
+
+
+def sources() -> dict[str, Source]:
+    """All operations by name."""
+    from kvstore_gpu import ops
+
+    del ops
+    return dict(_sources)
+
+
+def cubin(source: Source, architecture: str, names: Sequence[str] = ()) -> dict[str, str]:
+    """Compile an operation for a compute capability, e.g. ``"90"``; needs NVRTC but no device.
+
+    Returns
+    -------
+    dict
+        Mangled name of each instantiation.
+
+    Raises
+    ------
+    InternalError
+        If it does not compile; with the compiler's words.
+    """
+    _cupy()
+    from cupy_backends.cuda.libs import nvrtc
+
+    program = nvrtc.createProgram(source.text, f"{source.operation}/kernel.cu", (), ())
+    try:
+        wanted = tuple(names) or source.names
+        for name in wanted:
+            nvrtc.addNameExpression(program, name)
+        try:
+            nvrtc.compileProgram(program, (*OPTIONS, f"-arch=sm_{architecture}"))
+        except nvrtc.NVRTCError:
+            raise InternalError(f"{source.operation}: {nvrtc.getProgramLog(program)}") from None
+        if not nvrtc.getCUBIN(program):
+            raise InternalError(f"{source.operation}: the compiler made nothing.")
+        return {name: nvrtc.getLoweredName(program, name) for name in wanted}
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+@cache
+def _cupy() -> Any:
+    try:
+        import cupy
+    except ImportError as error:
+        raise DeviceUnavailable(f"CuPy cannot be imported ({error}).", "Install cupy-cuda13x.") from None
+    return cupy
+
+
+class _Handle:
+    """A stream of torch's, as CuPy takes it (the CUDA stream protocol)."""
+
+    def __init__(self, pointer: int) -> None:
+        self._pointer = pointer
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._pointer
+
+
+@lru_cache(maxsize=64)
+def _queue(pointer: int, device: int) -> Any:
+    del device  # the same address may be another stream on another device
+    return _cupy().cuda.Stream.from_external(_Handle(pointer))
+
+
+def _argument(value: Any) -> Any:
+    if value is None:
+        return np.uint64(0)
+    if isinstance(value, torch.Tensor):
+        return np.uint64(value.data_ptr())
+    if isinstance(value, bool | int):
+        return np.int32(value)
+    if isinstance(value, float):
+        return np.float32(value)
+    return value
+
+
+@cache
+def processors(index: int) -> int:
+    """Multiprocessors of a device."""
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def blocks_for(work: int, device: torch.device, max_blocks: int | None, each: int = 8) -> int:
+    """Thread blocks for a kernel that strides over its work: enough to fill the device, no more than asked for."""
+    fill = processors(device.index) * each
+    return max(1, min(work, fill, max_blocks or fill))

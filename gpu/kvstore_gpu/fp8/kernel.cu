@@ -1,0 +1,103 @@
+// fp8 blocks to pages and back. A layer's part: scales [K|V][token] or [K|V][token][head], one byte each (an exponent of
+// two, plus 127), then E4M3 codes [K|V][token][head][dim]. Keys are after the rotation, as the engine has them.
+
+__device__ __forceinline__ float power(int exponent) { return __uint_as_float(u32(exponent + 127) << 23); }
+
+// Exponent of the least power of two above the largest magnitude over 448; that of nothing is 0.
+__device__ __forceinline__ int exponent_of(float largest) {
+    const u32 bits = __float_as_uint(__fdiv_rn(largest, 448.0f));
+    return bits == 0 ? 0 : min(max(int(bits >> 23) - 126, -126), 119);
+}
+
+__device__ __forceinline__ float from_e4m3(u8 code) {  // the fields of a float16, whose exponent bias is 8 larger
+    f16 half;
+    half.bits = u16((code & 0x7f) << 7 | (code & 0x80) << 8);
+    return to_float(half);
+}
+
+__device__ __forceinline__ u8 to_e4m3(float x) {  // to nearest, ties to even; |x| is at most 448
+    const u32 bits = __float_as_uint(x), magnitude = bits & 0x7fffffffu;
+    u32 code;
+    if (magnitude < 0x3c800000u)  // below 2^-6: steps of 2^-9
+        code = u32(rintf(__uint_as_float(magnitude) * 512.0f));
+    else
+        code = ((magnitude + 0x7ffffu + (magnitude >> 20 & 1)) >> 20) - (120u << 3);
+    return u8(code | bits >> 24 & 0x80u);
+}
+
+template <typename T>
+__global__ void unpack(
+    const Job* jobs, int count, const u64* bases, const i64* parts, int first_layer, int layers, i64 page_stride,
+    int token_stride, int head_stride, int tokens, int heads, int dim, int block_tokens, int per_head)
+{
+    const int octets = dim / 8, each = tokens * heads * octets, scales = per_head ? heads : 1;
+    const i64 tiles = i64(count) * layers * 2;
+    for (i64 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+        const Job job = jobs[tile % count];
+        const int view = first_layer * 2 + int(tile / count), side = view % 2;
+        const char* const part = reinterpret_cast<const char*>(job.block + parts[view / 2]);
+        const u8* const scale = reinterpret_cast<const u8*>(part);
+        const u8* const codes = scale + i64(2) * block_tokens * scales;
+        char* const page = reinterpret_cast<char*>(bases[view]) + job.page * page_stride;
+        const i64 first = i64(side) * block_tokens + job.place * tokens;
+#pragma unroll 4
+        for (int at = threadIdx.x; at < each; at += blockDim.x) {
+            const int vector = at / octets, octet = at - vector * octets;
+            const int token = vector / heads, head = vector - token * heads;
+            const i64 row = first + token;
+            const float s = 256.0f * power(scale[per_head ? row * heads + head : row] - 127);
+            const Pack<u8, 8> packed = *reinterpret_cast<const Pack<u8, 8>*>(codes + (row * heads + head) * dim + octet * 8);
+            float x[8];
+#pragma unroll
+            for (int i = 0; i < 8; i++) x[i] = from_e4m3(packed.at[i]) * s;
+            store<T, 8>(reinterpret_cast<T*>(page + i64(token) * token_stride + i64(head) * head_stride) + octet * 8, x);
+        }
+    }
+}
+
+// The larger one, or what is not a number.
+__device__ __forceinline__ float worse(float a, float b) { return a > b || a != a ? a : b; }
+
+// One warp a row that shares a scale.
+template <typename T>
+__global__ void pack(
+    const Job* jobs, int count, const u64* bases, const i64* parts, int first_layer, int layers, i64 page_stride,
+    int token_stride, int head_stride, int tokens, int heads, int dim, int block_tokens, int per_head, int* bad)
+{
+    const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
+    const int scales = per_head ? heads : 1, octets = dim / 8, each = per_head ? octets : heads * octets;
+    const i64 tiles = i64(count) * layers * 2;
+    for (i64 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+        const Job job = jobs[tile % count];
+        const int view = first_layer * 2 + int(tile / count), side = view % 2;
+        char* const part = reinterpret_cast<char*>(job.block + parts[view / 2]);
+        u8* const scale = reinterpret_cast<u8*>(part);
+        u8* const codes = scale + i64(2) * block_tokens * scales;
+        const char* const page = reinterpret_cast<const char*>(bases[view]) + job.page * page_stride;
+        const i64 first = i64(side) * block_tokens + job.place * tokens;
+        for (int row = threadIdx.x / 32; row < tokens * scales; row += warps) {
+            const int token = row / scales, head0 = row - token * scales;
+            float largest = 0, x[8];
+            for (int at = lane; at < each; at += 32) {
+                const int head = head0 + at / octets;
+                load<T, 8>(reinterpret_cast<const T*>(page + i64(token) * token_stride + i64(head) * head_stride) + at % octets * 8, x);
+#pragma unroll
+                for (int i = 0; i < 8; i++) largest = worse(largest, fabsf(x[i]));
+            }
+#pragma unroll
+            for (int step = 16; step; step /= 2) largest = worse(largest, __shfl_xor_sync(~0u, largest, step));
+            const int exponent = exponent_of(largest);
+            const float inverse = power(-exponent);
+            if (lane == 0) scale[(first + token) * scales + head0] = u8(exponent + 127);
+            if (!(largest <= 448.0f * power(119))) *bad = 1;  // also if it is not a number
+            for (int at = lane; at < each; at += 32) {
+                const int head = head0 + at / octets;
+                load<T, 8>(reinterpret_cast<const T*>(page + i64(token) * token_stride + i64(head) * head_stride) + at % octets * 8, x);
+                Pack<u8, 8> packed;
+#pragma unroll
+                for (int i = 0; i < 8; i++) packed.at[i] = to_e4m3(x[i] * inverse);
+                *reinterpret_cast<Pack<u8, 8>*>(codes + ((first + token) * heads + head) * dim + at % octets * 8) = packed;
+            }
+        }
+    }
+}

@@ -1,0 +1,102 @@
+"""Checks, then the kernel on the caller's stream, or the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from kvstore_gpu import checks, host, jobs
+from kvstore_gpu.cache import PagedCache
+from kvstore_gpu.compile import THREADS, Source, blocks_for
+from kvstore_gpu.jobs import Part
+from kvstore_gpu.paged import reference
+
+UNITS = (16, 8, 4, 2, 1)
+SOURCE = Source("paged", [f"copy_pages<{way}, unit{unit}>" for way in ("false", "true") for unit in UNITS])
+
+
+def gather(
+    cache: PagedCache,
+    parts: Sequence[Part],
+    block_pages: int,
+    *,
+    layers: range | None = None,
+    stream: torch.cuda.Stream | None = None,
+    max_blocks: int | None = None,
+) -> None:
+    """Copy pages of the cache into blocks.
+
+    Parameters
+    ----------
+    cache : PagedCache
+    parts : sequence of Part
+        Which pages go to which places of which blocks.
+    block_pages : int
+        Pages in a block.
+    layers : range, optional
+        Layers to copy, one after the other; all by default.
+    stream : torch.cuda.Stream, optional
+        Where the kernel runs; the device's current stream by default. When this returns it may not have run.
+    max_blocks : int, optional
+        Most thread blocks to use, so that a busy engine keeps its multiprocessors.
+
+    Raises
+    ------
+    InvalidParams
+        If a page is not there, a block has another size, or memory is out of the device's reach.
+    """
+    _copy(False, cache, parts, block_pages, layers, stream, max_blocks)
+
+
+def scatter(
+    cache: PagedCache,
+    parts: Sequence[Part],
+    block_pages: int,
+    *,
+    layers: range | None = None,
+    stream: torch.cuda.Stream | None = None,
+    max_blocks: int | None = None,
+) -> None:
+    """Copy blocks into pages of the cache; parameters and errors as of `gather`. No page may be named twice."""
+    _copy(True, cache, parts, block_pages, layers, stream, max_blocks)
+
+
+def _copy(
+    to_pages: bool,
+    cache: PagedCache,
+    parts: Sequence[Part],
+    block_pages: int,
+    layers: range | None,
+    stream: torch.cuda.Stream | None,
+    max_blocks: int | None,
+) -> None:
+    jobs.check(cache, parts, block_pages)
+    views = _views(cache, layers)
+    if cache.device.type == "cpu":
+        (reference.scatter if to_pages else reference.gather)(cache, parts, block_pages, views)
+        return
+    parts = [part for part in parts if part.pages]
+    if not parts or not views:
+        return
+    table = jobs.table(parts, host.addresses([part.block for part in parts], cache.device))
+    rows, page = cache.rows, cache.page_nbytes
+    unit = next(u for u in UNITS if u <= rows.unit and not (table["block"] % np.uint64(u)).any())
+    units = page // unit
+    args = (
+        jobs.upload(table, cache.device, stream), len(table), cache.bases, views.start, len(views),
+        np.int64(page), np.int64(page * block_pages), np.int64(rows.page_stride), rows.outer_stride,
+        rows.inner, rows.inner_stride, rows.row // unit, units,
+    )  # fmt: skip
+    threads = min(THREADS, max(32, -(-units // 32) * 32))
+    grid = blocks_for(len(table) * len(views), cache.device, max_blocks)
+    name = f"copy_pages<{str(to_pages).lower()}, unit{unit}>"
+    SOURCE.launch(name, grid, args, cache.device, threads=threads, stream=stream)
+
+
+def _views(cache: PagedCache, layers: range | None) -> range:
+    chosen = range(cache.layers) if layers is None else layers
+    if len(chosen) and not (chosen.start >= 0 and chosen.stop <= cache.layers and chosen.step == 1):
+        raise checks.refuse("layers", f"{chosen} of {cache.layers}")
+    return range(chosen.start * cache.sides, chosen.start * cache.sides + len(chosen) * cache.sides)

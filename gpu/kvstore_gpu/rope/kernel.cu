@@ -1,0 +1,70 @@
+// Blocks to pages, keys turned on the way, values as they are. Turning is done in float32 and rounded once.
+//
+// An item is what one thread turns at once: VEC elements and their partners (NeoX: half a rotary part away;
+// interleaved: beside them). Dimensions behind the rotary part pass through.
+
+template <typename T, bool INTERLEAVED, int VEC>
+__device__ void turn_item(const T* from, T* to, int item, int pairs, const float* cos, const float* sin, bool turn)
+{
+    const int turned = (INTERLEAVED ? 2 * pairs : pairs) / VEC;
+    if (item >= turned) {  // behind the rotary part
+        const int at = 2 * pairs + (item - turned) * VEC;
+        *reinterpret_cast<Pack<T, VEC>*>(to + at) = *reinterpret_cast<const Pack<T, VEC>*>(from + at);
+    } else if (INTERLEAVED) {
+        float x[VEC], y[VEC];
+        load<T, VEC>(from + item * VEC, x);
+#pragma unroll
+        for (int i = 0; i < VEC; i += 2) {
+            const int pair = (item * VEC + i) / 2;
+            const float c = turn ? cos[pair] : 1.0f, s = turn ? sin[pair] : 0.0f;
+            y[i] = x[i] * c - x[i + 1] * s;
+            y[i + 1] = x[i + 1] * c + x[i] * s;
+        }
+        store<T, VEC>(to + item * VEC, y);
+    } else {
+        float x[VEC], y[VEC], c[VEC], s[VEC];
+        load<T, VEC>(from + item * VEC, x);
+        load<T, VEC>(from + pairs + item * VEC, y);
+        if (turn) {
+            load<f32, VEC>(reinterpret_cast<const f32*>(cos + item * VEC), c);
+            load<f32, VEC>(reinterpret_cast<const f32*>(sin + item * VEC), s);
+#pragma unroll
+            for (int i = 0; i < VEC; i++) {
+                const float first = x[i];
+                x[i] = first * c[i] - y[i] * s[i];
+                y[i] = y[i] * c[i] + first * s[i];
+            }
+        }
+        store<T, VEC>(to + item * VEC, x);
+        store<T, VEC>(to + pairs + item * VEC, y);
+    }
+}
+
+template <typename T, bool INTERLEAVED, int VEC>
+__global__ void shift(
+    const Job* jobs, int count, const u64* bases, int first_layer, int layers, i64 place_stride, i64 view_stride,
+    i64 page_stride, int token_stride, int head_stride, int tokens, int heads, int dim, int pairs, const float* cos,
+    const float* sin, int one_row, const u8* skipped)
+{
+    const int items = (INTERLEAVED ? 2 * pairs : pairs) / VEC + (dim - 2 * pairs) / VEC;
+    const int each = tokens * heads * items;
+    const i64 tiles = i64(count) * layers * 2;
+    for (i64 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+        const int index = int(tile % count), view = first_layer * 2 + int(tile / count);
+        const Job job = jobs[index];
+        const bool turn = view % 2 == 0 && !skipped[view / 2];
+        char* const page = reinterpret_cast<char*>(bases[view]) + job.page * page_stride;
+        const char* const block =
+            reinterpret_cast<const char*>(job.block + view * view_stride + job.place * place_stride);
+#pragma unroll 4
+        for (int at = threadIdx.x; at < each; at += blockDim.x) {
+            const int vector = at / items, item = at - vector * items;
+            const int token = vector / heads, head = vector - token * heads;
+            const i64 row = one_row ? 0 : i64(index) * tokens + token;
+            turn_item<T, INTERLEAVED, VEC>(
+                reinterpret_cast<const T*>(block) + i64(vector) * dim,
+                reinterpret_cast<T*>(page + i64(token) * token_stride + i64(head) * head_stride), item, pairs,
+                cos + row * pairs, sin + row * pairs, turn);
+        }
+    }
+}

@@ -1,0 +1,130 @@
+"""Blocks through the copy engine: a ring of slots on the device between host memory and the kernels.
+
+The copy engine reaches all of PCIe where blocks are large, which kernels that reach across PCIe do not, and it needs no
+multiprocessor; and a kernel that decodes reads its bytes where that is cheap. While a kernel works on one slot the next
+one is copied.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+
+from kvstore_gpu import checks, host
+from kvstore_gpu.jobs import Part
+
+Work = Callable[[Sequence[Part], torch.cuda.Stream], None]
+"""Work on parts whose blocks lie on the device, on a stream: ``scatter``, ``unpack``, ``gather``, ``pack``."""
+
+_ALIGN = 256
+
+
+class Staging:
+    """A ring of slots, each for one block or several.
+
+    Parameters
+    ----------
+    device : torch.device
+    slot_nbytes : int
+        At least the largest block.
+    slots : int
+        Two let copies and kernels overlap.
+    """
+
+    def __init__(self, device: torch.device, slot_nbytes: int, slots: int = 3) -> None:
+        self._device = device
+        self._copies = torch.cuda.Stream(device)
+        self._slots = [torch.empty(slot_nbytes, dtype=torch.uint8, device=device) for _ in range(slots)]
+        self._free = [torch.cuda.Event() for _ in range(slots)]
+        self._next = 0
+        self._lock = threading.Lock()
+        torch.cuda.current_stream(device).synchronize()  # the memory may have had another use on this stream
+
+    def load(self, parts: Sequence[Part], land: Work, stream: torch.cuda.Stream) -> None:
+        """Bring blocks over and hand them to ``land``, in order; when this returns nothing may have run yet.
+
+        What is on ``stream`` already comes before ``land``.
+
+        Raises
+        ------
+        InvalidParams
+            If a block is larger than a slot, or lies in memory that is not registered.
+        """
+        for group, index in self._groups(parts):
+            staged = self._place(group, index)
+            with torch.cuda.stream(self._copies):
+                self._copies.wait_event(self._free[index])
+                for part, here in zip(group, staged, strict=True):
+                    here.block.copy_(part.block, non_blocking=True)
+                stream.wait_event(_record())
+            land(staged, stream)
+            self._free[index].record(stream)
+
+    def store(
+        self, parts: Sequence[Part], take: Work, stream: torch.cuda.Stream
+    ) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        """Let ``take`` fill slots, and bring them to the blocks.
+
+        Returns
+        -------
+        (taken, arrived)
+            When the cache's pages are no longer needed; when the bytes are in host memory.
+        """
+        with torch.cuda.stream(stream):
+            taken = arrived = _record()
+        for group, index in self._groups(parts):
+            staged = self._place(group, index)
+            stream.wait_event(self._free[index])
+            take(staged, stream)
+            with torch.cuda.stream(stream):
+                taken = _record()
+            with torch.cuda.stream(self._copies):
+                self._copies.wait_event(taken)
+                for part, here in zip(group, staged, strict=True):
+                    part.block.copy_(here.block, non_blocking=True)
+                arrived = _record()
+                self._free[index].record()
+        return taken, arrived
+
+    def _groups(self, parts: Sequence[Part]) -> Iterator[tuple[list[Part], int]]:
+        """Parts as they fit into slots, with the slot; one caller at a time."""
+        host.addresses([part.block for part in parts], self._device)
+        limit = len(self._slots[0])
+        with self._lock:
+            group: list[Part] = []
+            used = 0
+            for part in parts:
+                size = _room(part)
+                if size > limit:
+                    raise checks.refuse("block", f"{part.block.nbytes} bytes for a slot of {limit}")
+                if used + size > limit:
+                    yield group, self._take()
+                    group, used = [], 0
+                group.append(part)
+                used += size
+            if group:
+                yield group, self._take()
+
+    def _take(self) -> int:
+        index, self._next = self._next, (self._next + 1) % len(self._slots)
+        return index
+
+    def _place(self, group: Sequence[Part], index: int) -> list[Part]:
+        out, at = [], 0
+        for part in group:
+            out.append(replace(part, block=self._slots[index][at : at + part.block.nbytes]))
+            at += _room(part)
+        return out
+
+
+def _room(part: Part) -> int:
+    return -(-part.block.nbytes // _ALIGN) * _ALIGN
+
+
+def _record() -> torch.cuda.Event:
+    event = torch.cuda.Event()
+    event.record()
+    return event
