@@ -47,13 +47,12 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, sca
     Tensor
         ``[n, heads * dim]``.
     """
-    last = int(positions.max()) + 1 if len(positions) else 0
-    k, v = keys[:last].to(queries.dtype).transpose(0, 1)[None], values[:last].to(queries.dtype).transpose(0, 1)[None]
+    k, v = (rows.to(queries.dtype).transpose(0, 1)[None] for rows in (keys, values))
     grouped = keys.shape[1] != queries.shape[1]
     out = torch.empty_like(queries)
-    for piece in _pieces(len(queries), last):
+    for piece in _pieces(len(queries), len(keys)):
         q = queries[piece].transpose(0, 1)[None]
-        mask = _seen(positions[piece], last)
+        mask = _seen(positions[piece], len(keys))
         one = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
         out[piece] = one[0].transpose(0, 1)
     return out.flatten(1)

@@ -39,7 +39,8 @@ class Llama:
         self._eps = float(config["rms_norm_eps"])
         self.rotary = movable(config)
         self._magnitude = attention_factor(config)
-        self._table = self.rotary.table(torch.arange(0, device=tensors["model.embed_tokens.weight"].device))
+        nowhere = torch.arange(0, device=tensors["model.embed_tokens.weight"].device)
+        self._turned = nowhere, self.rotary.table(nowhere)
         self.layers = int(config["num_hidden_layers"])
         self.scale = self._dim**-0.5
         self._embedding = tensors["model.embed_tokens.weight"]
@@ -57,11 +58,9 @@ class Llama:
     def rope(self, layer: int, rows: Tensor, positions: Tensor) -> Tensor:
         if layer in self.rotary.skipped_layers:
             return rows
-        if int(positions[-1]) >= len(self._table[0]):  # positions are sorted
-            room = torch.arange(2 * int(positions[-1]) + 1, device=positions.device)
-            self._table = self.rotary.table(room)
-        cos, sin = self._table
-        turned = self.rotary.turn(rows, (cos[positions], sin[positions]))
+        if positions is not self._turned[0]:  # the same rows pass one layer after the other
+            self._turned = positions, self.rotary.table(positions)
+        turned = self.rotary.turn(rows, self._turned[1])
         return (turned if self._magnitude == 1 else turned * self._magnitude).to(rows.dtype)
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
