@@ -14,7 +14,7 @@ from kit import ENVIRONMENT, Daemon
 from model import tiny_llama
 
 
-def run(model: Path, daemon: Daemon, ranks: int, mode: str = "async") -> dict[str, Any]:
+def run(model: Path, daemon: Daemon, ranks: int, mode: str = "async", script: str = "tp_engine.py") -> dict[str, Any]:
     """An engine's answers, from a process of its own: its workers are processes, too."""
     environment = {
         **os.environ,
@@ -22,8 +22,7 @@ def run(model: Path, daemon: Daemon, ranks: int, mode: str = "async") -> dict[st
         "VLLM_CPU_OMP_THREADS_BIND": "|".join("01"[i > 0] for i in range(ranks)),
     }
     environment["VLLM_CPU_KVCACHE_SPACE"] = "1"
-    script = Path(__file__).with_name("tp_engine.py")
-    command = [sys.executable, str(script), str(model), daemon.address, str(ranks), mode]
+    command = [sys.executable, str(Path(__file__).with_name(script)), str(model), daemon.address, str(ranks), mode]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, done.stdout[-2000:] + done.stderr[-4000:]

@@ -15,16 +15,13 @@ import numpy as np
 import torch
 
 from kvstore.client import Room, chunk_keys, chunk_parts
-from kvstore.errors import ConfigError, InternalError
+from kvstore.errors import InternalError
 from kvstore.keys import derived_key, namespace_digest
 from kvstore.types import ChunkInfo, Miss, Namespace, Stored
 from kvstore_connectors.base import Link, Tally
 from kvstore_connectors.blend.prompt import Capture, LayerKV, Prompt, Span
 from kvstore_connectors.blend.rope import move
-from kvstore_connectors.blend.selectors.deviation import Deviation
-from kvstore_connectors.blend.selectors.external import External
-from kvstore_connectors.blend.selectors.initial import Initial
-from kvstore_connectors.blend.selectors.question import Question
+from kvstore_connectors.blend.selectors.planner import planner, selector_named
 from kvstore_connectors.blend.work import Selector, Work
 from kvstore_connectors.vllm.blend_jobs import BlendJob, BlendSpan, CaptureJob
 from kvstore_connectors.vllm.blend_rows import Rows
@@ -280,7 +277,8 @@ def selector_for(name: str, prompt: Prompt) -> Selector:
     ConfigError
         If there is none.
     """
-    kinds = {"question": Question, "v-deviation": Deviation, "initial": Initial, "external": External}
-    if name != "auto" and name not in kinds:
-        raise ConfigError(f"blending: there is no selector {name!r}.", f"Known are auto, {', '.join(kinds)}.")
-    return kinds.get(name, Question)()
+    if name != "auto":
+        return selector_named(name)
+    if any(span.capture is Capture.LIVE and span.external is None for span in prompt.spans):
+        return selector_named("question")  # vLLM shows no attention, so of what it captured no mass is known
+    return planner(prompt)
