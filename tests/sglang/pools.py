@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from sglang.srt.managers.cache_controller import HiCacheController
-from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig
+from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig, PoolName
+from sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller import HybridCacheController
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
-from sglang.srt.mem_cache.pool_host import base
+from sglang.srt.mem_cache.pool_host import HostPoolGroup, PoolEntry, base
 from sglang.srt.mem_cache.pool_host.mha import get_mha_host_pool_cls
 from sglang.srt.mem_cache.pool_host.mla import MLATokenToKVPoolHost
 from sglang.srt.mem_cache.storage import StorageBackendFactory
@@ -150,12 +150,14 @@ class _Allocator:
 
 
 @contextlib.contextmanager
-def controller(kind: str, layout: str, extra: dict[str, Any]) -> Iterator[HiCacheController]:
+def controller(kind: str, layout: str, extra: dict[str, Any]) -> Iterator[HybridCacheController]:
     """SGLang's controller with its threads, and our backend attached by it."""
     device = device_pool(kind)
-    made = HiCacheController(
+    pool = host_pool(kind, layout, device=device)
+    entry = PoolEntry(PoolName.KV, pool, device, lambda layer: layer, is_primary_index_anchor=True)
+    made = HybridCacheController(
         _Allocator(device),
-        host_pool(kind, layout, device=device),
+        HostPoolGroup([entry]),
         PAGE,
         torch.distributed.group.WORLD,
         threading.Event(),

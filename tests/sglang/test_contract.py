@@ -179,6 +179,26 @@ def test_many_pages_in_one_call(daemon: Daemon, make: Make) -> None:
             assert content(pool, page) == content(pool, pages[number])
 
 
+def test_a_prompt_of_more_pages_than_a_question_holds(
+    daemon: Daemon, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SGLang asks for all pages of a prompt at once; they are counted over several questions."""
+    from kvstore_connectors.sglang import transfers
+
+    pool = host_pool("mha", "page_first")
+    backend = make(pool, {"address": daemon.address})
+    keys = hashes(20)
+    assert backend.batch_exists(hashes(20_000)) == 0
+    assert all(backend.batch_set_v1(keys[:18], indices(range(18))))
+    for size in (1, 5, 6, 9, 18, 19, 20, 21):
+        monkeypatch.setattr(transfers, "LOOKUP_PAGES", size)
+        assert backend.batch_exists(keys) == 18
+        assert backend.batch_exists(keys[:18]) == 18
+    assert backend.batch_exists([]) == 0
+    assert backend.tally.peek()["lookups"] > 20_000
+    assert "failed_lookup" not in backend.tally.peek()
+
+
 def test_storing_again_is_a_success(daemon: Daemon, make: Make) -> None:
     """A page that is there already counts as stored, and the first bytes stay."""
     pool = host_pool("mha", "page_first_direct")

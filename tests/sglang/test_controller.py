@@ -12,6 +12,7 @@ import pytest
 import torch
 from kit import Daemon
 from pools import LAYOUTS, PAGE, content, controller, engine, fill
+from sglang.srt.mem_cache.base_prefix_cache import CacheRequestHandle
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from test_contract import FLAT_LAYOUTS
 
@@ -38,7 +39,7 @@ _random = torch.Generator().manual_seed(os.getpid())
 
 def back_up(engine_of: Any, tokens: RadixKey, pages: int) -> tuple[list[int], int]:
     """Let SGLang store pages of its host pool; which, and how many tokens it believes to be stored."""
-    places = engine_of.mem_pool_host.alloc(pages * PAGE)
+    places = engine_of.storage_host_pool.alloc(pages * PAGE)
     engine_of.write_storage(places, tokens, engine_of.get_hash_str(tokens, None, page_size=PAGE), [])
     done = engine_of.ack_backup_queue.get(timeout=10)
     return (places[::PAGE] // PAGE).tolist(), done.completed_tokens
@@ -46,11 +47,11 @@ def back_up(engine_of: Any, tokens: RadixKey, pages: int) -> tuple[list[int], in
 
 def prefetch(engine_of: Any, tokens: RadixKey) -> tuple[list[int], int]:
     """Let SGLang look for a prompt and load what it finds, as its scheduler does; where to, and how many tokens."""
-    operation = engine_of.prefetch("request", tokens)
+    operation = engine_of.prefetch(CacheRequestHandle("request", 0), tokens)
     found = engine_of.prefetch_hit_queue.get(timeout=10)
     if not found.storage_hit_count:
         return [], 0
-    operation.host_indices = engine_of.mem_pool_host.alloc(found.storage_hit_count)
+    operation.host_indices = engine_of.storage_host_pool.alloc(found.storage_hit_count)
     engine_of.prefetch_buffer.put(operation)
     completed, deadline = 0, time.monotonic() + 10
     while time.monotonic() < deadline:
@@ -70,15 +71,15 @@ def test_a_prompt_goes_out_and_comes_back(daemon: Daemon, kind: str, layout: str
     extra = {"address": daemon.address, "interface_v1": interface}
     tokens = prompt(6)
     with controller(kind, layout, extra) as writer, controller(kind, layout, extra) as reader:
-        fill(writer.mem_pool_host, 1)
-        fill(reader.mem_pool_host, 2)
+        fill(writer.storage_host_pool, 1)
+        fill(reader.storage_host_pool, 2)
         assert prefetch(reader, tokens) == ([], 0)
         stored, told = back_up(writer, tokens, 6)
         assert told == 6 * PAGE
         loaded, told = prefetch(reader, tokens)
         assert told == 6 * PAGE
-        assert [content(reader.mem_pool_host, page) for page in loaded] == [
-            content(writer.mem_pool_host, page) for page in stored
+        assert [content(reader.storage_host_pool, page) for page in loaded] == [
+            content(writer.storage_host_pool, page) for page in stored
         ]
 
 
@@ -88,7 +89,7 @@ def test_controller_lives_through_an_outage(tmp_path: Path) -> None:
     daemon.start()
     try:
         with controller("mha", "page_first", {"address": daemon.address}) as ours:
-            fill(ours.mem_pool_host, 3)
+            fill(ours.storage_host_pool, 3)
             tokens = prompt(2)
             assert back_up(ours, tokens, 2)[1] == 2 * PAGE
             daemon.kill()
@@ -98,12 +99,12 @@ def test_controller_lives_through_an_outage(tmp_path: Path) -> None:
             daemon.start()
             deadline = time.monotonic() + 15
             while not (again := back_up(ours, tokens := prompt(1), 1))[1]:
-                ours.mem_pool_host.clear()
+                ours.storage_host_pool.clear()
                 assert time.monotonic() < deadline
                 time.sleep(0.1)
             loaded, told = prefetch(ours, tokens)
             assert told == PAGE
-            assert content(ours.mem_pool_host, loaded[0]) == content(ours.mem_pool_host, again[0][0])
+            assert content(ours.storage_host_pool, loaded[0]) == content(ours.storage_host_pool, again[0][0])
             assert all(
                 thread.is_alive() for thread in (ours.prefetch_thread, ours.prefetch_io_aux_thread, ours.backup_thread)
             )
@@ -123,13 +124,18 @@ def test_detached_and_attached_again(daemon: Daemon) -> None:
 
     extra = {**DYNAMIC, "address": daemon.address}
     with controller("mha", "page_first", extra) as ours:
-        fill(ours.mem_pool_host, 4)
+        fill(ours.storage_host_pool, 4)
         tokens = prompt(3)
         stored, _ = back_up(ours, tokens, 3)
         ours.detach_storage_backend()
-        ours.attach_storage_backend("dynamic", model_name="models/tiny", storage_backend_extra_config=dict(extra))
+        ours.attach_storage_backend(
+            "dynamic",
+            model_name="models/tiny",
+            storage_backend_extra_config=dict(extra),
+            host_pools=ours.mem_pool_host.entries,
+        )
         loaded, told = prefetch(ours, tokens)
         assert told == 3 * PAGE
-        assert [content(ours.mem_pool_host, page) for page in loaded] == [
-            content(ours.mem_pool_host, page) for page in stored
+        assert [content(ours.storage_host_pool, page) for page in loaded] == [
+            content(ours.storage_host_pool, page) for page in stored
         ]

@@ -1,7 +1,8 @@
 """kvstore as a storage backend of SGLang's hierarchical cache.
 
-SGLang calls from threads of its own, at most 128 pages at a time, and asks for prefixes only. None of these calls
-raises, save `clear`: what can not be had is a miss, and what can not be stored is not there.
+SGLang calls from threads of its own: one asks for the prefix of a prompt, one loads and one stores, at most 128 pages
+at a time. None of these calls raises, save `clear`: what can not be had is a miss, and what can not be stored is not
+there.
 """
 
 from __future__ import annotations

@@ -20,6 +20,9 @@ from kvstore_connectors.sglang.pages import Bytes, HostPages, copy_in, copy_out
 LEASE_PAGES = 32
 """Pages leased or reserved at a time: bounds what a call pins in the daemon's memory."""
 
+LOOKUP_PAGES = 4096
+"""Pages asked for in one question. SGLang asks for a whole prompt, which may be more than one can hold."""
+
 ROUND_S = 0.1
 """Longest wait for pages on their way up from a lower tier. Then the daemon is asked again, and has to answer."""
 
@@ -50,12 +53,14 @@ class Transfers:
 
     def count(self, link: Link, hashes: Sequence[str]) -> int:
         """Pages of a prefix that are stored, wherever they are."""
-        found = link.run("lookup", lambda client: client.lookup(self._keys(hashes), namespace=self.namespace))
         hits = 0
-        for code in found or ():
-            if not code:
+        while hits < len(hashes):
+            keys = self._keys(hashes[hits : hits + LOOKUP_PAGES])
+            codes = link.run("lookup", lambda client, keys=keys: client.lookup(keys, namespace=self.namespace))
+            found = next((at for at, code in enumerate(codes or ()) if not code), len(codes or ()))
+            hits += found
+            if found < len(keys):
                 break
-            hits += 1
         self._tally.add("lookups", len(hashes))
         self._tally.add("hits", hits)
         return hits
