@@ -287,7 +287,7 @@ class Service:
             block = BlockId(scope, offer.key)
             status = self._refusal(block, offer)
             if status is None:
-                extents = self.host.allocate(scope.domain, offer.nbytes, len(offer.header), scope)
+                extents = self.host.allocate(scope.domain, offer.nbytes, len(offer.header), scope, new=True)
                 if extents is not None:
                     self.ledger.reserve(reservation, index, Place(block, header, offer.header, offer.nbytes, extents))
                     reply.rooms.append(m.Room(index, () if reservation.session.remote else extents))
@@ -295,7 +295,7 @@ class Service:
                     return
                 else:
                     status = self.host.why_full(scope, offer.nbytes).value
-            self.desk.reuse.note([(offer.key, offer.nbytes)])  # it had to be computed
+            self.desk.offered(scope, offer.key, offer.nbytes)
             if status is not None:
                 self._refused(block, status)
                 reply.others.append(m.NoRoom(index, status))

@@ -11,6 +11,7 @@ from typing import Any
 from kvstore.errors import ConfigError
 from kvstore.eviction.arc import ARC
 from kvstore.eviction.base import EvictionPolicy
+from kvstore.eviction.chooser import Chooser
 from kvstore.eviction.closed import PrefixClosed
 from kvstore.eviction.gdsf import GDSF
 from kvstore.eviction.lhd import LHD
@@ -18,7 +19,9 @@ from kvstore.eviction.lru import LRU
 from kvstore.eviction.mq import MQ
 from kvstore.eviction.s3fifo import S3FIFO
 
-POLICIES: dict[str, type[EvictionPolicy[Any]]] = {policy.name: policy for policy in (LHD, LRU, ARC, MQ, S3FIFO, GDSF)}
+POLICIES: dict[str, type[EvictionPolicy[Any]]] = {
+    policy.name: policy for policy in (LHD, Chooser, LRU, ARC, MQ, S3FIFO, GDSF)
+}
 
 
 def names() -> list[str]:

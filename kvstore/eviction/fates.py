@@ -9,12 +9,16 @@ many blocks are held.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import accumulate
+from operator import mul
 
 _AGES = 24
 _BUCKETS_HELD = 64
 """Parts of the time in which as many blocks are used as are held; a part is the width of the first buckets."""
 _FORGET = 0.9975
 """What has been counted is aged by this each time the estimates are made anew: half of it is 277 times old."""
+_ASSUMED = 0.05
+"""Uses that are assumed of each bucket before any is seen, in a class all of whose lives end with one."""
 _ENOUGH = 20.0
 """Lives that a class must have seen; those with fewer take the mean of the others."""
 
@@ -86,14 +90,19 @@ class Fates:
         tally = [[0.0] * _AGES for _ in self._uses]
         for group, age, weight in still_open or ():
             tally[group][self._age(age)] += weight
+        pooled = [sum(column) for column in zip(*self._uses, strict=True)]
+        total = sum(pooled)
+        # What a life that is still open tells: by its age, so many of those that end with a use would have ended.
+        telling = [share / total for share in accumulate(pooled)] if total else [1.0] * _AGES
         known: list[list[float]] = []
         unknown: list[int] = []
         for group, (uses, ends, unended) in enumerate(zip(self._uses, self._ends, tally, strict=True)):
-            if (density := self._estimate(uses, ends, unended)) is None:
+            told = sum(map(mul, unended, telling))
+            if sum(uses) + sum(ends) + told < _ENOUGH:
                 unknown.append(group)
             else:
-                self._densities[group] = density
-                known.append(density)
+                self._densities[group] = self._estimate(uses, ends, unended)
+                known.append(self._densities[group])
         if known:
             mean = [sum(column) / len(known) for column in zip(*known, strict=True)]
             for group in unknown:
@@ -102,21 +111,25 @@ class Fates:
             for counts in (*self._uses, *self._ends):
                 counts[:] = [count * _FORGET for count in counts]
 
-    def _estimate(self, uses: list[float], ends: list[float], unended: list[float]) -> list[float] | None:
-        """Hits to come per block and use, for each age; None where too little was seen.
+    def _estimate(self, uses: list[float], ends: list[float], unended: list[float]) -> list[float]:
+        """Hits to come per block and use, for each age.
 
         From the oldest age down: of those that reached a bucket some were used in it, some faded, some are in it now
-        and stand for half a bucket, and the others went on to the next.
+        and stand for half a bucket, and the others went on to the next. A little is assumed of every age, so that an
+        age nobody has reached says that a use takes longer, not that none will come: when a flood begins, all blocks
+        get older between two uses.
         """
+        used = sum(uses)
+        assumed = _ASSUMED * used / (used + sum(ends) + sum(unended))
         density = [0.0] * _AGES
         reached = to_come = room = 0.0
         for bucket in range(_AGES - 1, -1, -1):
-            reached += uses[bucket] + ends[bucket] + unended[bucket]
+            reached += assumed + uses[bucket] + ends[bucket] + unended[bucket]
             if not reached:
                 continue
             at_risk = reached - 0.5 * unended[bucket]
-            use, gone = uses[bucket] / at_risk, (uses[bucket] + ends[bucket]) / at_risk
+            use, gone = (assumed + uses[bucket]) / at_risk, (assumed + uses[bucket] + ends[bucket]) / at_risk
             to_come = use + (1.0 - gone) * to_come
             room = _WIDTHS[bucket] * (1.0 - 0.5 * gone) + (1.0 - gone) * room
             density[bucket] = (to_come * reached + 0.02) / ((room * reached + 0.5) * self._unit + 1.0)
-        return density if reached >= _ENOUGH else None
+        return density

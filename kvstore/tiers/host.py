@@ -24,6 +24,10 @@ from kvstore.watcher import Watcher
 INDEX_BYTES = 1024
 """What one block costs beside its payload: its entry, its place in the order, its names. Headers come on top."""
 
+DIRTY_SHARE = 0.5
+"""While more of the memory than this waits to be written below, new blocks take free memory only: a flood of stores
+would otherwise evict all that can be, which is what is used, and keep what it brought."""
+
 _INDEX_SHARE = 32
 """One part in this many of the budget is set aside for the index."""
 
@@ -41,12 +45,12 @@ class HostBlock:
         Lower tiers that have yet to be told of it.
     pin_until : float
         Monotonic time until which it may not be evicted.
+    since : float
+        Monotonic time at which it came.
     gone : bool
         No longer in the index; its memory goes back with the last reference.
     """
 
-    since : float
-        Monotonic time at which it came.
     __slots__ = (
         "dirty",
         "extents",
@@ -58,11 +62,11 @@ class HostBlock:
         "nbytes",
         "pin_until",
         "refs",
+        "since",
     )
 
     def __init__(
         self, block: BlockId, header_bytes: bytes, header: BlockHeader, nbytes: int, extents: tuple[Extent, ...]
-        "since",
     ):
         self.id = block
         self.header = header
@@ -73,11 +77,11 @@ class HostBlock:
         self.refs = 0
         self.dirty = 0
         self.pin_until = 0.0
+        self.since = time.monotonic()
         self.gone = False
 
     @property
     def index_bytes(self) -> int:
-        self.since = time.monotonic()
         """Bytes it costs beside its payload."""
         return INDEX_BYTES + len(self.header_bytes)
 
@@ -155,12 +159,13 @@ class HostTier:
     # -- memory --------------------------------------------------------------------------------------------------------
 
     def allocate(
-        self, domain: str, nbytes: int, header_bytes: int = 0, scope: Scope | None = None
+        self, domain: str, nbytes: int, header_bytes: int = 0, scope: Scope | None = None, *, new: bool = False
     ) -> tuple[Extent, ...] | None:
         """Memory for a block of at least one byte, evicting as needed; None if what could be evicted is not enough.
 
         The extents are on loan to the caller until it passes them to `insert` or gives them back with `free`. With a
-        scope they are charged to it from now on, and its quota decides who gives way.
+        scope they are charged to it from now on, and its quota decides who gives way. For a block that is `new` below
+        nothing is evicted while `DIRTY_SHARE` of the memory waits to be written there.
         """
         index_need = INDEX_BYTES + header_bytes
         if nbytes > self.arena.capacity or index_need > self.index_capacity:
@@ -175,6 +180,8 @@ class HostTier:
         if over > 0 and not self._evict(None, bytes_needed=0, scope=scope, over=over):
             return None
         extents = self.arena.allocate(domain, nbytes)
+        if extents is None and new and self.dirty_bytes > DIRTY_SHARE * self.arena.capacity:
+            return None
         if extents is None:
             self._evict(domain, bytes_needed=pages - self.arena.free(domain), scope=scope)
             extents = self.arena.allocate(domain, nbytes)
