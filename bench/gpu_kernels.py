@@ -1,7 +1,7 @@
 """Kernels against their bounds: what the device's memory, and PCIe, could do in the same run.
 
-Shapes are those of Llama-3-8B: 32 layers, 8 KV heads of 128, bfloat16; pages of 16 tokens unless said. Data are random and
-several times the L2. Each figure is a median over repetitions, timed with events, contestants in turns.
+Shapes are those of Llama-3-8B: 32 layers, 8 KV heads of 128, bfloat16; pages of 16 tokens unless said. Data are random
+and several times the L2. Each figure is a median over repetitions, timed with events, contestants in turns.
 
     python bench/gpu_kernels.py --out bench/results/h200/kernels.json
 """
@@ -27,7 +27,7 @@ from kvstore.codecs.kv4 import KV4
 from kvstore.rope import rotary
 from kvstore_gpu import coded, deviation, fp8, hadamard, host, kv4, paged, rope, rows, select, slerp
 from kvstore_gpu.cache import PagedCache
-from kvstore_gpu.jobs import Part
+from kvstore_gpu.jobs import HostPart, Part
 from kvstore_gpu.staging import Staging
 
 LAYERS, HEADS, DIM, BLOCK = 32, 8, 128, 256
@@ -209,14 +209,15 @@ def across_pcie(into: tuple[str, float], out: tuple[str, float]) -> None:
         staging = Staging(cache.device, SLOT)
         case = f"{tokens} tokens x {heads} heads, {cache.page_nbytes >> 10} KiB"
         moved = size * len(parts)
+        hosted = [HostPart([part.block], part.pages) for part in parts]
 
-        def load(cache=cache, parts=parts, pages=pages, staging=staging) -> None:
+        def load(cache=cache, hosted=hosted, pages=pages, staging=staging) -> None:
             with behind(stream):
-                staging.load(parts, lambda ps, s: paged.scatter(cache, ps, pages, stream=s), stream)
+                staging.load(hosted, lambda ps, s: paged.scatter(cache, ps, pages, stream=s), stream)
 
-        def store(cache=cache, parts=parts, pages=pages, staging=staging) -> None:
+        def store(cache=cache, hosted=hosted, pages=pages, staging=staging) -> None:
             with behind(stream):
-                _, arrived = staging.store(parts, lambda ps, s: paged.gather(cache, ps, pages, stream=s), stream)
+                _, arrived = staging.store(hosted, lambda ps, s: paged.gather(cache, ps, pages, stream=s), stream)
                 stream.wait_event(arrived)
 
         def across(op: Any, cap: int | None, cache=cache, parts=parts, pages=pages) -> Call:
@@ -239,7 +240,7 @@ def compressed(
     spec = coded.spec_of(cache, BLOCK, 256)
     places, size = coded.offsets(coder, spec), coded.nbytes(coder, spec)
     room = -(-size // 256) * 256
-    made = [Part(torch.from_numpy(slab[i * room : i * room + size]), part.pages) for i, part in enumerate(parts)]
+    made = [HostPart([torch.from_numpy(slab[i * room : i * room + size])], part.pages) for i, part in enumerate(parts)]
     at = torch.arange(BLOCK, device="cuda").repeat(len(made))
 
     def land(ps: Any, s: torch.cuda.Stream) -> None:

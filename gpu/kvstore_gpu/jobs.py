@@ -35,6 +35,26 @@ class Part:
     first: int = 0
 
 
+@dataclass(frozen=True)
+class HostPart:
+    """As `Part`, with the block in host memory, perhaps in several pieces.
+
+    Attributes
+    ----------
+    pieces : sequence of Tensor, uint8
+        The block's bytes, in order, in registered memory.
+    """
+
+    pieces: Sequence[torch.Tensor]
+    pages: Sequence[int]
+    first: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the block."""
+        return sum(piece.numel() for piece in self.pieces)
+
+
 def check(cache: PagedCache, parts: Sequence[Part], block_pages: int) -> None:
     """Refuse parts that do not fit the cache."""
     nbytes = cache.block_nbytes(block_pages)

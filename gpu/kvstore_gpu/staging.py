@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 
 import torch
 
 from kvstore_gpu import checks, host
-from kvstore_gpu.jobs import Part
+from kvstore_gpu.jobs import HostPart, Part
 
 Work = Callable[[Sequence[Part], torch.cuda.Stream], None]
 """Work on parts whose blocks lie on the device, on a stream: ``scatter``, ``unpack``, ``gather``, ``pack``."""
@@ -43,7 +42,7 @@ class Staging:
         self._lock = threading.Lock()
         torch.cuda.current_stream(device).synchronize()  # the memory may have had another use on this stream
 
-    def load(self, parts: Sequence[Part], land: Work, stream: torch.cuda.Stream) -> None:
+    def load(self, parts: Sequence[HostPart], land: Work, stream: torch.cuda.Stream) -> None:
         """Bring blocks over and hand them to ``land``, in order; when this returns nothing may have run yet.
 
         What is on ``stream`` already comes before ``land``.
@@ -57,14 +56,14 @@ class Staging:
             staged = self._place(group, index)
             with torch.cuda.stream(self._copies):
                 self._copies.wait_event(self._free[index])
-                for part, here in zip(group, staged, strict=True):
-                    here.block.copy_(part.block, non_blocking=True)
+                for piece, here in _pieces(group, staged):
+                    here.copy_(piece, non_blocking=True)
                 stream.wait_event(_record())
             land(staged, stream)
             self._free[index].record(stream)
 
     def store(
-        self, parts: Sequence[Part], take: Work, stream: torch.cuda.Stream
+        self, parts: Sequence[HostPart], take: Work, stream: torch.cuda.Stream
     ) -> tuple[torch.cuda.Event, torch.cuda.Event]:
         """Let ``take`` fill slots, and bring them to the blocks.
 
@@ -83,23 +82,23 @@ class Staging:
                 taken = _record()
             with torch.cuda.stream(self._copies):
                 self._copies.wait_event(taken)
-                for part, here in zip(group, staged, strict=True):
-                    part.block.copy_(here.block, non_blocking=True)
+                for piece, here in _pieces(group, staged):
+                    piece.copy_(here, non_blocking=True)
                 arrived = _record()
                 self._free[index].record()
         return taken, arrived
 
-    def _groups(self, parts: Sequence[Part]) -> Iterator[tuple[list[Part], int]]:
+    def _groups(self, parts: Sequence[HostPart]) -> Iterator[tuple[list[HostPart], int]]:
         """Parts as they fit into slots, with the slot; one caller at a time."""
-        host.addresses([part.block for part in parts], self._device)
+        host.addresses([piece for part in parts for piece in part.pieces], self._device)
         limit = len(self._slots[0])
         with self._lock:
-            group: list[Part] = []
+            group: list[HostPart] = []
             used = 0
             for part in parts:
                 size = _room(part)
                 if size > limit:
-                    raise checks.refuse("block", f"{part.block.nbytes} bytes for a slot of {limit}")
+                    raise checks.refuse("block", f"{part.nbytes} bytes for a slot of {limit}")
                 if used + size > limit:
                     yield group, self._take()
                     group, used = [], 0
@@ -112,16 +111,25 @@ class Staging:
         index, self._next = self._next, (self._next + 1) % len(self._slots)
         return index
 
-    def _place(self, group: Sequence[Part], index: int) -> list[Part]:
+    def _place(self, group: Sequence[HostPart], index: int) -> list[Part]:
         out, at = [], 0
         for part in group:
-            out.append(replace(part, block=self._slots[index][at : at + part.block.nbytes]))
+            out.append(Part(self._slots[index][at : at + part.nbytes], part.pages, part.first))
             at += _room(part)
         return out
 
 
-def _room(part: Part) -> int:
-    return -(-part.block.nbytes // _ALIGN) * _ALIGN
+def _pieces(group: Sequence[HostPart], staged: Sequence[Part]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Each piece in host memory, and its bytes in the slot."""
+    for part, here in zip(group, staged, strict=True):
+        at = 0
+        for piece in part.pieces:
+            yield piece, here.block[at : at + piece.numel()]
+            at += piece.numel()
+
+
+def _room(part: HostPart) -> int:
+    return -(-part.nbytes // _ALIGN) * _ALIGN
 
 
 def _record() -> torch.cuda.Event:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kvstore_connectors.vllm.layout import learn
-from kvstore_connectors.vllm.pages import DevicePages, HostPages
+from kvstore_connectors.vllm.pages import DevicePages, HostPages, Piece
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,13 +24,13 @@ def packed_write(key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, sl
     cache[slots // TOKENS, :, slots % TOKENS] = torch.cat([key, value], dim=-1)
 
 
-def make(order: str, staging: int = 2) -> tuple[list[torch.Tensor], DevicePages]:
+def make(order: str) -> tuple[list[torch.Tensor], DevicePages]:
     sizes = {"B": BLOCKS, "H": HEADS, "N": TOKENS, "C": 2 * DIM}
     memory = [torch.randn([sizes[axis] for axis in order], device="cuda").bfloat16() for _ in range(LAYERS)]
     caches = [one.permute([order.index(axis) for axis in "BHNC"]) for one in memory]
     views = [learn(cache, packed_write, HEADS, DIM, "test") for cache in caches]
     assert {one.layout for one in views} == {"lkthd1"}
-    return caches, DevicePages(views, 4 * TOKENS, TOKENS, TOKENS, staging=staging)
+    return caches, DevicePages(views, 4 * TOKENS, TOKENS, TOKENS)
 
 
 def on_host(caches: list[torch.Tensor]) -> HostPages:
@@ -52,20 +52,56 @@ def test_same_bytes_as_on_the_host(order: str) -> None:
             assert torch.equal(cache[source], cache[target])
 
 
-def test_a_save_waits_for_the_kernels_that_write() -> None:
+def test_a_save_waits_for_the_kernels_that_write_and_those_behind_it_can_wait_for_the_save() -> None:
     caches, pages = make("BNHC")
+    stored = np.zeros(pages.nbytes, dtype=np.uint8)
+    pages.save([2, 2, 2, 2], stored)  # pinned
     torch.cuda.synchronize()
     torch.cuda._sleep(SLOW)
     for cache in caches:
         cache[2] = 5.0  # still queued when the save begins
-    staged = pages.stage([2, 2, 2, 2])
-    assert staged is not None
+    taken, arrived = pages.take([Piece([stored], 0, [2, 2, 2, 2])], pages.mark())
+    pages.hold(taken)
     for cache in caches:
         cache[2] = 7.0  # and the pages are used again before it is over
-    stored = np.zeros(pages.nbytes, dtype=np.uint8)
-    pages.save_staged(staged, stored)
-    pages.unstage(staged)
+    arrived.synchronize()
     assert bool((torch.from_numpy(stored).view(torch.bfloat16) == 5.0).all())
+
+
+def test_without_holding_the_engine_would_overtake() -> None:
+    """The test above can fail."""
+    caches, pages = make("BNHC")
+    stored = np.zeros(pages.nbytes, dtype=np.uint8)
+    pages.save([2, 2, 2, 2], stored)
+    torch.cuda.synchronize()
+    late = torch.cuda.Stream()
+    with torch.cuda.stream(late):
+        torch.cuda._sleep(10 * SLOW)
+    _, arrived = pages.take([Piece([stored], 0, [2, 2, 2, 2])], late.record_event())
+    for cache in caches:
+        cache[2] = 7.0
+    arrived.synchronize()
+    assert bool((torch.from_numpy(stored).view(torch.bfloat16) == 7.0).all())
+
+
+@pytest.mark.parametrize("order", ["BHNC", "BNHC"])
+def test_many_blocks_in_pieces_there_and_back(order: str) -> None:
+    """More than the slots hold, some in several pieces, into other pages."""
+    caches, pages = make(order)
+    memory = np.zeros((40, pages.nbytes), dtype=np.uint8)
+    cut = pages.nbytes // 3 // 16 * 16
+    pieces = [
+        Piece([row[:cut], row[cut:]] if i % 3 == 0 else [row], 0, [(4 * i + k) % BLOCKS for k in range(4)])
+        for i, row in enumerate(memory)
+    ]
+    _, arrived = pages.take(pieces, pages.mark())
+    arrived.synchronize()
+    before = [cache.clone() for cache in caches]
+    for cache in caches:
+        cache.zero_()
+    pages.load_all([Piece(p.parts, 0, [BLOCKS - 1 - one for one in p.engine_ids]) for p in pieces[:16]], pages.mark())
+    for cache, old in zip(caches, before, strict=True):
+        assert torch.equal(cache, old.flip(0))
 
 
 def test_a_load_waits_for_the_kernels_that_read() -> None:
@@ -96,26 +132,17 @@ def test_without_the_mark_the_load_would_overtake() -> None:
     assert not bool((read == 3.0).all())
 
 
-def test_staging_memory_is_bounded() -> None:
-    _, pages = make("BNHC", staging=2)
-    first, second = pages.stage([0, 1, 2, 3]), pages.stage([4, 5, 6, 7])
-    assert first is not None
-    assert second is not None
-    assert pages.stage([8, 9, 10, 11]) is None
-    pages.unstage(first)
-    assert pages.stage([8, 9, 10, 11]) is not None
-
-
-def test_gathering_does_not_hold_up_the_engine() -> None:
+def test_storing_does_not_hold_up_the_engine() -> None:
     """The engine's thread only queues work; it returns long before the stream gets to it."""
     import time
 
     _, pages = make("BNHC")
-    torch.cuda.synchronize()
-    pages.unstage(pages.stage([0, 1, 2, 3]))  # type: ignore[arg-type]
+    stored = np.zeros(pages.nbytes, dtype=np.uint8)
+    pages.save([0, 1, 2, 3], stored)
     torch.cuda.synchronize()
     torch.cuda._sleep(10 * SLOW)
     begun = time.monotonic()
-    assert pages.stage([0, 1, 2, 3]) is not None
+    _, arrived = pages.take([Piece([stored], 0, [0, 1, 2, 3])], pages.mark())
     assert time.monotonic() - begun < 0.05
-    torch.cuda.synchronize()
+    assert not arrived.query()
+    arrived.synchronize()

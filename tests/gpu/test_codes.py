@@ -148,7 +148,7 @@ def test_kv4_decodes_to_other_positions(device) -> None:
 @pytest.mark.parametrize(("k", "v"), [(4, 4), (8, 2), (3, 5)])
 @pytest.mark.parametrize("position", [0, 4096])
 def test_kv4_encodes_the_bytes_of_the_codec(layout, variant, k, v, position, device) -> None:
-    """All numbers and all but a few codes are equal: where a value lies between two codes the last bit of a sum tells."""
+    """All but a few codes are equal: where a value lies between two codes the last bit of a sum tells."""
     turning = rotary(ROTARIES[variant])
     cache = kit.cache(layout, heads=3, dim=64, device=device)
     wild(cache)

@@ -238,6 +238,8 @@ class KVStoreConnector(KVConnectorBase_V1):
         """A step begins."""
         super().bind_connector_metadata(connector_metadata)
         self._meta = connector_metadata if isinstance(connector_metadata, ConnectorMeta) else None
+        if self._worker is not None and self._meta is not None:
+            self._worker.begin(self._meta)
 
     def clear_connector_metadata(self) -> None:
         """A step has ended."""

@@ -90,6 +90,8 @@ class ConnectorMeta(KVConnectorMetadata):
         The step computes nothing, so a worker may wait a moment.
     timed : bool
         The scheduler wants to know when its output is back.
+    fresh : list of int or None
+        Engine blocks that the step, or a load beside it, is going to write for the first time; None: any.
     """
 
     step: int = 0
@@ -99,6 +101,7 @@ class ConnectorMeta(KVConnectorMetadata):
     captures: list[CaptureJob] = field(default_factory=list)
     idle: bool = False
     timed: bool = False
+    fresh: list[int] | None = None
 
 
 @dataclass

@@ -4,16 +4,15 @@ A stored block is ``[layer][side][page][...]``: with the canonical layout the si
 ``[token][kv_head][dim]``, so pages of a side lie one after the other as ``[token]``. Where whole pages are kept there
 is one side. Engine blocks are named by their ids; one block of kvstore covers several of them, in order.
 
-Two implementations do the same: `HostPages` copies between the cache and shared memory at once; `DevicePages` goes
-through staging memory on the device, so that the engine's stream only pays for a gather.
+Two implementations do the same: `HostPages` copies between the cache and shared memory at once; `DevicePages` lets the
+copy engine move whole blocks between shared memory and a few slots on the device, and kernels sort them into pages.
 """
 
 from __future__ import annotations
 
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,11 +20,33 @@ from numpy.typing import NDArray
 
 from kvstore.errors import ConfigError
 from kvstore_connectors.vllm.layout import PageViews, same_layout
+from kvstore_gpu import host, paged
+from kvstore_gpu.cache import PagedCache
+from kvstore_gpu.jobs import HostPart, Part
+from kvstore_gpu.staging import Staging
 
 Bytes = NDArray[np.uint8]
 
 _INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Bytes are copied as integers of the element's size: NumPy does not know bfloat16."""
+
+
+class Piece(NamedTuple):
+    """A block, or the first part of one that is wanted.
+
+    Attributes
+    ----------
+    parts : sequence of ndarray, uint8
+        The stored block's bytes in shared memory, in order.
+    first : int
+        Place in the block of the first engine block.
+    engine_ids : sequence of int
+        The engine blocks, in order.
+    """
+
+    parts: Sequence[Bytes]
+    first: int
+    engine_ids: Sequence[int]
 
 
 class Pages(ABC):
@@ -102,6 +123,12 @@ class Pages(ABC):
             What the copy has to wait for: kernels may still read what these blocks held before.
         """
 
+    def load_all(self, pieces: Sequence[Piece], after: Any = None) -> None:
+        """`load` for several blocks."""
+        for piece in pieces:
+            whole = piece.parts[0] if len(piece.parts) == 1 else np.concatenate(piece.parts)
+            self.load(whole, piece.first, piece.engine_ids, after)
+
     def mark(self) -> Any:
         """An event that is over when the work given to the device so far is over; None where nothing is queued."""
         return None
@@ -137,87 +164,94 @@ class HostPages(Pages):
                     np.copyto(cache[page : page + count], source[offset + place : offset + place + count])
 
 
+SLOT_NBYTES = 64 << 20
+"""A slot of staging memory holds at least a block; this much lets several small ones share a kernel."""
+
+
 class DevicePages(Pages):
     """The cache lies on a CUDA device.
 
-    Saving takes two steps. `stage` runs on the engine's stream, behind the kernels that wrote the KV, and gathers the
-    block into memory of its own; from then on the engine may reuse the pages. `save_staged` brings it to the host on a
-    side stream, from another thread. Loading waits for `after` on the side stream, since kernels that were given to the
-    device earlier may still read the pages' old content.
+    Nothing here waits for the engine's stream on the host. Loading waits for ``after`` on a stream of its own, since
+    kernels that were given to the device earlier may still read the pages' old content. Saving is split: `take` queues
+    the gathering, behind the kernels that write; until its first event is over the pages must not be used again.
+
+    Raises
+    ------
+    DeviceUnavailable
+        If kernels can not be made here.
     """
 
-    def __init__(
-        self, layers: list[PageViews], block_tokens: int, engine_block: int, page_tokens: int, staging: int = 8
-    ) -> None:
+    def __init__(self, layers: list[PageViews], block_tokens: int, engine_block: int, page_tokens: int) -> None:
         super().__init__(layers, block_tokens, engine_block, page_tokens)
-        self._integer = self.caches[0][0].dtype
-        with torch.cuda.device(self.device):
-            self._out = torch.cuda.Stream()
-            self._in = torch.cuda.Stream()
-        self._free = [torch.empty(self.shape, dtype=self._integer, device=self.device) for _ in range(staging)]
-        self._landing = torch.empty(self.shape, dtype=self._integer, device=self.device)
-        self._landing_lock = threading.Lock()
+        self._cache = PagedCache.of(self.caches)
+        self._block_pages = self.shape[2]
+        free, _ = torch.cuda.mem_get_info(self.device)
+        slot = max(self.nbytes, min(SLOT_NBYTES, free // 16))
+        if 4 * slot > free:
+            raise ConfigError(
+                f"vllm: {4 * slot} bytes of staging memory do not fit the {free} bytes that are free on the device.",
+                "Lower gpu_memory_utilization a little, or `block_tokens` in kv_connector_extra_config.",
+            )
+        self._in, self._out = torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)
+        self._loads, self._saves = Staging(self.device, slot, 2), Staging(self.device, slot, 2)
+        self._warm_up()
 
-    def stage(self, engine_ids: Sequence[int]) -> tuple[torch.Tensor, torch.cuda.Event] | None:
-        """Gather a block on the current stream; None if all staging memory is in use."""
-        try:
-            staged = self._free.pop()
-        except IndexError:
-            return None
-        ids = self._device_ids(engine_ids)
-        for layer, sides in enumerate(self.caches):
-            for side, cache in enumerate(sides):
-                staged[layer, side].copy_(cache.index_select(0, ids))
-        event = torch.cuda.Event()
-        event.record()
-        return staged, event
+    def _warm_up(self) -> None:
+        """Compile the kernels now, not under the first request; page 0 is copied onto itself."""
+        block = torch.empty(self.nbytes, dtype=torch.uint8, device=self.device)
+        paged.gather(self._cache, [Part(block, [0])], self._block_pages)
+        paged.scatter(self._cache, [Part(block, [0])], self._block_pages)
+        torch.cuda.current_stream(self.device).synchronize()
 
-    def _device_ids(self, engine_ids: Sequence[int]) -> torch.Tensor:
-        # From pinned memory: a copy from pageable memory would wait for everything queued on the stream.
-        return torch.tensor(self.page_ids(engine_ids)).pin_memory().to(self.device, non_blocking=True)
-
-    def unstage(self, staged: tuple[torch.Tensor, torch.cuda.Event]) -> None:
-        """Give staging memory back."""
-        self._free.append(staged[0])
-
-    def save_staged(self, staged: tuple[torch.Tensor, torch.cuda.Event], into: Bytes) -> None:
-        """Bring a staged block to the host; it is there when this returns."""
-        buffer, event = staged
-        target = torch.from_numpy(into).view(self._integer).view(self.shape)
-        with torch.cuda.device(self.device), torch.cuda.stream(self._out):
-            self._out.wait_event(event)
-            target.copy_(buffer, non_blocking=True)
-            self._out.synchronize()
-
-    def save(self, engine_ids: Sequence[int], into: Bytes) -> None:
-        """See `Pages.save`."""
-        staged = self.stage(engine_ids)
-        if staged is None:
-            raise RuntimeError("all staging memory is in use")
-        try:
-            self.save_staged(staged, into)
-        finally:
-            self.unstage(staged)
+    def load_all(self, pieces: Sequence[Piece], after: Any = None) -> None:
+        """See `Pages.load_all`."""
+        if after is not None:
+            self._in.wait_event(after)
+        self._loads.load([self._host_part(piece) for piece in pieces], self._scatter, self._in)
+        self._in.synchronize()
 
     def load(self, payload: Bytes, first: int, engine_ids: Sequence[int], after: Any = None) -> None:
         """See `Pages.load`."""
-        source = torch.from_numpy(payload).view(self._integer).view(self.shape)
-        offset, count = first * self._split, len(engine_ids) * self._split
-        with self._landing_lock, torch.cuda.device(self.device), torch.cuda.stream(self._in):
-            if after is not None:
-                self._in.wait_event(after)
-            ids = self._device_ids(engine_ids)
-            self._landing.copy_(source, non_blocking=True)
-            for layer, sides in enumerate(self.caches):
-                for side, cache in enumerate(sides):
-                    cache.index_copy_(0, ids, self._landing[layer, side, offset : offset + count])
-            self._in.synchronize()
+        self.load_all([Piece([payload], first, engine_ids)], after)
+
+    def take(self, pieces: Sequence[Piece], after: Any = None) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        """Queue the copying of whole blocks out of the cache.
+
+        Returns
+        -------
+        (taken, arrived)
+            When the pages may be used again; when the bytes are in shared memory.
+        """
+        if after is not None:
+            self._out.wait_event(after)
+        return self._saves.store([self._host_part(piece) for piece in pieces], self._gather, self._out)
+
+    def save(self, engine_ids: Sequence[int], into: Bytes) -> None:
+        """See `Pages.save`."""
+        _, arrived = self.take([Piece([into], 0, engine_ids)], self.mark())
+        arrived.synchronize()
+
+    def _host_part(self, piece: Piece) -> HostPart:
+        for part in piece.parts:
+            host.register(part)
+        pieces = [torch.from_numpy(part) for part in piece.parts]
+        return HostPart(pieces, self.page_ids(piece.engine_ids), piece.first * self._split)
+
+    def _scatter(self, parts: Sequence[Part], stream: torch.cuda.Stream) -> None:
+        paged.scatter(self._cache, parts, self._block_pages, stream=stream)
+
+    def _gather(self, parts: Sequence[Part], stream: torch.cuda.Stream) -> None:
+        paged.gather(self._cache, parts, self._block_pages, stream=stream)
 
     def mark(self) -> Any:
         """See `Pages.mark`."""
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))
         return event
+
+    def hold(self, event: torch.cuda.Event) -> None:
+        """Let the engine's next kernels wait for an event, on the device."""
+        torch.cuda.current_stream(self.device).wait_event(event)
 
 
 def consecutive(ids: Sequence[int]) -> Iterator[tuple[int, int, int]]:

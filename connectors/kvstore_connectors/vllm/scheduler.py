@@ -342,10 +342,26 @@ class SchedulerSide:
         except Exception:  # the loads have to reach the workers whatever happens here
             meta.saves = []
             report_defect("planning saves")
+        meta.fresh = self._fresh(meta, output)
         if meta.idle and not meta.loads:
             self._rest()
         meta.timed = self._time(meta, output)
         return meta
+
+    def _fresh(self, meta: ConnectorMeta, output: Any) -> list[int] | None:
+        """Blocks that get new content: on a device, KV of an ended request may still be on its way out of them."""
+        try:
+            fresh = [one for job in meta.loads for one in job.engine_ids]
+            for job in meta.blends:
+                fresh.extend(job.table[job.begin // self._engine_block :])
+            for new in output.scheduled_new_reqs:
+                fresh.extend(new.block_ids[0][new.num_computed_tokens // self._engine_block :])
+            for new_ids in output.scheduled_cached_reqs.new_block_ids:
+                fresh.extend(new_ids[0] if new_ids is not None else ())
+            return fresh
+        except Exception:  # the plan has to reach the workers
+            report_defect("listing blocks that get new content")
+            return None
 
     def _time(self, meta: ConnectorMeta, output: Any) -> bool:
         """Begin to time a step; whether the workers shall say when it has ended."""

@@ -55,6 +55,7 @@ COUNTERS: dict[str, str] = {
     "save_seconds": "Time spent on saves.",
     "save_exists": "Blocks offered that were there already.",
     "save_dropped": "Blocks that the daemon had no room for, or lost.",
+    "save_overtaken": "Blocks that the engine used again before they could be copied.",
     "save_unreachable": "Blocks not stored since the daemon did not answer.",
     "save_after_failed_load": "Blocks not stored since their context failed to load.",
     "outages": "Times the daemon was lost.",

@@ -20,7 +20,7 @@ from kvstore.types import BlockHeader, Exists, Miss, MissReason, Namespace, Stor
 from kvstore_connectors.base import Link, Tally
 from kvstore_connectors.vllm.identity import request_namespace
 from kvstore_connectors.vllm.jobs import LoadJob, SaveBlock, SaveJob
-from kvstore_connectors.vllm.pages import Bytes, DevicePages, Pages
+from kvstore_connectors.vllm.pages import Bytes, Pages, Piece
 
 LEASE_BLOCKS = 16
 """Blocks leased at a time: bounds what a load pins in the daemon's memory."""
@@ -29,6 +29,9 @@ ROUND_S = 0.1
 """Longest wait for blocks on their way up from a lower tier. Then the daemon is asked again, and has to answer."""
 
 TTL_S = 30.0
+
+Fill = Callable[[Sequence[tuple[SaveBlock, Room]]], list[bool]]
+"""Writes blocks into their rooms; says of each whether it did."""
 
 
 def keys_of(namespace: Namespace, hashes: Sequence[bytes]) -> list[bytes]:
@@ -101,7 +104,8 @@ class Transfers:
         wanted = keys[first : first + LEASE_BLOCKS]
         wait_s = max(min(ROUND_S, deadline - time.monotonic()), 0.0)
         with client.lease(wanted, namespace=namespace, ttl_s=TTL_S, wait_s=wait_s) as lease:
-            reason, copied = None, 0
+            reason = None
+            pieces: list[Piece] = []
             for block in lease.blocks:
                 if isinstance(block, Miss):
                     reason = block.reason
@@ -110,18 +114,19 @@ class Transfers:
                     self._tally.add("load_wrong_size")
                     reason = MissReason.CORRUPT
                     break
-                self._copy_in(block, job, first + copied, after)
-                copied += 1
-            if copied and not lease.valid():
+                pieces.append(self._piece(block, job, first + len(pieces)))
+            if pieces:
+                self._pages.load_all(pieces, after)
+            if pieces and not lease.valid():
                 self._tally.add("load_expired")
                 return 0, MissReason.LOST
         if reason is MissReason.CORRUPT:
             self._tally.add("load_corrupt")
         elif reason is not None and reason is not MissReason.DEADLINE:
             self._tally.add("load_missing")
-        return copied, reason
+        return len(pieces), reason
 
-    def _copy_in(self, block: Any, job: LoadJob, index: int, after: Any) -> None:
+    def _piece(self, block: Any, job: LoadJob, index: int) -> Piece:
         begin = self._filled(job, index)
         end = min(self._filled(job, index + 1), len(job.engine_ids))
         skip = job.skip if index == 0 else 0
@@ -129,7 +134,7 @@ class Transfers:
             raise InternalError(
                 f"a load of {len(job.engine_ids)} engine blocks does not fit its {len(job.hashes)} blocks."
             )
-        self._pages.load(contiguous(block), skip, job.engine_ids[begin:end], after)
+        return Piece(block.parts, skip, job.engine_ids[begin:end])
 
     def _count_load(self, job: LoadJob, done: int, failed: set[int], begun: float, deadline: float) -> None:
         self._tally.add("load_seconds", time.monotonic() - begun)
@@ -148,35 +153,31 @@ class Transfers:
         """Store blocks straight from the engine's pages; returns when they are copied."""
         begun = time.monotonic()
         for job in jobs:
-            namespace = request_namespace(self._namespace, job.scope)
-            fill = [(block, _from_pages(self._pages, block)) for block in job.blocks]
-            self.store(link, namespace, fill)
+            self.store(link, request_namespace(self._namespace, job.scope), job.blocks, self._fill)
         self._tally.add("save_seconds", time.monotonic() - begun)
 
-    def store(
-        self, link: Link, namespace: Namespace, blocks: Sequence[tuple[SaveBlock, Callable[[Bytes], None]]]
-    ) -> None:
-        """Store blocks of one request, each given with the function that writes its bytes."""
-        stored = link.run("save", lambda client: self._store(client, namespace, blocks))
+    def _fill(self, rooms: Sequence[tuple[SaveBlock, Room]]) -> list[bool]:
+        for block, room in rooms:
+            fill_room(room, partial(self._pages.save, block.engine_ids))
+        return [True] * len(rooms)
+
+    def store(self, link: Link, namespace: Namespace, blocks: Sequence[SaveBlock], fill: Fill) -> None:
+        """Store blocks of one request; ``fill`` writes those that the daemon has room for."""
+        stored = link.run("save", lambda client: self._store(client, namespace, blocks, fill))
         if stored is None:
             self._tally.add("save_unreachable", len(blocks))
 
-    def _store(
-        self, client: Any, namespace: Namespace, blocks: Sequence[tuple[SaveBlock, Callable[[Bytes], None]]]
-    ) -> bool:
+    def _store(self, client: Any, namespace: Namespace, blocks: Sequence[SaveBlock], fill: Fill) -> bool:
         digest = namespace_digest(namespace)
         offers = []
-        for block, _ in blocks:
+        for block in blocks:
             parent = derived_key(digest, block.parent) if block.parent else b""
             header = BlockHeader(parent=parent, tokens=block.tokens, position=block.position)
             offers.append((derived_key(digest, block.hash), self._pages.nbytes, header))
         with client.reserve(offers, namespace=namespace, ttl_s=TTL_S, wait_s=0.0) as reservation:
-            filled = []
-            for index, answer in enumerate(reservation.blocks):
-                if isinstance(answer, Room):
-                    fill_room(answer, blocks[index][1])
-                    filled.append(index)
-            outcomes = reservation.commit(filled)
+            rooms = [(index, room) for index, room in enumerate(reservation.blocks) if isinstance(room, Room)]
+            done = fill([(blocks[index], room) for index, room in rooms]) if rooms else []
+            outcomes = reservation.commit([index for (index, _), filled in zip(rooms, done, strict=True) if filled])
         for outcome in outcomes:
             self._count_outcome(outcome)
         return True
@@ -206,12 +207,3 @@ def fill_room(room: Room, write: Callable[[Bytes], None]) -> None:
     whole = np.empty(room.nbytes, dtype=np.uint8)
     write(whole)
     room.write(whole)
-
-
-def _from_pages(pages: Pages, block: SaveBlock) -> Callable[[Bytes], None]:
-    return lambda into: pages.save(block.engine_ids, into)
-
-
-def from_stage(pages: DevicePages, staged: Any) -> Callable[[Bytes], None]:
-    """The function that writes a staged block."""
-    return lambda into: pages.save_staged(staged, into)

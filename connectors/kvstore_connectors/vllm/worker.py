@@ -19,10 +19,11 @@ from kvstore_connectors.vllm.blend_model import EngineModel, find_model
 from kvstore_connectors.vllm.blend_rows import Rows
 from kvstore_connectors.vllm.blend_worker import Blender
 from kvstore_connectors.vllm.identity import rank_namespace, request_namespace
-from kvstore_connectors.vllm.jobs import ConnectorMeta, Handshake, LoadJob, Report, SaveBlock, SaveJob
+from kvstore_connectors.vllm.jobs import ConnectorMeta, Handshake, LoadJob, Report, SaveJob
 from kvstore_connectors.vllm.layout import CANONICAL, PageViews, WriteOp, layer_cache, learn, write_op
 from kvstore_connectors.vllm.pages import DevicePages, Pages, make_pages
-from kvstore_connectors.vllm.transfers import Transfers, from_stage
+from kvstore_connectors.vllm.saver import Saver
+from kvstore_connectors.vllm.transfers import Fill, Transfers
 
 IDLE_WAIT_S = 0.001
 """Pause of a step that has nothing but running loads; without it the engine's loop would spin."""
@@ -98,56 +99,6 @@ class Loader:
                 self._change.notify_all()
 
 
-class Saver:
-    """The thread that brings staged blocks from a device to the daemon; the engine's thread only gathers them."""
-
-    def __init__(self, pages: DevicePages, store: Callable[..., None], tally: Tally) -> None:
-        self._pages = pages
-        self._store = store
-        self._tally = tally
-        self._jobs: deque[tuple[SaveJob, list[tuple[SaveBlock, Any]]]] = deque()
-        self._change = threading.Condition()
-        self._stopped = False
-        self._thread = threading.Thread(target=self._serve, name="kvstore-save", daemon=True)
-        self._thread.start()
-
-    def submit(self, job: SaveJob) -> None:
-        """Gather a job's blocks on the engine's stream; what finds no staging memory is dropped."""
-        staged = []
-        for block in job.blocks:
-            buffer = self._pages.stage(block.engine_ids)
-            if buffer is None:
-                self._tally.add("save_dropped", len(job.blocks) - len(staged))
-                break
-            staged.append((block, buffer))
-        if staged:
-            with self._change:
-                self._jobs.append((job, staged))
-                self._change.notify_all()
-
-    def close(self) -> None:
-        """End the thread; what is still staged is dropped."""
-        with self._change:
-            self._stopped = True
-            self._change.notify_all()
-        self._thread.join(timeout=2.0)
-
-    def _serve(self) -> None:
-        while True:
-            with self._change:
-                self._change.wait_for(lambda: self._jobs or self._stopped)
-                if self._stopped:
-                    return
-                job, staged = self._jobs.popleft()
-            try:
-                self._store(job.scope, [(block, from_stage(self._pages, buffer)) for block, buffer in staged])
-            except Exception:
-                report_defect("saving")
-            finally:
-                for _, buffer in staged:
-                    self._pages.unstage(buffer)
-
-
 class WorkerSide:
     """Loads and stores for one rank.
 
@@ -219,7 +170,7 @@ class WorkerSide:
         if self._config.async_load:
             self._loader = Loader(lambda job, after, stop: transfers.load(self._load_link, job, after, stop))
         if isinstance(pages, DevicePages):
-            self._saver = Saver(pages, self._store_staged, self.tally)
+            self._saver = Saver(pages, self._store, self.tally)
         self._breaker.start(START_WAIT_S)
 
     def _make_blender(
@@ -288,6 +239,11 @@ class WorkerSide:
 
     # -- each step -----------------------------------------------------------------------------------------------------
 
+    def begin(self, meta: ConnectorMeta) -> None:
+        """A step begins, and nothing of it has been given to the device: see to blocks that are still being stored."""
+        if self._saver is not None:
+            self._saver.guard(meta.fresh)
+
     def start_loads(self, meta: ConnectorMeta) -> None:
         """Hand the step's loads to the loader, or do them at once."""
         for job in meta.loads:
@@ -326,7 +282,7 @@ class WorkerSide:
             self._failed |= set(job.table[job.begin // self._spec.block_size :])
 
     def save(self, meta: ConnectorMeta) -> None:
-        """Store the step's full blocks. On the CPU they are copied before this returns; on a device, gathered."""
+        """Store the step's full blocks. On the CPU they are copied before this returns; on a device, later."""
         begun = time.monotonic()
         self._save(meta)
         self._capture(meta)
@@ -354,9 +310,9 @@ class WorkerSide:
                 except Exception:
                     report_defect("capturing a chunk")
 
-    def _store_staged(self, scope: Any, blocks: Any) -> None:
+    def _store(self, job: SaveJob, fill: Fill) -> None:
         if self._transfers is not None and self._namespace is not None:
-            self._transfers.store(self._save_link, request_namespace(self._namespace, scope), blocks)
+            self._transfers.store(self._save_link, request_namespace(self._namespace, job.scope), job.blocks, fill)
 
     def take_finished(self, meta: ConnectorMeta | None) -> set[str]:
         """Requests whose asynchronous loads have ended."""

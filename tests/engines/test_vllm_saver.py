@@ -1,0 +1,122 @@
+"""Storing beside the engine: pages that get another use are never stored under their old name."""
+
+from __future__ import annotations
+
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from kvstore.client import Room
+from kvstore_connectors.base import Tally
+from kvstore_connectors.vllm.saver import Saver
+
+WAIT_S = 5
+
+
+class FakePages:
+    """A device whose events are over when the test says so."""
+
+    def __init__(self) -> None:
+        self.held: list[Any] = []
+        self.pieces: list[Any] = []
+        self.arrived = threading.Event()
+        self.began = threading.Event()
+
+    def mark(self) -> Any:
+        return "after"
+
+    def hold(self, event: Any) -> None:
+        self.held.append(event)
+
+    def take(self, pieces: Any, after: Any) -> tuple[Any, Any]:
+        assert after == "after"
+        self.pieces += pieces
+        self.began.set()
+        return "taken", SimpleNamespace(synchronize=lambda: self.arrived.wait(WAIT_S))
+
+
+class Bench:
+    """A saver whose daemon answers when the test says so."""
+
+    def __init__(self) -> None:
+        self.pages = FakePages()
+        self.room = threading.Event()
+        self.asked = threading.Event()
+        self.over = threading.Event()
+        self.done: list[bool] = []
+        self.tally = Tally()
+        self.saver = Saver(self.pages, self._store, self.tally)  # type: ignore[arg-type]
+
+    def _store(self, job: Any, fill: Any) -> None:
+        self.asked.set()
+        self.room.wait(WAIT_S)
+        self.done += fill([(block, Room(i, 4, [np.zeros(4, np.uint8)])) for i, block in enumerate(job.blocks)])
+        self.over.set()
+
+    def submit(self, *blocks: list[int]) -> None:
+        self.saver.submit(SimpleNamespace(blocks=[SimpleNamespace(engine_ids=ids) for ids in blocks]))  # type: ignore[arg-type]
+
+
+def test_pages_that_are_used_again_before_their_turn_are_left_out() -> None:
+    bench = Bench()
+    bench.submit([1, 2], [3, 4], [5, 6])
+    assert bench.asked.wait(WAIT_S)
+    bench.saver.guard([4, 99])
+    bench.pages.arrived.set()
+    bench.room.set()
+    assert bench.over.wait(WAIT_S)
+    assert bench.done == [True, False, True]
+    assert [piece.engine_ids for piece in bench.pages.pieces] == [[1, 2], [5, 6]]
+    assert bench.pages.held == []
+    assert bench.tally.drain()["save_overtaken"] == 1
+    bench.saver.close()
+
+
+def test_the_engine_waits_on_the_device_for_pages_that_are_being_gathered() -> None:
+    bench = Bench()
+    bench.room.set()
+    bench.submit([1, 2], [3, 4])
+    assert bench.pages.began.wait(WAIT_S)
+    bench.saver.guard([7, 8])
+    bench.saver.guard([])
+    assert bench.pages.held == []
+    bench.saver.guard([3])
+    assert bench.pages.held == ["taken"]
+    bench.pages.arrived.set()
+    assert bench.over.wait(WAIT_S)
+    assert bench.done == [True, True]
+    bench.saver.close()
+
+
+def test_what_the_engine_writes_is_not_known_then_it_may_be_anything() -> None:
+    bench = Bench()
+    bench.submit([1, 2])
+    assert bench.asked.wait(WAIT_S)
+    bench.submit([8])
+    bench.saver.guard(None)
+    bench.room.set()
+    assert bench.over.wait(WAIT_S)
+    bench.saver.close()
+    assert not any(bench.done)
+    assert bench.pages.pieces == []
+
+
+def test_a_job_that_is_over_holds_nothing_up_and_a_failing_one_does_not_end_the_thread() -> None:
+    bench = Bench()
+    bench.room.set()
+    bench.pages.arrived.set()
+    good = bench.saver._store
+    bench.saver._store = lambda job, fill: 1 / 0  # type: ignore[method-assign, assignment, return-value]
+    bench.submit([1])
+    while bench.saver._open:
+        pass
+    bench.saver._store = good  # type: ignore[method-assign]
+    bench.submit([1])
+    assert bench.over.wait(WAIT_S)
+    while bench.saver._open:
+        pass
+    bench.saver.guard([1])
+    assert bench.pages.held == []
+    bench.saver.close()
