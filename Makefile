@@ -56,6 +56,18 @@ demo: $(ENGINE_VENV)/.ready
 bench: $(VENV)/.ready-test
 	@for file in bench/control.py bench/memory.py bench/disk.py bench/burst.py; do echo "== $$file"; $(VENV)/bin/python $$file; done
 
+# On a machine with a GPU; with its own Python, since that is where CUDA, CuPy and vLLM are: make test-gpu GPU_PYTHON=python3
+GPU_PYTHON ?= $(VENV)/bin/python
+GPU_RUN := PYTHONPATH=.:gpu:connectors:$$PYTHONPATH $(GPU_PYTHON)
+GPU_RESULTS ?= bench/results/h200
+
+test-gpu:
+	$(GPU_RUN) -m pytest -c /dev/null --rootdir=. -p no:cacheprovider --confcutdir=tests/gpu tests/gpu -k "not cpu" $(ARGS)
+	$(GPU_RUN) -m pytest -c /dev/null --rootdir=. -p no:cacheprovider --confcutdir=tests/gpu tests/engines/test_vllm_device.py $(ARGS)
+
+bench-gpu:
+	$(GPU_RUN) bench/gpu_kernels.py --out $(GPU_RESULTS)/kernels.json
+
 docs: $(VENV)/.ready
 	$(VENV)/bin/python -m kvstore.cli.docs docs
 

@@ -1,0 +1,47 @@
+"""Every kernel compiles for every architecture, on a machine without a GPU."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+
+import pytest
+
+from kvstore.errors import InternalError
+from kvstore_gpu.compile import ARCHITECTURES, Source, cubin, sources
+
+SOURCES = sources()
+
+
+def test_every_folder_with_a_kernel_is_known() -> None:
+    from kvstore_gpu.compile import HERE
+
+    assert set(SOURCES) == {path.parent.name for path in HERE.glob("*/kernel.cu")}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("operation", SOURCES)
+def test_every_instantiation_compiles(operation: str, architecture: str) -> None:
+    source = SOURCES[operation]
+    made = cubin(source, architecture)
+    assert set(made) == set(source.names)
+    assert len(set(made.values())) == len(source.names)
+
+
+def test_a_kernel_that_does_not_compile_says_why(tmp_path, monkeypatch) -> None:
+    import kvstore_gpu.compile as module
+
+    shutil.copy(module.HERE / "common.cuh", tmp_path)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "kernel.cu").write_text("__global__ void f(int* x) { *x = nothing; }")
+    monkeypatch.setattr(module, "HERE", tmp_path)
+    with pytest.raises(InternalError, match=r"broken/kernel\.cu.*nothing.*undefined"):
+        cubin(Source("broken", ["f"]), "90")
+    module._sources.pop("broken")
+
+
+def test_importing_launchers_loads_no_cupy() -> None:
+    import sys
+
+    code = "import sys, kvstore_gpu.ops; sys.exit('cupy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
