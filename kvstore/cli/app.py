@@ -5,6 +5,7 @@ from __future__ import annotations
 from cyclopts import App
 
 from kvstore import __version__
+from kvstore.cli.build import build
 from kvstore.cli.check import check
 from kvstore.cli.configuration import config_show
 from kvstore.cli.doctor import doctor
@@ -37,6 +38,7 @@ app.command(top)
 app.command(check)
 app.command(config)
 app.command(quota)
+app.command(build)
 app.command(make_plan, name="plan")
 app.command(doctor)
 app.command(version)
