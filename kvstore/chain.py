@@ -10,8 +10,9 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
+from kvstore.admission import Doorkeeper
 from kvstore.estimates import TierEstimate
 from kvstore.prefetch import PrefetchQueue
 from kvstore.tiers.base import Sized, Tier
@@ -68,12 +69,19 @@ class TierChain:
         Nearest first.
     parallel : int
         Promotions, and writes per tier, that run at once.
+    twice : collection of TierCode
+        Tiers that take a block at its second sighting.
     """
 
-    def __init__(self, host: HostTier, below: list[Tier], parallel: int = 8) -> None:
+    def __init__(
+        self, host: HostTier, below: list[Tier], parallel: int = 8, twice: Collection[TierCode] = frozenset()
+    ) -> None:
         self.host = host
         self.below = below
-        self.queues = [WriteBehind(host, tier, parallel, self._loading) for tier in below]
+        self.queues = [
+            WriteBehind(host, tier, parallel, self._loading, Doorkeeper() if tier.code in twice else None)
+            for tier in below
+        ]
         self._parallel = parallel
         self._arrivals: dict[BlockId, list[tuple[Arrival, Wanted]]] = {}
         self.ahead = PrefetchQueue(host.arena.capacity // AHEAD_SHARE)
@@ -129,6 +137,8 @@ class TierChain:
         self.host.touch(blocks)
         for tier in self.below:
             tier.touch([block.id for block in blocks])
+        for queue in self.queues:
+            queue.used(blocks)
 
     # -- bringing up ---------------------------------------------------------------------------------------------------
 
@@ -295,7 +305,8 @@ class TierChain:
         self.host.insert(block)
         self.host.counters.stored += 1
         self.host.counters.bytes_written += block.nbytes
-        return [queue.submit(block, durable) for queue in self.queues]
+        offered = [queue.offer(block, durable) for queue in self.queues]
+        return [write for write in offered if write is not None]
 
     async def durable(self, writes: list[asyncio.Future[StoreOutcome]]) -> StoreOutcome:
         """Whether a block admitted as durable became so in at least one tier."""
@@ -343,6 +354,9 @@ class TierChain:
     def _forget(self, block: BlockId) -> bool:
         """Take a block out of memory, and what is on its way up shall not arrive; whether it was in memory."""
         self.ahead.discard(block)
+        for queue in self.queues:
+            if queue.doorkeeper is not None:
+                queue.doorkeeper.forget(block)
         if block in self._arrivals:
             self._forgotten.add(block)
         in_host = self.host.get(block)

@@ -29,7 +29,7 @@ from kvstore.service import Service
 from kvstore.sockets import SocketDir
 from kvstore.tiers.base import Tier
 from kvstore.tiers.host import HostTier
-from kvstore.types import Scope
+from kvstore.types import Scope, TierCode
 from kvstore.units import format_size
 from kvstore.where import Where
 from kvstore.wire.fds import FdServer
@@ -86,7 +86,9 @@ class Daemon:
         pins = s.limits.pin_percent / 100
         host = HostTier(s.host.bytes, make_policy(s.host.policy), s.host.slab_bytes, s.host.ahead_bytes, pins)
         host.arena.on_low = self._prepare_memory
-        self.chain = TierChain(host, self._lower_tiers(), parallel=2 * s.disk.threads)
+        asked = {TierCode.DISK: s.disk.admission, TierCode.REDIS: s.redis.admission}
+        twice = [code for code, admission in asked.items() if admission == "second"]
+        self.chain = TierChain(host, self._lower_tiers(), parallel=2 * s.disk.threads, twice=twice)
         for tier in self.chain.below:
             await tier.start()
         self.service = Service(
@@ -274,7 +276,7 @@ class Daemon:
             self._beat = time.monotonic()
             self.service.ledger.expire()
             self.chain.host.expire()
-            self.service.desk.reuse.tick()
+            self.service.desk.tick()
             for tier in self.chain.below:
                 self._spawn(tier.expire())
 

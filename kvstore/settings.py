@@ -147,6 +147,11 @@ class Disk(msgspec.Struct, frozen=True, kw_only=True):
     deadline_s: Annotated[
         float, Rule("Longest time one read or write may take before it counts as failed.", "10s", duration(0.01, 3600))
     ]
+    admission: Annotated[
+        str,
+        Rule("When a block is written there: when it is stored, or at its second sighting.", "first",
+             choice("first", "second")),
+    ]  # fmt: skip
     max_bandwidth: Annotated[
         int, Rule("Bytes a second that the tier may read and write together; 0 for no bound.", "0", size(0))
     ]
@@ -172,6 +177,11 @@ class Redis(msgspec.Struct, frozen=True, kw_only=True):
         Rule("File with 64 hex digits: seal everything there with AES-256-GCM.", "", path(optional=True)),
     ]
     connections: Annotated[int, Rule("Connections over which the parts of one block travel.", "4", integer(1, 64))]
+    admission: Annotated[
+        str,
+        Rule("When a block is written there: when it is stored, or at its second sighting.", "first",
+             choice("first", "second")),
+    ]  # fmt: skip
     ttl_s: Annotated[float, Rule("How long a block stays after its last use.", "7d", duration(60, 31_536_000))]
     timeout_s: Annotated[float, Rule("Longest time one command may take.", "2s", duration(0.01, 60))]
 

@@ -14,8 +14,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
+from kvstore.admission import Doorkeeper
 from kvstore.tiers.base import Tier
 from kvstore.tiers.host import HostBlock, HostTier
 from kvstore.types import Dropped, DropReason, Exists, Stored, StoreOutcome
@@ -36,6 +37,8 @@ class WriteBehind:
         Blocks written at once.
     loading : callable
         Whether blocks are being brought up now.
+    doorkeeper : Doorkeeper, optional
+        Keeps out what was seen only once; without one every block is written.
 
     Attributes
     ----------
@@ -43,8 +46,16 @@ class WriteBehind:
         Waiting or being written.
     """
 
-    def __init__(self, host: HostTier, tier: Tier, writers: int, loading: Callable[[], bool] = lambda: False) -> None:
+    def __init__(
+        self,
+        host: HostTier,
+        tier: Tier,
+        writers: int,
+        loading: Callable[[], bool] = lambda: False,
+        doorkeeper: Doorkeeper | None = None,
+    ) -> None:
         self.tier = tier
+        self.doorkeeper = doorkeeper
         self._host = host
         self._queue: deque[tuple[HostBlock, bool, asyncio.Future[StoreOutcome]]] = deque()
         self._busy = 0
@@ -54,6 +65,19 @@ class WriteBehind:
         self._waiters: list[asyncio.Future[None]] = []
         self.blocks = 0
         self.bytes = 0
+
+    def offer(self, block: HostBlock, durable: bool) -> asyncio.Future[StoreOutcome] | None:
+        """Queue a new block, unless it is kept out for now: then None. What is to be durable is never kept out."""
+        if self.doorkeeper is not None and not durable and self.doorkeeper.first_time(block.id):
+            return None
+        return self.submit(block, durable)
+
+    def used(self, blocks: Iterable[HostBlock]) -> None:
+        """Blocks in memory are used: those that had been kept out are written now."""
+        if self.doorkeeper is not None:
+            for block in blocks:
+                if self.doorkeeper.again(block.id) and not block.gone:
+                    self.submit(block)
 
     def submit(self, block: HostBlock, durable: bool = False) -> asyncio.Future[StoreOutcome]:
         """Queue a block; durable ones first. The future says what became of it, and is never cancelled from here."""

@@ -146,6 +146,11 @@ def _buckets(state: Any) -> Iterator[tuple[float, float]]:
             yield float(pair[0]), float(pair[1])
 
 
+def _policies(snapshot: Snapshot) -> Iterator[Sample]:
+    for tier, policy in part(snapshot, "policies").items():
+        yield (_short(tier), _short(policy)), 1
+
+
 def _version(snapshot: Snapshot) -> Iterator[Sample]:
     yield (_short(snapshot.get("version", "unknown")),), 1
 
@@ -270,7 +275,16 @@ TABLE: tuple[Row, ...] = (
     _counter("hit_blocks", _each("hit_blocks", "tier"), "Blocks handed out, by the tier they were found in."),
     _counter("missed_blocks", _each("missed", "reason"), "Blocks asked for and not handed out, by reason."),
     _counter("hit_tokens", _one("hit_tokens"), "Tokens in blocks handed out."),
+    _counter("wanted_blocks", _one("reuse", "wanted"), "Blocks handed out, and blocks offered since computed."),
+    _counter("reusable_blocks", _one("reuse", "reusable"), "Estimate: wanted blocks that had been wanted before."),
+    _counter("saved_tokens", _one("saved", "tokens"), "Tokens served instead of computed; ranks share one count."),
+    _gauge("saved_prefill_seconds", _one("saved", "seconds"), "Estimate: at least how long computing those takes."),
     _counter("unstored_blocks", _each("not_stored", "reason"), "Blocks offered and not taken, by reason."),
+    _gauge(
+        "tier_policy_info",
+        Reading(("tier", "policy"), "policies.*", _policies),
+        "Always 1; the eviction policy of a tier is in the label.",
+    ),
     _gauge("tier_capacity_bytes", _tiers("capacity"), "Byte budget of a tier."),
     _gauge(
         "tier_bytes",
@@ -305,6 +319,7 @@ TABLE: tuple[Row, ...] = (
     _gauge("prefetch_blocks", _one("prefetch", "blocks"), "Blocks to be brought up once nobody waits for others."),
     _gauge("prefetch_bytes", _one("prefetch", "bytes"), "Bytes to be brought up once nobody waits for others."),
     _counter("prefetch_refused_blocks", _one("prefetch", "refused"), "Prefetches not taken because so many wait."),
+    _counter("kept_out_blocks", _tiers("kept_out"), "Blocks that a tier did not take at their first sighting."),
     _gauge("chunks", _one("chunks", "chunks"), "Chunks that are found by their tokens."),
     _gauge("chunk_variants", _one("chunks", "variants"), "Their variants, each computed in another context."),
     _gauge("chunk_index_bytes", _one("chunks", "bytes"), "Memory of the index of chunks."),
@@ -404,7 +419,8 @@ def markdown() -> str:
         "that a metric is read from.",
         "",
         "Ratios are not exported. The hit rate of the last five minutes by tier is",
-        "`rate(kvstore_hit_blocks_total[5m]) / ignoring(tier) group_left rate(kvstore_asked_blocks_total[5m])`.",
+        "`rate(kvstore_hit_blocks_total[5m]) / ignoring(tier) group_left rate(kvstore_wanted_blocks_total[5m])`,",
+        "and its ceiling `rate(kvstore_reusable_blocks_total[5m]) / rate(kvstore_wanted_blocks_total[5m])`.",
         "",
         f"`ns` is the first 12 digits of a namespace's digest. Above {MAX_NAMESPACES} namespaces `domain` and `ns` are",
         "`all`, and the values are sums.",

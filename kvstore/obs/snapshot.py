@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from kvstore.service import Service
     from kvstore.tiers.base import Tier
     from kvstore.wire.traffic import Traffic
+    from kvstore.writebehind import WriteBehind
 
 
 def snapshot(service: Service, traffic: Traffic, started: float, ready: bool) -> dict[str, Any]:
@@ -32,7 +33,7 @@ def snapshot(service: Service, traffic: Traffic, started: float, ready: bool) ->
         "leases": len(service.ledger.leases),
         "leases_expired": service.ledger.expired,
         "reservations": len(service.ledger.reservations),
-        "tiers": {"host": _host(service), **{tier.name: lower_tier(tier) for tier in chain.below}},
+        "tiers": {"host": _host(service), **{queue.tier.name: _lower(queue) for queue in chain.queues}},
         "queue": {"blocks": chain.dirty_blocks, "bytes": sum(queue.bytes for queue in chain.queues)},
         "prefetch": {"blocks": len(chain.ahead), "bytes": chain.ahead.bytes, "refused": chain.ahead.refused},
         "events": service.feed.state(),
@@ -42,6 +43,7 @@ def snapshot(service: Service, traffic: Traffic, started: float, ready: bool) ->
         "quota_evictions": [list(each) for each in service.quotas.evicted()],
         "policies": service.desk.policies(),
         "reuse": service.desk.reuse_state(),
+        "saved": service.desk.savings_state(),
         "requests": {
             verb: {"count": s.count, "errors": s.errors, "seconds": s.seconds, "buckets": s.below()}
             for verb, s in traffic.verbs.items()
@@ -59,6 +61,11 @@ def snapshot(service: Service, traffic: Traffic, started: float, ready: bool) ->
 
 def _counters(counters: TierCounters) -> dict[str, Any]:
     return {name: getattr(counters, name) for name in TierCounters.__slots__}
+
+
+def _lower(queue: WriteBehind) -> dict[str, Any]:
+    doorkeeper = queue.doorkeeper
+    return lower_tier(queue.tier) | ({} if doorkeeper is None else {"kept_out": doorkeeper.kept_out})
 
 
 def _host(service: Service) -> dict[str, Any]:

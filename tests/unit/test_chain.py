@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import pytest
 
+from kvstore.admission import Doorkeeper
 from kvstore.chain import TierChain
 from kvstore.errors import TierDown
 from kvstore.eviction import make_policy
@@ -139,9 +140,11 @@ def block_id(number: int) -> BlockId:
 class House:
     """A small host tier over some lower tiers."""
 
-    def __init__(self, *below: Tier, nbytes: int = 1 << 20, parallel: int = 4) -> None:
+    def __init__(
+        self, *below: Tier, nbytes: int = 1 << 20, parallel: int = 4, twice: Collection[TierCode] = ()
+    ) -> None:
         self.host = HostTier(nbytes, make_policy("lru"), 256 * 1024, 0)
-        self.chain = TierChain(self.host, list(below), parallel)
+        self.chain = TierChain(self.host, list(below), parallel, twice)
 
     def admit(self, number: int, durable: bool = False) -> list[asyncio.Future[StoreOutcome]] | None:
         """Store a block; None if there is no room."""
@@ -226,6 +229,43 @@ async def test_a_use_is_noted_below_too(houses: Houses) -> None:
     assert found is not None
     house.chain.touch([found])
     assert below.touched == [block_id(1)]
+
+
+async def test_a_tier_may_ask_for_a_second_sighting(houses: Houses) -> None:
+    below = FakeTier()
+    house = houses(below, twice=[TierCode.DISK])
+    for number in (1, 2, 3):
+        assert house.admit(number) == []
+    assert (house.chain.dirty_blocks, house.chain.queues[0].blocks) == (0, 0)
+    used = house.host.get(block_id(1))
+    assert used is not None
+    house.chain.touch([used])  # seen again in memory
+    await house.chain.drain(5)
+    assert list(below.blocks) == [block_id(1)]
+    for number in (2, 3):
+        again = house.host.get(block_id(number))
+        assert again is not None
+        house.host.remove(again)
+    house.admit(2)  # stored anew after it had left
+    await house.chain.drop(SCOPE, [key(3)])
+    house.admit(3)  # what was dropped had not been seen
+    durable = house.admit(4, durable=True)
+    assert durable is not None
+    assert await house.chain.durable(durable) == Stored()
+    await house.chain.drain(5)
+    assert set(below.blocks) == {block_id(1), block_id(2), block_id(4)}
+    doorkeeper = house.chain.queues[0].doorkeeper
+    assert doorkeeper is not None
+    assert (doorkeeper.kept_out, len(doorkeeper)) == (4, 1)
+
+
+def test_the_doorkeeper_remembers_a_bounded_number() -> None:
+    doorkeeper = Doorkeeper(most=10)
+    for number in range(100):
+        assert doorkeeper.first_time(block_id(number))
+    assert len(doorkeeper) == 10
+    assert not doorkeeper.again(block_id(0))
+    assert doorkeeper.again(block_id(99))
 
 
 # -- bringing up -------------------------------------------------------------------------------------------------------

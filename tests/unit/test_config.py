@@ -75,6 +75,8 @@ def test_each_setting_can_be_given_by_flag_environment_and_file(key: str, tmp_pa
         "log.json": "true",
         "host.policy": "lru",
         "disk.policy": "lru",
+        "disk.admission": "second",
+        "redis.admission": "second",
         "redis.url": "redis://:a-password@host:6379",
         "limits.quota_file": str(tmp_path / "quotas.json"),
         "redis.cluster": "true",

@@ -53,6 +53,7 @@ def test_codes_are_stable() -> None:
         "KV500": "Unavailable",
         "KV501": "ConnectionLost",
         "KV502": "DeadlineExceeded",
+        "KV503": "DeviceUnavailable",
         "KV600": "StorageError",
         "KV601": "CorruptBlock",
         "KV602": "TierDown",
