@@ -6,6 +6,7 @@ one, or with more reuse than was measured, it does not count.
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import msgspec
@@ -16,6 +17,9 @@ from kvstore.types import Namespace
 REMEDY = "Measure it with `kvstore build DOCS --model MODEL --probe FILE`, and give FILE as `blend_gate`."
 
 MAX_BYTES = 1 << 20
+
+LOOK_S = 1.0
+"""How often the file is looked at, while prompts ask to be blended."""
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,6 +56,48 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     def passed(self) -> bool:
         """Whether the thresholds are kept."""
         return self.prompts > 0 and self.kl <= self.most_kl and self.top1 >= self.least_top1
+
+
+class Gate:
+    """A verdict's file, looked at again when it changes: a probe opens the gate of an engine that runs.
+
+    Parameters
+    ----------
+    path : str
+        The file; it may come later.
+
+    Raises
+    ------
+    ConfigError
+        If there is a file and it is no verdict.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._stamp = 0
+        self._look_at = 0.0
+        self._verdict: Verdict | None = None
+        self._reason = f"there is no verdict at {path}"
+        if Path(path).exists():
+            self._verdict = read_verdict(path)
+
+    def why_closed(self, namespace: Namespace, share: float) -> str:
+        """Why this model may not be blended now; empty if it may."""
+        now = time.monotonic()
+        if now >= self._look_at:
+            self._look_at = now + LOOK_S
+            self._look()
+        return self._reason if self._verdict is None else why_closed(self._verdict, namespace, share)
+
+    def _look(self) -> None:
+        try:
+            stamp = Path(self._path).stat().st_mtime_ns
+            if stamp != self._stamp:
+                self._verdict, self._stamp = read_verdict(self._path), stamp
+        except OSError:
+            self._verdict, self._stamp, self._reason = None, 0, f"there is no verdict at {self._path}"
+        except ConfigError as error:
+            self._verdict, self._reason = None, error.cause
 
 
 def read_verdict(path: str) -> Verdict:

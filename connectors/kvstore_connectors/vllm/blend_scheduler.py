@@ -18,7 +18,7 @@ from kvstore.errors import ConfigError, InvalidParams
 from kvstore.keys import content_key
 from kvstore.types import Namespace
 from kvstore_connectors.base import Tally, log
-from kvstore_connectors.vllm.blend_gate import Verdict, why_closed
+from kvstore_connectors.vllm.blend_gate import Gate
 from kvstore_connectors.vllm.blend_jobs import BlendJob, BlendSpan, CaptureJob
 from kvstore_connectors.vllm.blend_search import Chunk, Search, Searches
 from kvstore_connectors.vllm.blend_wish import Wish, read_wish
@@ -83,8 +83,8 @@ class Blends:
         Tokens in a block of the engine, and of kvstore.
     default : Wish
         For requests that say nothing.
-    verdict : Verdict or None
-        Of the gate. Without one nothing is blended.
+    gate : Gate or None
+        Without one nothing is blended.
     """
 
     def __init__(
@@ -94,14 +94,14 @@ class Blends:
         engine_block: int,
         block_tokens: int,
         default: Wish,
-        verdict: Verdict | None,
+        gate: Gate | None,
     ) -> None:
         self._searches = searches
         self._tally = tally
         self._engine_block = engine_block
         self._block_tokens = block_tokens
         self._default = default
-        self._verdict = verdict
+        self._gate = gate
         self._ranks: list[Namespace] = []
         self._states: dict[str, State] = {}
         self._warned = False
@@ -186,9 +186,9 @@ class Blends:
         return Plan(exact, end, chunks)
 
     def _open(self, share: float) -> bool:
-        reason = "there is no verdict (`blend_gate`)"
-        if self._verdict is not None:
-            reason = why_closed(self._verdict, self._ranks[0], share)
+        reason = "no `blend_gate` is set"
+        if self._gate is not None:
+            reason = self._gate.why_closed(self._ranks[0], share)
         if reason:
             self._tally.add("blend_gate_closed")
             if not self._warned:

@@ -11,7 +11,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 
 from kvstore.types import TierCode
 from kvstore_connectors.base import Breaker, Link, Tally, log, report_defect, shielded
-from kvstore_connectors.vllm.blend_gate import read_verdict
+from kvstore_connectors.vllm.blend_gate import Gate
 from kvstore_connectors.vllm.blend_scheduler import Blends, default_wish
 from kvstore_connectors.vllm.blend_search import Searches
 from kvstore_connectors.vllm.blend_wish import NAME
@@ -111,8 +111,8 @@ class KVStoreConnector(KVConnectorBase_V1):
             blend=config.blend,
             capture=config.capture,
         )
-        verdict = read_verdict(config.blend_gate) if config.blend_gate else None
-        return Blends(searches, self._tally, engine_block, block_tokens, default, verdict)
+        gate = Gate(config.blend_gate) if config.blend_gate else None
+        return Blends(searches, self._tally, engine_block, block_tokens, default, gate)
 
     @property
     def requires_kv_delivery(self) -> bool:
