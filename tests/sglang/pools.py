@@ -150,9 +150,9 @@ class _Allocator:
 
 
 @contextlib.contextmanager
-def controller(kind: str, layout: str, extra: dict[str, Any]) -> Iterator[HybridCacheController]:
+def controller(kind: str, layout: str, extra: dict[str, Any], **shape: Any) -> Iterator[HybridCacheController]:
     """SGLang's controller with its threads, and our backend attached by it."""
-    device = device_pool(kind)
+    device = device_pool(kind, **shape)
     pool = host_pool(kind, layout, device=device)
     entry = PoolEntry(PoolName.KV, pool, device, lambda layer: layer, is_primary_index_anchor=True)
     made = HybridCacheController(

@@ -281,3 +281,19 @@ def test_pages_outlive_the_engine_and_the_daemon(own_daemon: Daemon, make: Make)
     assert reader.batch_exists(keys) == 4
     assert all(reader.batch_get_v1(keys, indices([9, 8, 7, 6])))
     assert [content(target, 9 - i) for i in range(4)] == [content(source, i) for i in range(4)]
+
+
+def test_pages_are_linked_where_sglang_tells_what_came_before(daemon: Daemon, make: Make) -> None:
+    """With ``hicache_storage_pass_prefix_keys`` each page names the one before it and stands where it stood."""
+    from kvstore.keys import derived_key, namespace_digest
+
+    pool = host_pool("mha", "page_first")
+    backend = make(pool, {"address": daemon.address})
+    before, keys = hashes(3), hashes(2)
+    assert all(backend.batch_set_v1(keys, indices([0, 1]), HiCacheStorageExtraInfo(prefix_keys=before)))
+    namespace = backend._transfers.namespace
+    names = [derived_key(namespace_digest(namespace), one.encode()) for one in (before[-1], *keys)]
+    with daemon.client() as client, client.lease(names[1:], namespace=namespace, headers=True) as lease:
+        headers = [block.header for block in lease.blocks]
+    assert [header.parent for header in headers] == names[:2]
+    assert [header.position for header in headers] == [3 * PAGE, 4 * PAGE]
