@@ -4,7 +4,7 @@ each.
 After KIVI (arXiv 2402.02750), KVQuant (2401.18079) and QuaRot (2404.00456). Keys should come from ``prerope``. Any
 prefix of the planes from two bits on is usable, so a block loses precision by being cut off.
 
-Plane 0 of a unit: sinks float32 ``[layer][K|V][sink][channel]``; lows, then scales, float16, of keys
+Plane 0 of a unit: sinks in the block's dtype ``[layer][K|V][sink][channel]``; lows, then scales, float16, of keys
 ``[layer][group][channel]``; lows, then scales, of values ``[layer][token][kv_head]``; then two bit planes of keys,
 two of values, each flat in the order ``[layer][token][channel]`` (`kvstore.codecs.quant` says the bit order). Plane
 p: bit plane p + 1 of keys, then of values; empty where a tensor has no such bit. Sinks are the first tokens of a
@@ -22,7 +22,8 @@ import torch
 
 from kvstore.codecs import hadamard, quant
 from kvstore.codecs.base import BlockCoder, BlockSpec, Bytes, Context
-from kvstore.errors import CannotEncode
+from kvstore.codecs.raw import as_bytes, from_bytes
+from kvstore.errors import CannotEncode, CorruptBlock
 
 BASE_BITS = 2
 """Bits in plane 0: fewer are not usable."""
@@ -77,7 +78,7 @@ class KV4(BlockCoder):
     def planes(self, spec: BlockSpec, layer: int, context: Context) -> tuple[int, ...]:
         del layer, context
         kept, keys, values, _, plane = self._fields(spec)
-        base = 4 * kept + 4 * (keys + values) + 2 * BASE_BITS * plane
+        base = spec.torch_dtype.itemsize * kept + 4 * (keys + values) + 2 * BASE_BITS * plane
         return (base, *(plane * ((self.k > bit) + (self.v > bit)) for bit in range(BASE_BITS, max(self.k, self.v))))
 
     def encode(self, unit: torch.Tensor, spec: BlockSpec, layer: int, out: Sequence[Bytes], context: Context) -> None:
@@ -86,8 +87,8 @@ class KV4(BlockCoder):
         keys = unit[:, 0, sinks:].reshape(spec.layers, spec.tokens - sinks, spec.channels)
         k_codes, *k_numbers = _by_group(keys, self.k, self.group)
         v_codes, *v_numbers = quant.quantize(hadamard.rotate(unit[:, 1, sinks:].contiguous()), self.v, -1)
-        head = [unit[:, :, :sinks].contiguous(), *k_numbers, *v_numbers]
-        at = _write(out[0], [part.contiguous().view(-1).numpy().view(np.uint8) for part in head])
+        head = [unit[:, :, :sinks].to(spec.torch_dtype), *k_numbers, *v_numbers]
+        at = _write(out[0], [as_bytes(part.contiguous()) for part in head])
         for codes, bits, slots in zip(
             (k_codes, v_codes), (self.k, self.v), self._slots(spec, [out[0][at:], *out[1:]]), strict=True
         ):
@@ -113,11 +114,14 @@ class KV4(BlockCoder):
         kept, k_groups, v_groups, codes, _ = self._fields(spec)
         sinks = self.kept(spec)
         rows = spec.tokens - sinks
-        ends = np.cumsum([4 * kept, 2 * k_groups, 2 * k_groups, 2 * v_groups, 2 * v_groups])
+        ends = np.cumsum([spec.torch_dtype.itemsize * kept, 2 * k_groups, 2 * k_groups, 2 * v_groups, 2 * v_groups])
         first, k_low, k_scale, v_low, v_scale, base = np.split(planes[0], ends)
         keys, values = self._slots(spec, [base, *planes[1:]])
         if kept:
-            out[:, :, :sinks] = quant.numbers(first, np.float32).view(spec.layers, 2, sinks, *spec.shape[3:])
+            exact = from_bytes(first, spec.torch_dtype)
+            if not bool(torch.isfinite(exact).all()):
+                raise CorruptBlock("a kept value is not finite.")
+            out[:, :, :sinks] = exact.view(spec.layers, 2, sinks, *spec.shape[3:])
         if not rows:
             return
         k = torch.from_numpy(quant.unpack(keys, codes)).view(spec.layers, rows, spec.channels)
@@ -125,7 +129,7 @@ class KV4(BlockCoder):
         self._keys(k, low, scale, len(keys), out[:, 0, sinks:].view(spec.layers, rows, spec.channels))
         v = torch.from_numpy(quant.unpack(values, codes)).view(spec.layers, rows, *spec.shape[3:])
         low, scale = _numbers(v_low, v_scale, (*v.shape[:3], 1))
-        out[:, 1, sinks:] = _unrotated(v, low, scale, self.v, len(values), spec.torch_dtype)
+        out[:, 1, sinks:] = unrotated(v, low, scale, self.v, len(values), spec.torch_dtype)
 
     def _keys(self, codes: torch.Tensor, low: torch.Tensor, scale: torch.Tensor, known: int, out: torch.Tensor) -> None:
         layers, rows, channels = codes.shape
@@ -155,7 +159,7 @@ class KV4(BlockCoder):
         return found
 
 
-def _unrotated(
+def unrotated(
     codes: torch.Tensor, low: torch.Tensor, scale: torch.Tensor, bits: int, known: int, dtype: torch.dtype
 ) -> torch.Tensor:
     """Values of rotated codes, rotated back; ``codes`` is changed.

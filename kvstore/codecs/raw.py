@@ -16,6 +16,13 @@ def as_bytes(unit: torch.Tensor) -> Bytes:
     return unit.reshape(-1).view(torch.uint8).numpy()
 
 
+def from_bytes(data: Bytes, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of its own, flat, with these bytes; they may lie anywhere."""
+    out = torch.empty(data.size // dtype.itemsize, dtype=dtype)
+    as_bytes(out)[:] = data
+    return out
+
+
 @dataclass(frozen=True)
 class Raw(BlockCoder):
     """Copy."""

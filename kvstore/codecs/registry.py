@@ -12,14 +12,19 @@ from kvstore.codecs.byteplanes import BytePlanes
 from kvstore.codecs.chain import Chain
 from kvstore.codecs.fp8 import FP8
 from kvstore.codecs.kv4 import KV4
+from kvstore.codecs.lowrank import LowRank
 from kvstore.codecs.mikv import MiKV
+from kvstore.codecs.minicache import MiniCache
+from kvstore.codecs.pca import PCA
 from kvstore.codecs.prerope import PreRope
 from kvstore.codecs.raw import Raw
 from kvstore.codecs.seal import Seal
 from kvstore.codecs.zstd import Zstd
 from kvstore.errors import CannotDecode
 
-STEPS: Mapping[str, type[Step]] = {step.name: step for step in (PreRope, Raw, BytePlanes, FP8, KV4, MiKV, Zstd, Seal)}
+STEPS: Mapping[str, type[Step]] = {
+    step.name: step for step in (PreRope, Raw, BytePlanes, FP8, KV4, MiKV, PCA, LowRank, MiniCache, Zstd, Seal)
+}
 """Every step there is, by name."""
 
 SHORT: Mapping[str, str] = {"lossless": "byteplanes|zstd"}
@@ -63,7 +68,7 @@ def _step(text: str) -> Step:
     kind = STEPS.get(match[1]) if match else None
     if match is None or kind is None:
         raise CannotDecode(f"codec {text[:60]!r} is not known.")
-    known = {f.name: f.type for f in fields(kind)}  # pyright: ignore[reportArgumentType]
+    known: dict[str, Any] = {f.name: f.type for f in fields(kind)}  # pyright: ignore[reportArgumentType]
     values: dict[str, Any] = {}
     for pair in filter(None, (match[2] or "").split(",")):
         key, _, value = pair.partition("=")

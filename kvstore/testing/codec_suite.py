@@ -48,6 +48,7 @@ class CodecSuite:
 
     chain: str
     specs: tuple[BlockSpec, ...] = SPECS
+    empty: BlockSpec = EMPTY
     drift: float = 0.7
     """What a second trip may add, as a share of what the first one lost."""
 
@@ -170,7 +171,7 @@ class CodecSuite:
     # -- odd blocks ---------------------------------------------------------------------------------------------------
 
     def test_no_tokens(self) -> None:
-        assert self.opened(self.packed(block_of(EMPTY), EMPTY), EMPTY).numel() == 0
+        assert self.opened(self.packed(block_of(self.empty), self.empty), self.empty).numel() == 0
 
     @pytest.mark.parametrize("value", [0.0, 1.0, -3.5, 2.0**-20])
     def test_constant_blocks(self, value: float) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 
 from kvstore.codecs import BlockSpec, Context
+from kvstore.codecs.basis import Basis
+from kvstore.codecs.fit import Moments
 from kvstore.rope import Rotary
-from kvstore.testing.codec_suite import CodecSuite
+from kvstore.testing.codec_suite import CodecSuite, block_of
 
 CHAINS = (
     "raw",
@@ -28,22 +32,40 @@ CHAINS = (
     "mikv(hi=4,lo=2,share=50)",
     "mikv(share=0)",
     "prerope|mikv(share=100)|zstd",
+    "prerope|lowrank(rank=100)",
+    "prerope|lowrank(rank=40,v=4)|zstd",
+    "prerope|minicache(layers=3,start=0)",
+    "minicache(layers=4,start=50,bits=4,kept=20)",
     "raw|seal",
     "prerope|kv4|zstd|seal",
 )
 
 
-@pytest.fixture(params=CHAINS, autouse=True)
-def name(request: pytest.FixtureRequest) -> None:
-    if request.instance is not None:
-        request.instance.chain = request.param
+ROTARY = Rotary(tuple(10_000.0 ** (-i / 16) for i in range(0, 16, 2)))
+
+
+def basis(*, joint: bool) -> Basis:
+    """A basis of blocks like those of the suite."""
+    moments = Moments(3, 2, 16, 2, joint=joint)
+    spec = BlockSpec(3, 400, 2, 16)
+    for seed in range(2):
+        generator = torch.Generator().manual_seed(seed)
+        moments.add(block_of(spec, seed).float(), torch.randn(spec.shape, generator=generator))
+    return moments.basis(rotary=ROTARY.digest, model="suite", revision="1", finest=1e-3)
+
+
+BASES = [basis(joint=joint) for joint in (True, False)]
 
 
 class TestChains(CodecSuite):
+    @pytest.fixture(params=CHAINS, autouse=True)
+    def name(self, request: pytest.FixtureRequest) -> None:
+        self.chain = request.param
+
     @property
     def drift(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """mikv cuts the codes of a finer quantizer off, which moves the ends of a group."""
-        return 1.2 if "mikv" in self.chain else 0.7
+        """Cutting codes off moves the ends of a group, and merged vectors have other angles: both wander."""
+        return 1.2 if "mikv" in self.chain or "minicache" in self.chain else 0.7
 
     def context(self, spec: BlockSpec) -> Context:
         return Context(
@@ -52,3 +74,21 @@ class TestChains(CodecSuite):
             keys={"default": b"\x07" * 32},
             identity=b"block",
         )
+
+
+class TestPCA(CodecSuite):
+    specs: ClassVar[tuple[BlockSpec, ...]] = (  # pyright: ignore[reportIncompatibleVariableOverride]
+        BlockSpec(3, 64, 2, 16),
+        BlockSpec(3, 37, 2, 16, "float16", position=2),
+        BlockSpec(3, 1, 2, 16, "float32", position=256),
+        BlockSpec(3, 3, 2, 16),
+    )
+    empty = BlockSpec(3, 0, 2, 16)
+
+    @pytest.fixture(params=[(0, 50), (0, 5000), (1, 300)], autouse=True)
+    def name(self, request: pytest.FixtureRequest) -> None:
+        which, step = request.param
+        self.chain = f"prerope|pca(basis={BASES[which].digest},step={step})|zstd"
+
+    def context(self, spec: BlockSpec) -> Context:
+        return Context(rotary=ROTARY, bases={basis.digest: basis for basis in BASES})

@@ -1,0 +1,153 @@
+"""Which tokens matter: importance of each key from queries, keys and the log-sum-exp of attention, a window at a time.
+
+Attention weights are never kept: with the log-sum-exp that every attention kernel has at hand, the weight of a key is
+``exp(q k / sqrt(dim) - lse)``, so sums over queries are made in windows of a few hundred queries. Under grouped-query
+attention the weights of the query heads of a group are averaged, after the softmax.
+
+Sources, all ``[kv_head, token]``, float32:
+
+- `attention_sum`: H2O's heavy hitters (arXiv 2306.14048). Early tokens are seen by more queries and win by that alone.
+- `attention_mean`: the same over the number of queries that could see the key.
+- `window`: SnapKV (2404.14469), the last queries only.
+- `expected_attention`: from the mean and covariance of queries, for queries to come (2510.00636).
+- `reconstruction`: the largest weight over the queries of a repeated context, after KVzip (2505.23416); the only one
+  here that does not depend on what the prompt happened to ask.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from kvstore.rope import Rotary
+
+QUERIES = 256
+"""Queries of a window: what bounds the memory."""
+
+
+def log_sum_exp(queries: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Logarithm of the softmax denominator of each query, where no attention kernel exports it.
+
+    Parameters
+    ----------
+    queries : torch.Tensor
+        ``[query, head, dim]``, after RoPE.
+    keys : torch.Tensor
+        ``[token, kv_head, dim]``, after RoPE.
+    positions : torch.Tensor
+        ``[query]``: index of each query among the keys; it sees keys up to its own.
+
+    Returns
+    -------
+    torch.Tensor
+        ``[head, query]``, float32.
+    """
+    found = [
+        _logits(queries[at : at + QUERIES], keys, positions[at : at + QUERIES]).logsumexp(-1).flatten(0, 1)
+        for at in range(0, len(queries), QUERIES)
+    ]
+    return torch.cat(found, 1)
+
+
+def _logits(queries: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """``[kv_head, heads of its group, query, token]``, minus infinity where a query does not see the key."""
+    count, heads, dim = queries.shape
+    groups = keys.shape[1]
+    grouped = queries.float().view(count, groups, heads // groups, dim).permute(1, 2, 0, 3)
+    found = grouped @ keys.float().permute(1, 2, 0)[:, None] / math.sqrt(dim)
+    hidden = torch.arange(len(keys), device=keys.device) > positions.to(keys.device)[:, None]
+    return found.masked_fill(hidden, float("-inf"))
+
+
+def _over_queries(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    lse: torch.Tensor,
+    positions: torch.Tensor,
+    join: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Join the weights ``[kv_head, head of its group, query, token]`` of all windows into ``[kv_head, token]``."""
+    groups = keys.shape[1]
+    found = torch.zeros(groups, len(keys), device=keys.device)
+    for at in range(0, len(queries), QUERIES):
+        logits = _logits(queries[at : at + QUERIES], keys, positions[at : at + QUERIES])
+        weights = (logits - lse[:, at : at + QUERIES].view(groups, -1, logits.shape[2], 1)).exp()
+        found = join(found, weights)
+    return found
+
+
+def attention_sum(
+    queries: torch.Tensor, keys: torch.Tensor, lse: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
+    """Attention that each key got from all queries, ``[kv_head, token]``; a head's total is the number of queries."""
+    return _over_queries(queries, keys, lse, positions, lambda found, weights: found + weights.sum(2).mean(1))
+
+
+def attention_mean(
+    queries: torch.Tensor, keys: torch.Tensor, lse: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
+    """Attention that each key got from each query that could see it, ``[kv_head, token]``."""
+    sees = (positions.to(keys.device)[:, None] >= torch.arange(len(keys), device=keys.device)).sum(0)
+    return attention_sum(queries, keys, lse, positions) / sees.clamp(min=1)
+
+
+def window(
+    queries: torch.Tensor, keys: torch.Tensor, lse: torch.Tensor, positions: torch.Tensor, last: int = 32
+) -> torch.Tensor:
+    """Attention that each key got from the last queries, ``[kv_head, token]``."""
+    return attention_sum(queries[-last:], keys, lse[:, -last:], positions[-last:]) / min(last, len(queries))
+
+
+def reconstruction(
+    queries: torch.Tensor, keys: torch.Tensor, lse: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
+    """Largest weight that any query and any head of the group gave each key, ``[kv_head, token]``.
+
+    The queries are those of a prompt that has the model repeat the context, behind it.
+    """
+    return _over_queries(
+        queries, keys, lse, positions, lambda found, weights: torch.maximum(found, weights.amax((1, 2)))
+    )
+
+
+def expected_attention(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rotary: Rotary, ahead: int = 512
+) -> torch.Tensor:
+    """Attention to expect from the next queries, times the norm of what it would add, ``[kv_head, token]``.
+
+    Queries before RoPE are taken as normal; turned to the mean of the next positions, their mean and covariance give
+    the expectation of ``exp(q k)`` in closed form.
+
+    Parameters
+    ----------
+    queries : torch.Tensor
+        ``[query, head, dim]``, before RoPE; of sinks better none.
+    keys, values : torch.Tensor
+        ``[token, kv_head, dim]``, keys after RoPE.
+    rotary : Rotary
+        The model's rotation.
+    ahead : int
+        How many positions to look ahead.
+    """
+    count, groups, dim = keys.shape
+    rows = queries.float()
+    mean = rows.mean(0)
+    centred = rows - mean
+    covariance = torch.einsum("nhi,nhj->hij", centred, centred) / len(rows)
+    turn = _mean_turn(rotary, count, ahead, dim).to(keys.device)
+    mean, covariance = mean @ turn.T, turn @ covariance @ turn.T
+    heads = mean.shape[0]
+    key = keys.float().permute(1, 0, 2).repeat_interleave(heads // groups, 0)
+    score = torch.einsum("hd,hnd->hn", mean, key) / math.sqrt(dim)
+    score = score + torch.einsum("hni,hij,hnj->hn", key, covariance, key) / (2 * dim)
+    weight = score.softmax(-1).view(groups, -1, count).mean(1)
+    return weight * values.float().norm(dim=-1).T
+
+
+def _mean_turn(rotary: Rotary, start: int, ahead: int, dim: int) -> torch.Tensor:
+    """Mean of the rotations of the next positions, ``[dim, dim]``."""
+    table = rotary.table(torch.arange(start, start + ahead))
+    unit = torch.eye(dim)[None].expand(ahead, dim, dim)
+    return rotary.turn(unit, table).mean(0).T
