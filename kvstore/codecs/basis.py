@@ -121,7 +121,7 @@ class Basis:
                     self.rotary,
                     self.model,
                     self.revision,
-                )  # fmt: skip
+                )
             )
             body = [_HEAD.pack(MAGIC, len(header)), header]
             for part in (part for group in self.groups for part in group):

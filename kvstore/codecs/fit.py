@@ -30,6 +30,11 @@ class _Sums:
     asked: int
 
 
+def _sums(size: int, device: torch.device | str) -> _Sums:
+    square = torch.zeros(size, size, dtype=torch.float64, device=device)
+    return _Sums(0, square[0].clone(), square, square.clone(), 0)
+
+
 class Moments:
     """Sums over the tokens of calibration texts, of which a basis is made.
 
@@ -55,8 +60,7 @@ class Moments:
         self._sums: list[list[_Sums]] = []
         for first in range(0, layers, span):
             sizes = [width(kind, min(span, layers - first), kv_heads * head_dim) for kind in self.kinds]
-            self._sums.append([_Sums(0, *(torch.zeros(n, *rest, dtype=torch.float64, device=device)
-                                          for rest in ((), (n,), (n,))), 0) for n in sizes])  # fmt: skip
+            self._sums.append([_sums(size, device) for size in sizes])
 
     def add(self, block: torch.Tensor, gradient: torch.Tensor | None = None) -> None:
         """Add the KV of a text, keys before RoPE, and the gradient of a log-probability at it.

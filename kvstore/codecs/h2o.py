@@ -56,5 +56,5 @@ class H2O:
         weight[..., : self.sinks] = float("inf")
         if self.recent:
             weight[..., -self.recent :] = float("inf")
-        order = weight.argsort(-1, descending=True, stable=True)
+        order = weight.argsort(stable=True, dim=-1, descending=True)
         return order[..., : self.budget].sort(-1).values

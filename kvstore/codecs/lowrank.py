@@ -130,7 +130,7 @@ def outliers(keys: torch.Tensor, marks: torch.Tensor, count: int, chunk: int = 8
     """Chunks that their landmark stands for worst, by least cosine: indices ``[kv_head, count]``, rising."""
     rows = keys[: len(marks) * chunk].float().view(len(marks), chunk, *keys.shape[1:])
     worst = F.cosine_similarity(rows, marks[:, None], dim=-1).amin(1)
-    return worst.argsort(0, stable=True)[:count].T.sort(-1).values
+    return worst.argsort(stable=True, dim=0)[:count].T.sort(-1).values
 
 
 def select(queries: torch.Tensor, marks: torch.Tensor, dropped: torch.Tensor, count: int) -> torch.Tensor:

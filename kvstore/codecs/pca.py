@@ -19,6 +19,7 @@ tokens of a prompt, in the block's dtype, ``[layer][K|V][sink][channel]``; they 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -134,7 +135,7 @@ class _Group:
         self.rank = len(self.ratio)
         order = torch.argsort(self.ratio, descending=True, stable=True)
         ratio = self.ratio[order]
-        self.members = [order[(ratio < high) & (ratio >= low)] for high, low in zip(EDGES[:-1], EDGES[1:], strict=True)]
+        self.members = [order[(ratio < high) & (ratio >= low)] for high, low in itertools.pairwise(EDGES)]
         """Components of each plane."""
 
     def forward(self, unit: torch.Tensor) -> torch.Tensor:
