@@ -13,6 +13,7 @@ from kvstore.errors import ConfigError, RequestError
 from kvstore.eviction import names
 from kvstore.obs.departures import Departures
 from kvstore.obs.reuse import ReuseSampler
+from kvstore.obs.savings import Savings
 from kvstore.sightings import NEVER, HeldLease, Sighting
 from kvstore.types import BlockId, Scope
 
@@ -36,6 +37,18 @@ class Desk:
         self._service = service
         self.reuse = ReuseSampler()
         self.departures = Departures()
+        self.savings = Savings()
+
+    def offered(self, scope: Scope, key: bytes, nbytes: int) -> None:
+        """Note that an engine offers a block, which it had to compute."""
+        self.reuse.note([(key, nbytes)])
+        fields = self._service.namespaces.fields(scope)
+        self.savings.computed(scope, 0 if fields is None else fields.block_tokens)
+
+    def tick(self) -> None:
+        """Once a second: work off what was noted."""
+        self.reuse.tick()
+        self.savings.tick()
 
     @property
     def _chain(self) -> TierChain:
@@ -95,6 +108,22 @@ class Desk:
                 )
             )
         return held
+
+    def savings_state(self) -> dict[str, Any]:
+        """Tokens served instead of computed, at least how many seconds that saved, and of how many tokens that is known.
+
+        Ranks of one engine each hold their part of the same tokens, so each counts for its share.
+        """
+        tokens = seconds = known = 0.0
+        for record in self._service.namespaces:
+            fields = record.fields
+            served = sum(record.hit.values()) * fields.block_tokens / max(1, fields.tp_size * fields.pp_size)
+            saved = self.savings.saved(record.scope, served)
+            tokens += saved.tokens
+            if saved.seconds is not None:
+                seconds += saved.seconds
+                known += saved.tokens
+        return {"tokens": tokens, "seconds": seconds, "tokens_timed": known}
 
     def reuse_state(self) -> dict[str, Any]:
         """What the sample of wanted blocks says: the ceiling, and what stores of other sizes would have served."""

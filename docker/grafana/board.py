@@ -31,17 +31,17 @@ ROWS: dict[str, list[Panel]] = {
     "Value": [
         (
             "Hit rate by tier, and its ceiling",
-            "Blocks handed out of blocks asked for. The ceiling is what a store without bounds would have served.",
+            "Blocks handed out of blocks wanted. The ceiling is what a store without bounds would have served.",
             "percentunit",
             [
                 (
                     (f"{rate('kvstore_hit_blocks_total', 'tier')} / ignoring (tier) group_left "
-                    f"sum(rate(kvstore_asked_blocks_total{{{HERE}}}{RATE}))"),
+                    f"sum(rate(kvstore_wanted_blocks_total{{{HERE}}}{RATE}))"),
                     "{{tier}}",
                 ),
                 (
                     (f"sum(rate(kvstore_reusable_blocks_total{{{HERE}}}{RATE})) "
-                    f"/ sum(rate(kvstore_asked_blocks_total{{{HERE}}}{RATE}))"),
+                    f"/ sum(rate(kvstore_wanted_blocks_total{{{HERE}}}{RATE}))"),
                     "ceiling",
                 ),
             ],

@@ -14,7 +14,7 @@ from kvstore.types import Namespace
 MAX_TOKENS = 1 << 20
 MAX_KEYS = 4096
 Hex32 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$", description="32 bytes in hexadecimal digits")]
-Token = Annotated[int, Meta(ge=-(1 << 31), lt=1 << 31)]
+Token = Annotated[int, Meta(ge=0, lt=1 << 31)]
 KeyList = Annotated[str, Meta(pattern="^([0-9a-f]{64}(,[0-9a-f]{64}){0,40})?$", description="Keys, by commas")]
 Name = Annotated[str, Meta(pattern="^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Word = Annotated[str, Meta(max_length=64)]
@@ -94,10 +94,14 @@ class Where(msgspec.Struct):
 
 
 class Explained(msgspec.Struct):
-    """Each block of a prompt in order, and how many an engine could use: those before the first hole."""
+    """Each block of a prompt in order, and how many an engine could use: those before the first hole.
+
+    `rows` says the same in words, as the dashboard shows it: block, key, where, bytes, usable, why.
+    """
 
     usable: int
     blocks: list[Sighting]
+    rows: list[list[str]]
 
 
 class Leases(msgspec.Struct):
@@ -134,6 +138,13 @@ class KeysQuery(msgspec.Struct, forbid_unknown_fields=True):
 
     namespace: Hex32
     keys: KeyList = ""
+
+
+class PageQuery(msgspec.Struct, forbid_unknown_fields=True):
+    """A prompt to look up on the page: a namespace, and token ids or keys as somebody pasted them."""
+
+    namespace: Annotated[str, Meta(max_length=64)] = ""
+    prompt: Annotated[str, Meta(max_length=4000)] = ""
 
 
 class RuleQuery(msgspec.Struct, forbid_unknown_fields=True):

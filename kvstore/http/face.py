@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -18,12 +19,14 @@ from kvstore.errors import (
     DeadlineExceeded,
     InvalidParams,
     KVStoreError,
+    QuotaRefused,
     RequestError,
     ShuttingDown,
     Unavailable,
 )
 from kvstore.eviction import names
-from kvstore.http import answers, guard, openapi, page, view
+from kvstore.http import answers, guard, openapi, page, tables, view
+from kvstore.http.build import build
 from kvstore.http.events import Hub
 from kvstore.http.routes import Route
 from kvstore.keys import namespace_digest
@@ -190,11 +193,25 @@ class Face:
     async def events(self, request: web.BaseRequest, asked: None) -> web.StreamResponse:
         return await self.hub.serve(request, self.event(self._source.snapshot()))
 
-    async def page(self, request: web.BaseRequest, asked: None) -> web.StreamResponse:
+    async def page(self, request: web.BaseRequest, asked: answers.PageQuery) -> web.StreamResponse:
         snapshot = self._source.snapshot()
-        shown = view.build(snapshot, self.history, self._source.readiness(), self._leases())
-        text = page.render(self._template, shown, view.tier_names(snapshot), self._source.settings())
+        shown = build(snapshot, self.history, self._source.readiness(), self._leases())
+        shown.rows["found"] = self._found(asked)
+        spaces = tables.choices(snapshot)
+        given = asked.namespace, asked.prompt
+        text = page.render(self._template, shown, view.tier_names(snapshot), self._source.settings(), spaces, given)
         return web.Response(text=text, content_type="text/html", charset="utf-8", headers=guard.HEADERS)
+
+    def _found(self, asked: answers.PageQuery) -> list[list[str]]:
+        """The blocks of a prompt that was looked up on the page, or one line that says why not."""
+        if not asked.prompt.strip() or self._operator is None:
+            return []
+        try:
+            question = msgspec.convert({"namespace": asked.namespace, **pasted(asked.prompt)}, answers.Question)
+            _, blocks = self._explained(question)
+        except (msgspec.ValidationError, KVStoreError) as error:
+            return [[str(error)]]
+        return [tables.sighting(index, block) for index, block in enumerate(blocks)]
 
     async def asset(self, request: web.BaseRequest, asked: None) -> web.StreamResponse:
         body, kind = self._assets[request.path.removeprefix("/dashboard/")]
@@ -215,12 +232,16 @@ class Face:
         return await self.explain(request, _question(asked))
 
     async def explain(self, request: web.BaseRequest, asked: answers.Question) -> web.StreamResponse:
+        usable, blocks = self._explained(asked)
+        rows = [tables.sighting(index, block) for index, block in enumerate(blocks)]
+        return guard.json_response(answers.Explained(usable, blocks, rows))
+
+    def _explained(self, asked: answers.Question) -> tuple[int, list[Sighting]]:
         operator = _there(self._operator, "where blocks are")
         namespace, keys = _prompt(asked, _there(self._places, "how to cut a prompt"))
         ns = namespace if isinstance(namespace, bytes) else namespace_digest(namespace)
         blocks = operator.explain(Scope(f"uid-{os.getuid()}", ns), keys)
-        usable = sum(block.reachable and bool(block.tiers) for block in blocks)
-        return guard.json_response(answers.Explained(usable, blocks))
+        return sum(block.reachable and bool(block.tiers) for block in blocks), blocks
 
     async def leases(self, request: web.BaseRequest, asked: None) -> web.StreamResponse:
         return guard.json_response(answers.Leases(_there(self._operator, "who reads").leases()))
@@ -264,7 +285,7 @@ class Face:
 
     def event(self, snapshot: dict[str, Any]) -> bytes:
         """One server-sent event: what every element of the page shows now."""
-        shown = view.build(snapshot, self.history, self._source.readiness(), self._leases())
+        shown = build(snapshot, self.history, self._source.readiness(), self._leases())
         return b"data: " + msgspec.json.encode(shown) + b"\n\n"
 
 
@@ -285,11 +306,24 @@ async def _asked(route: Route, request: web.BaseRequest) -> msgspec.Struct | Non
         decoder = _decoders.setdefault(route.body, msgspec.json.Decoder(route.body))
         async with asyncio.timeout(BODY_S):
             body = await request.content.read()  # as long as its header said, which the guard has seen
-        return decoder.decode(body)
+        try:
+            return decoder.decode(body)
+        except msgspec.ValidationError:
+            # 2.0 is an integer to JSON Schema, but not to the decoder.
+            return msgspec.convert(_whole(msgspec.json.decode(body)), route.body)
     except TimeoutError:
         raise DeadlineExceeded(f"The body did not arrive within {BODY_S:g} s.", "Send it faster.") from None
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise InvalidParams(f"{route.path}: {error}.", "/v1/openapi.json describes what it takes.") from None
+
+
+def _whole(value: Any) -> Any:
+    """A value with its whole floats as integers."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, dict):
+        return {name: _whole(each) for name, each in value.items()}
+    return [_whole(each) for each in value] if isinstance(value, list) else value
 
 
 def _single(items: Iterable[tuple[str, str]]) -> dict[str, str]:
@@ -301,17 +335,28 @@ def _single(items: Iterable[tuple[str, str]]) -> dict[str, str]:
     return found
 
 
+def pasted(prompt: str) -> dict[str, Any]:
+    """Token ids or keys out of what somebody pasted: numbers, or words of 64 hexadecimal digits."""
+    words = re.findall(r"[0-9A-Za-z-]+", prompt)
+    if words and all(len(word) == 64 for word in words):
+        return {"keys": [word.lower() for word in words]}
+    return {"tokens": [int(word) if word.isascii() and word.isdigit() else word for word in words]}
+
+
 def _question(asked: answers.KeysQuery) -> answers.Question:
     return answers.Question(asked.namespace, [key for key in asked.keys.split(",") if key])
 
 
 def _prompt(asked: answers.Question, places: Places) -> tuple[Namespace | bytes, list[bytes]]:
     if (asked.keys is None) == (asked.tokens is None):
-        raise InvalidParams("Give either keys or tokens.", "docs/events.md shows both.")
+        raise RequestError("Give either keys or tokens.", "docs/events.md shows both.")
     namespace = bytes.fromhex(asked.namespace) if isinstance(asked.namespace, str) else asked.namespace
     if asked.keys is not None:
         return namespace, [bytes.fromhex(key) for key in asked.keys]
-    return namespace, places.keys(namespace, asked.tokens or [])
+    try:
+        return namespace, places.keys(namespace, asked.tokens or [])
+    except InvalidParams as error:  # well written, but the size of a block is not known, or none
+        raise RequestError(error.cause, error.remedy) from None
 
 
 def _there(part: Part | None, what: str) -> Part:
@@ -325,7 +370,7 @@ def _quotas(rules: Rules) -> web.Response:
 
 
 def status_of(error: KVStoreError, route: Route) -> int:
-    """The status of an error; a rule or a policy that cannot be is a conflict with what there is."""
-    if route.method != "GET" and isinstance(error, ConfigError):
+    """The status of an error. What is well written, but cannot be as things are, is a conflict."""
+    if route.method != "GET" and isinstance(error, ConfigError | QuotaRefused):
         return 409
     return error.http_status

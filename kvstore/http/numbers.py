@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from kvstore.units import format_size
 
 NOTHING = "–"
@@ -46,6 +48,13 @@ def percent(part: float, of: float) -> str:
     if 99.9 < share < 100:
         return ">99.9 %"
     return f"{share:.1f}".removesuffix(".0") + " %"
+
+
+def quantile(below: Sequence[tuple[float, float]], times: float, share: float) -> float | None:
+    """The bound that a share of some values stays below, of (bound, values at or below it); None if above all."""
+    if times <= 0:
+        return None
+    return next((bound for bound, count in below if count >= share * times), None)
 
 
 def _three(value: float) -> str:

@@ -92,9 +92,10 @@ def _responses(route: Route, wide: bool) -> dict[str, Any]:
     said = dict(_ALWAYS)
     if _security(route.access, wide):
         said["401"] = "The token is missing or wrong."
+    if route.access is Access.ACT or route.body is not None:
+        said["409"] = "It is well written, but cannot be as things are."
     if route.access is Access.ACT:
         said["403"] = "The Host header does not name this server, or the daemon has no token."
-        said["409"] = "It cannot be done as asked."
     if route.body is not None or route.query is not None or route.name == "events":
         said["429"] = "More than is allowed at once."
     if route.body is not None:

@@ -1,7 +1,7 @@
 """The dashboard as HTML: `dashboard/index.html` with the values of a view in it.
 
 The template holds the words and the order of things; ``{{kind:id}}`` marks what changes. Everything that comes from the
-daemon goes through `html.escape`, here and nowhere else.
+daemon goes through `html.escape`, here and in `kvstore.http.flow`, and nowhere else.
 """
 
 from __future__ import annotations
@@ -11,26 +11,64 @@ from collections.abc import Callable
 from html import escape
 from importlib.resources import files
 
+from kvstore.http import flow
 from kvstore.http.charts import HEIGHT, WIDTH
-from kvstore.http.view import EVENTS, View
+from kvstore.http.now import EVENTS
+from kvstore.http.view import View
 
 _MARK = re.compile(r"\{\{(\w+)(?::(\w+))?\}\}")
 
 Setting = tuple[str, str, str]
 
 # Columns of a table: a title, and `#` before it where the cells are numbers. `{tiers}` stands for one column a tier.
-_TABLES: dict[str, tuple[str, str, tuple[str, ...]]] = {
+TABLES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "minutes": (
         "Hit rate by minute",
-        "Nothing was asked in the last 15 minutes.",
-        ("When", "#Asked", "{tiers}", "#Missed"),
+        "Nothing was wanted in the last 15 minutes.",
+        ("When", "#Wanted", "{tiers}", "#Computed", "#Ceiling"),
     ),
+    "whatif": ("Hit rate by size", "Nothing was wanted yet.", ("#Size of all tiers together", "#Hit rate")),
     "namespaces": (
         "Namespaces, largest first",
         "No engine has introduced itself yet.",
-        ("Model", "Kind", "Digest", "Domain", "Kept", "#Stored", "#Asked", "#Hit rate"),
+        ("Model", "Kind", "Digest", "Domain", "Kept", "#Computed", "#Served", "#Hit rate"),
     ),
-    "verbs": ("Requests by verb, since start", "No request yet.", ("Verb", "#Count", "#Errors", "#Mean time")),
+    "quotas": (
+        "What each rule holds",
+        "No rules: everybody shares each tier.",
+        ("Tier", "Rule", "#Holds", "#Guarantee", "#Limit", "#Expired"),
+    ),
+    "evictions": (
+        "Who made whom give way",
+        "Nobody had to, or there are no rules to tell apart.",
+        ("Tier", "Needed room", "Gave it", "#Blocks"),
+    ),
+    "found": (
+        "The blocks of the prompt",
+        "Look up a prompt to see where each of its blocks is.",
+        ("#Block", "Key", "Where", "#Bytes", "Usable", "Why"),
+    ),
+    "leases": (
+        "Open leases, oldest first",
+        "Nobody reads at this moment.",
+        ("Client", "Domain", "Model", "Namespace", "#Blocks", "#Bytes", "#On their way", "#Ends in"),
+    ),
+    "fidelity": (
+        "Namespaces that are not exact",
+        "Every namespace is exact: what is handed out is, bit by bit, what was stored.",
+        ("Model", "Digest", "Fidelity", "#Bytes", "#Served"),
+    ),
+    "chunks": (
+        "Chunks that can be reused at another place of a prompt",
+        "No engine has stored a chunk: nothing is blended.",
+        ("#Contents", "#Variants", "#Stored", "#Replaced", "#Forgotten", "#Refused"),
+    ),
+    "verbs": (
+        "Requests by verb, since start",
+        "No request yet.",
+        ("Verb", "#Count", "#Errors", "#Mean", "#Half", "#9 of 10", "#99 of 100"),
+    ),
+    "slow": ("Slow requests, latest first", "No request took longer than 50 ms.", ("When", "Verb", "#Took", "Error")),
     "errors": (
         "Errors sent to clients",
         "No error was sent to any client.",
@@ -64,6 +102,7 @@ _TIER_PARTS = (
     ("free", "free"),
 )
 _ASSETS = {"app.js": "text/javascript", "style.css": "text/css"}
+_KNOWN = ("gpu", "host", "disk", "redis", "missed", "ceiling", "out", "in")
 
 
 def load_assets() -> dict[str, tuple[bytes, str]]:
@@ -77,16 +116,38 @@ def load_template() -> str:
     return files("kvstore.http").joinpath("dashboard", "index.html").read_text("utf-8")
 
 
-def render(template: str, view: View, tiers: list[str], settings: list[Setting]) -> str:
-    """The page, complete without JavaScript."""
+def render(
+    template: str,
+    view: View,
+    tiers: list[str],
+    settings: list[Setting],
+    spaces: list[tuple[str, str]] | None = None,
+    asked: tuple[str, str] = ("", ""),
+) -> str:
+    """The page, complete without JavaScript.
+
+    Parameters
+    ----------
+    spaces : list of (digest, words), optional
+        Namespaces to choose from.
+    asked : tuple of str
+        Namespace and prompt that were looked up.
+    """
     view.rows["config"] = [list(setting) for setting in settings]
+    colours = {tier: _colour(tier) for tier in tiers}
     fill: dict[str, Callable[[str], str]] = {
         "text": lambda name: _text(view, name),
         "table": lambda name: _table(view, name, tiers),
         "chart": lambda name: _chart(view, name, tiers if name == "hits" else ["out", "in"]),
         "hidden": lambda name: "" if view.shown.get(name, True) else " hidden",
+        "path": lambda name: f'id="{escape(name)}" d="{escape(view.paths.get(name, ""))}"',
         "tiers": lambda _: "".join(_tier(view, tier) for tier in tiers),
+        "gauge": lambda _: _gauge(view, tiers),
+        "flow": lambda _: flow.markup(view, tiers, colours),
         "legend": lambda _: "".join(_legend(tier, f"served from {tier}") for tier in tiers),
+        "spaces": lambda _: _options(spaces or [], asked[0]),
+        "asked": lambda _: escape(asked[1]),
+        "policies": lambda _: _options([(tier, tier) for tier in tiers], ""),
         "boot": lambda _: escape(view.boot),
     }
     return _MARK.sub(lambda mark: fill[mark[1]](mark[2] or ""), template)
@@ -99,8 +160,15 @@ def _text(view: View, name: str) -> str:
     return f'<span id="{escape(name)}"{moody}{shown}>{escape(view.text.get(name, ""))}</span>'
 
 
+def _options(listed: list[tuple[str, str]], chosen: str) -> str:
+    return "".join(
+        f'<option value="{escape(value)}"{" selected" if value == chosen else ""}>{escape(words)}</option>'
+        for value, words in listed
+    )
+
+
 def _table(view: View, name: str, tiers: list[str]) -> str:
-    title, empty, columns = _TABLES[name]
+    title, empty, columns = TABLES[name]
     heads = [part for column in columns for part in ([f"#{t}" for t in tiers] if column == "{tiers}" else [column])]
     return _plain_table(name, title, empty, heads, view.rows.get(name, []))
 
@@ -128,7 +196,7 @@ def _class(kind: str) -> str:
 
 
 def _chart(view: View, name: str, series: list[str]) -> str:
-    order = ["missed", *series] if name == "hits" else series
+    order = ["missed", *series, "ceiling"] if name == "hits" else series
     paths = "".join(
         f'<path id="{escape(f"{name}_{each}")}" class="fill-{_colour(each)}" '
         f'd="{escape(view.paths.get(f"{name}_{each}", ""))}"/>'
@@ -140,9 +208,25 @@ def _chart(view: View, name: str, series: list[str]) -> str:
     )
     about = escape(view.text.get(f"{name}_about", ""))
     return (
-        f'<div class="plot" data-chart="{name}" tabindex="0" role="group" aria-describedby="{name}_about">'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" aria-hidden="true">{paths}{lines}'
+        f'<div class="plot" data-chart="{name}" tabindex="0" role="group" aria-label="Chart; arrow keys choose a bar" '
+        f'aria-describedby="{name}_about">'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" aria-hidden="true">{lines}{paths}'
         f'<path class="cursor" d=""/></svg></div><span id="{name}_about" class="unseen">{about}</span>'
+    )
+
+
+def _gauge(view: View, tiers: list[str]) -> str:
+    """One bar: what each tier served, and a mark where the ceiling is."""
+    parts = "".join(
+        f'<path id="gauge_{escape(tier)}" class="fill-{_colour(tier)}" '
+        f'd="{escape(view.paths.get(f"gauge_{tier}", ""))}"/>'
+        for tier in tiers
+    )
+    mark = escape(view.paths.get("gauge_ceiling", ""))
+    return (
+        '<svg class="gauge" viewBox="0 -2 100 14" preserveAspectRatio="none" aria-hidden="true">'
+        f'<rect class="rail" width="100" height="10"/>{parts}'
+        f'<path id="gauge_ceiling" class="fill-ceiling" d="{mark}"/></svg>'
     )
 
 
@@ -151,7 +235,7 @@ def _legend(series: str, words: str) -> str:
 
 
 def _colour(series: str) -> str:
-    return series if series in ("gpu", "host", "disk", "redis", "missed", "out", "in") else "other"
+    return series if series in _KNOWN else "other"
 
 
 def _tier(view: View, tier: str) -> str:

@@ -63,10 +63,10 @@ class Route:
     unavailable: bool = False
 
 
-_SMALL, _PROMPT = 4096, 12 << 20
+_SMALL, _PROMPT = 64 << 10, 12 << 20
 
 TABLE: tuple[Route, ...] = (
-    Route("GET", "/", "page", Access.READ, "The dashboard.", str, HTML),
+    Route("GET", "/", "page", Access.READ, "The dashboard.", str, HTML, query=a.PageQuery),
     Route("GET", "/dashboard/app.js", "asset", Access.READ, "Script of the dashboard.", str, SCRIPT),
     Route("GET", "/dashboard/style.css", "asset", Access.READ, "Style of the dashboard.", str, STYLE),
     Route("GET", "/livez", "livez", Access.OPEN, "Whether the daemon's own work goes on.", a.Live, unavailable=True),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvstore.errors import BY_CODE
-from kvstore.types import DropReason, MissReason
+from kvstore.types import DropReason, Gone, MissReason
 
 DROPS: dict[str, str] = {
     DropReason.HOST_FULL: "Host memory was full of blocks that are read, pinned or not yet written below.",
@@ -29,6 +29,16 @@ MISSES: dict[str, str] = {
     MissReason.LOST: "It was found at first and gone when it was read.",
 }
 """What it means that a block was not handed out."""
+
+GONE: dict[str, str] = {
+    "never_stored": "Nothing is remembered of it: never stored here, or gone for long.",
+    Gone.EVICTED: "It left to make room for others.",
+    Gone.EXPIRED: "It was not used for as long as its quota rule allows.",
+    Gone.DROPPED: "Somebody dropped it, or its namespace.",
+    Gone.CORRUPT: "Its bytes were damaged; they were put aside and not handed out.",
+    Gone.LOST: "Its medium no longer had it.",
+}
+"""What became of a block that is nowhere."""
 
 UNKNOWN_REASON = "A reason that this version of the page does not know."
 

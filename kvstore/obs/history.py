@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from kvstore.obs import Snapshot, count, numbers, part
+from kvstore.obs import Snapshot, count, number, numbers, part
 
 SECONDS = 900
 """Length of the history at one sample a second."""
@@ -26,6 +26,9 @@ def series(snapshot: Snapshot) -> dict[str, float]:
     for tier, state in part(snapshot, "tiers").items():
         found[f"read.{tier}"] = count(state, "bytes_read")
         found[f"written.{tier}"] = count(state, "bytes_written")
+    wanted = number(snapshot, "reuse", "wanted")
+    found["wanted"] = found["asked"] if wanted is None else wanted
+    found["reusable"] = count(snapshot, "reuse", "reusable")
     found["requests"] = sum(count(state, "count") for state in part(snapshot, "requests").values())
     return found
 

@@ -12,9 +12,12 @@ import pytest_asyncio
 
 from kvstore.errors import BY_CODE
 from kvstore.http import start_http
+from kvstore.http.face import pasted
 from kvstore.http.numbers import NOTHING, compact, per_second, percent
-from kvstore.http.words import DROPS, MISSES
-from kvstore.types import DropReason, MissReason
+from kvstore.http.tables import sighting
+from kvstore.http.words import DROPS, GONE, MISSES
+from kvstore.sightings import NEVER, Sighting
+from kvstore.types import DropReason, Gone, MissReason
 
 VLLM_CONFIG = '{"kv_connector":"KVStoreConnector","kv_role":"kv_both","kv_load_failure_policy":"recompute"}'
 
@@ -25,7 +28,7 @@ BUSY = {
     "hit_tokens": 1000,
     "errors": {"KV401": 2, "KV999": 1},
     "requests": {
-        "lookup": {"count": 4, "errors": 1, "seconds": 0.002},
+        "lookup": {"count": 4, "errors": 1, "seconds": 0.002, "buckets": [[250e-6, 3], [1e-3, 4]]},
         "stats": {"count": 0, "errors": 0, "seconds": 0},
     },
     "namespaces": [{"digest": "c0ffee" * 10, "model": "<script>alert('x')</script>", "asked": 10, "hit": {"host": 5}}],
@@ -158,14 +161,15 @@ async def test_a_busy_daemon_is_shown_without_javascript(client: aiohttp.ClientS
     source.state |= BUSY
     _, parsed = await page(client)
     assert "empty" in parsed.hidden
-    assert parsed.ids["blocks_note"] == "50 % of 100 asked"
+    assert parsed.ids["blocks_note"] == "50 % of 100 wanted"
     assert parsed.ids["state"] == "degraded: disk"
     assert parsed.ids["host_used"] == "1 KiB"
     assert parsed.ids["host_used_share"] == "25 %"
     assert "LeaseExpired" in parsed.cells["errors"]
     assert DROPS["host_full"] in parsed.cells["drops"]
     assert MISSES["absent"] in parsed.cells["missed"]
-    assert parsed.cells["verbs"] == ["lookup", "4", "1", "500 µs", "stats", "0", "0", NOTHING]
+    times = ["≤ 250 µs", "≤ 1 ms", "≤ 1 ms"]
+    assert parsed.cells["verbs"] == ["lookup", "4", "1", "500 µs", *times, "stats", "0", "0", *[NOTHING] * 4]
     assert "EIO" in parsed.cells["breakers"]
     assert parsed.cells["config"][:3] == ["listen.token", "********", "KVSTORE_TOKEN"]
 
@@ -192,6 +196,8 @@ async def test_many_namespaces_are_cut_and_counted(client: aiohttp.ClientSession
         {"tiers": None, "requests": [], "namespaces": {}},
         {"tiers": {"host": {"capacity": 0, "used": 0, "breaker": None}}, "hit_blocks": {"redis": 1}},
         {"tiers": {"<b>": {"capacity": -1, "used": "x"}}, "boot": b"\x00", "asked_blocks": float("nan")},
+        {"reuse": {"wanted": 3, "curve": [[0, 1], [8, 0.5]]}, "slow": [{}, 3], "quota_evictions": [], "saved": 1},
+        {"reuse": {"wanted": 3, "curve": [[1, 0], [8, 0.5]]}, "slow": [{"at": 1, "seconds": 2}], "quotas": {"host": 3}},
     ],
 )
 async def test_the_page_tolerates_missing_and_odd_fields(
@@ -203,12 +209,92 @@ async def test_the_page_tolerates_missing_and_odd_fields(
         assert "<b>" not in await answer.text()
 
 
+REUSE = {
+    "asked_blocks": 40,
+    "hit_blocks": {"host": 40},
+    "hit_tokens": 10_240,
+    "reuse": {"wanted": 100, "reusable": 80, "sampled_share": 0.25, "curve": [[1024, 0.1], [2048, 0.4], [4096, 0.8]]},
+    "saved": {"tokens": 10_240, "seconds": 4.0, "tokens_timed": 5120},
+    "requests": {"lease": {"count": 10, "errors": 0, "seconds": 0.01}},
+    "tiers": {"host": {"capacity": 1024, "used": 512}, "disk": {"capacity": 2048, "used": 2048}},
+    "slow": [{"at": 0.0, "verb": "lease", "seconds": 1.5, "error": "KV502"}],
+    "quotas": {"host": {"": {"bytes": 10}, "team": {"bytes": 20, "limit": 30, "expired": 2}}},
+    "quota_evictions": [["host", "team", "", 5]],
+}
+
+
+async def test_what_was_saved_is_said_as_far_as_it_is_known(client: aiohttp.ClientSession, source: FakeSource):
+    _, parsed = await page(client)
+    assert parsed.ids["seconds"] == parsed.ids["first_token"] == NOTHING
+    source.state |= REUSE
+    _, parsed = await page(client)
+    assert parsed.ids["tokens"] == "10.2 k"
+    assert parsed.ids["seconds"] == "≥ 4 s"
+    assert parsed.ids["seconds_note"] == "of computing, at the fastest seen: 1,280/s"
+    assert parsed.ids["first_token"] == "≥ 799 ms sooner", "1,024 tokens a hit at 1,280/s, less 1 ms to lease them"
+    assert "1 in 4 blocks" in parsed.ids["ceiling_note"]
+
+
+async def test_pictures_are_drawn_by_the_server(client: aiohttp.ClientSession, source: FakeSource):
+    source.state |= REUSE
+    text, parsed = await page(client)
+    assert "whatif_card" not in parsed.hidden
+    assert parsed.cells["whatif"] == ["1 KiB", "10 %", "4 KiB", "80 %"]
+    assert parsed.ids["flow_host_used"] == "50 % of 1 KiB"
+    assert parsed.ids["flow_disk_used"] == "100 % of 2 KiB"
+    assert parsed.ids["flow_engines_out"] == "idle"
+    assert 'id="flow_disk_out_arrow"' in text
+    assert parsed.cells["slow"][1:] == ["lease", "1.5 s", "KV502"]
+    assert parsed.cells["quotas"][:6] == ["host", "everybody else", "10 B", NOTHING, NOTHING, "0"]
+    assert parsed.cells["evictions"] == ["host", "team", "everybody else", "5"]
+
+
+async def test_what_nothing_reports_yet_says_so(client: aiohttp.ClientSession):
+    _, parsed = await page(client)
+    assert parsed.cells["fidelity"] == ["Every namespace is exact: what is handed out is, bit by bit, what was stored."]
+    assert parsed.cells["chunks"] == ["No engine has stored a chunk: nothing is blended."]
+    assert parsed.cells["leases"] == ["Nobody reads at this moment."]
+
+
+@pytest.mark.parametrize(
+    ("block", "words"),
+    [
+        (Sighting("ab" * 32, ["host", "disk"], 1024, True, 3.7, 2, True, True, "live"), "in memory for 3 s, read by 2"),
+        (Sighting("ab" * 32, ["disk"], 1024, False), "no, one before it is missing"),
+        (Sighting("ab" * 32, [], 0, False, reason="never_stored"), "never stored here"),
+        (Sighting("ab" * 32, [], 0, False, reason="evicted", left="host", gone_s=61.0), "1 min 1 s ago: It left"),
+        (Sighting("ab" * 32, [], 0, False, reason="host_full", gone_s=1.0), "Host memory was full"),
+        (Sighting("ab" * 32, [], 0, False, reason="new in another version", gone_s=1.0), "does not know"),
+    ],
+)
+def test_a_block_that_was_looked_up_is_put_into_words(block: Sighting, words: str):
+    row = sighting(7, block)
+    assert row[0] == "7"
+    assert len(row) == 6
+    assert words in " ".join(row)
+
+
+@pytest.mark.parametrize(
+    ("text", "question"),
+    [
+        ("[1, 2,3]", {"tokens": [1, 2, 3]}),
+        ("1 2\n3", {"tokens": [1, 2, 3]}),
+        ("AB" * 32, {"keys": ["ab" * 32]}),
+        ("hello", {"tokens": ["hello"]}),
+        ("-1", {"tokens": ["-1"]}),
+    ],
+)
+def test_what_was_pasted_is_understood(text: str, question: dict[str, Any]):
+    assert pasted(text) == question
+
+
 # -- words and numbers -------------------------------------------------------------------------------------------------
 
 
 def test_every_reason_has_a_sentence():
     assert set(DROPS) == set(DropReason)
     assert set(MISSES) == set(MissReason)
+    assert set(GONE) == {*Gone, NEVER}
     assert all(each.default_remedy for each in BY_CODE.values())
 
 

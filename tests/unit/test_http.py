@@ -494,12 +494,12 @@ async def test_rules_are_changed_with_the_token_alone(client: aiohttp.ClientSess
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"name":"a"}', b'{"name":"a","tenant":"a","limit":"x"}', b"\xff"])
 async def test_a_bad_rule_is_a_typed_error(client: aiohttp.ClientSession, body: bytes):
     async with client.put("/v1/quotas", data=body, headers={"Authorization": f"Bearer {TOKEN}"} | JSON) as answer:
-        assert answer.status == 400
-        assert (await is_typed(answer))["code"] in ("KV203", "KV404")
+        assert answer.status in (400, 409)
+        assert (await is_typed(answer))["code"] == ("KV203" if answer.status == 400 else "KV404")
 
 
 async def test_a_long_rule_is_refused_unread(client: aiohttp.ClientSession):
-    async with client.put("/v1/quotas", data=b"x" * 5000, headers={"Authorization": f"Bearer {TOKEN}"}) as answer:
+    async with client.put("/v1/quotas", data=b"x" * 70_000, headers={"Authorization": f"Bearer {TOKEN}"}) as answer:
         assert answer.status == 413
     for path in ("/v1/stats", "/"):
         async with client.put(path, data=b"{}") as answer:

@@ -126,7 +126,7 @@ function listen() {
   stream.onmessage = (event) => {
     wait();
     link("", "");
-    show(JSON.parse(event.data).view);
+    show(JSON.parse(event.data));
   };
   stream.onerror = () => {
     clearTimeout(patience);
@@ -135,5 +135,53 @@ function listen() {
     if (stream.readyState === EventSource.CLOSED) setTimeout(listen, 5000);
   };
 }
+
+// -- questions and actions ---------------------------------------------------------------------------------------------
+
+async function ask(method, path, body, token) {
+  const headers = { "Content-Type": "application/json" };
+  if (token) headers.Authorization = `Bearer ${token}`;
+  const answer = await fetch(path, { method, headers, body: JSON.stringify(body) });
+  const said = await answer.json();
+  if (!answer.ok) throw new Error(`${said.code}: ${said.cause} ${said.remedy}`);
+  return said;
+}
+
+// Without JavaScript the form is sent, and the server answers with the page and this table in it.
+find("lookup").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  const note = find("lookup_note");
+  setText(note, "Looking…");
+  const form = new FormData(event.target);
+  const words = form.get("prompt").match(/[0-9A-Za-z-]+/g) ?? [];
+  const keys = words.length > 0 && words.every((word) => word.length === 64);
+  const body = keys ? { keys: words.map((word) => word.toLowerCase()) } : { tokens: words.map(Number) };
+  try {
+    const said = await ask("POST", "/v1/explain", { namespace: form.get("namespace"), ...body });
+    fillTable(find("found"), said.rows);
+    setText(note, `${said.usable} of ${said.blocks.length} blocks can be used by an engine now.`);
+  } catch (error) {
+    setText(note, String(error.message ?? error));
+  }
+});
+
+find("acts").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  const value = (id) => find(id).value;
+  const orders = {
+    drain: ["PUT", "/v1/drain", () => ({ draining: true }), "Refuse new blocks from now on?"],
+    undrain: ["PUT", "/v1/drain", () => ({ draining: false }), "Take new blocks again?"],
+    policy: ["PUT", "/v1/policy", () => ({ tier: value("tier"), policy: value("policy") }), "Change the policy?"],
+    drop: ["POST", "/v1/drop", () => ({ namespace: value("victim") }), "Forget every block of this namespace, in every tier?"],
+  };
+  const [method, path, body, question] = orders[event.submitter.value];
+  if (!window.confirm(question)) return;
+  try {
+    const said = await ask(method, path, body(), value("token"));
+    setText(find("acts_note"), `Done: ${JSON.stringify(said)}`);
+  } catch (error) {
+    setText(find("acts_note"), String(error.message ?? error));
+  }
+});
 
 listen();
