@@ -142,7 +142,7 @@ class Disk(msgspec.Struct, frozen=True, kw_only=True):
             "25 % of the free space there and of what is stored already, at most 256GiB of new space",
         ),
     ]
-    threads: Annotated[int, Rule("Threads for disk I/O.", "4", integer(1, 64))]
+    threads: Annotated[int, Rule("Threads that read from disk, and as many that write.", "4", integer(1, 64))]
     policy: Annotated[str, Rule("Eviction policy.", "lhd", choice("kvstore.eviction:names"))]
     deadline_s: Annotated[
         float, Rule("Longest time one read or write may take before it counts as failed.", "10s", duration(0.01, 3600))

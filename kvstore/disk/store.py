@@ -59,7 +59,7 @@ class Store:
     policy : EvictionPolicy
         Order of eviction.
     threads : int
-        I/O threads.
+        I/O threads that read, and as many that do everything else.
     files : Files
         The system calls.
     pin_share : float
@@ -88,7 +88,8 @@ class Store:
         self.threads = threads
         self.found_share = 0.0
         self._closed = False
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="kvstore-disk")
+        self._readers = ThreadPoolExecutor(threads, "kvstore-read")
+        self._writers = ThreadPoolExecutor(threads, "kvstore-write")
         self._names = GroupSync(self._sync_names)
         self._running: set[asyncio.Future[Any]] = set()
 
@@ -147,7 +148,8 @@ class Store:
         self._closed = True
         while self._running:
             await asyncio.wait(self._running)
-        self._pool.shutdown(wait=True)
+        self._readers.shutdown(wait=True)
+        self._writers.shutdown(wait=True)
         if hasattr(self, "directory"):
             self.directory.close()
 
@@ -357,9 +359,13 @@ class Store:
 
     # -- threads and cancellation --------------------------------------------------------------------------------------
 
+    async def reading(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run in a thread that only reads: somebody waits for it, and it waits for no write."""
+        return await asyncio.get_running_loop().run_in_executor(self._readers, partial(function, *args, **kwargs))
+
     async def thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run in an I/O thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, partial(function, *args, **kwargs))
+        """Run in a thread for everything else."""
+        return await asyncio.get_running_loop().run_in_executor(self._writers, partial(function, *args, **kwargs))
 
     async def to_the_end(self, work: Coroutine[Any, Any, T]) -> T:
         """Run to the end even if the caller is cancelled: a thread may be using the caller's buffers."""

@@ -60,7 +60,7 @@ class DiskTier(Tier):
     policy : str
         Name of an eviction policy.
     threads : int
-        I/O threads.
+        I/O threads that read, and as many that do everything else.
     found_share : float
         Share of the bytes found at start by which the budget is raised.
     files : Files
@@ -208,7 +208,7 @@ class DiskTier(Tier):
         began = time.perf_counter()
         reading = self._index.begin_read(block)
         try:
-            header = await store.thread(store.blocks.read, block, shape, into, self._wants_touch(block))
+            header = await store.reading(store.blocks.read, block, shape, into, self._wants_touch(block))
         except CorruptBlock:
             reason = MissReason.CORRUPT
         except (FileNotFoundError, ForeignFile):
@@ -240,7 +240,7 @@ class DiskTier(Tier):
             return None
         reading = self._index.begin_read(block)
         try:
-            return await self._store.thread(self._store.blocks.header, block, shape)
+            return await self._store.reading(self._store.blocks.header, block, shape)
         except (CorruptBlock, ForeignFile, OSError):  # whoever reads all of it will see to that
             return None
         finally:

@@ -1,0 +1,180 @@
+"""Redis tier against a bare pipeline of the same bytes over the same socket, both ways.
+
+A real Valkey on a Unix socket. The bare pipeline is the same client library with the same number of connections, one
+pipeline of SET (or GET) of parts of the same size on each, and nothing else: no index, no checksum, no header. Several
+blocks go at a time, as write-behind and promotion do it; rounds of tier and pipeline in turn, the share is the median
+of the paired ones.
+
+    python bench/redis_tier.py --out bench/results/redis_tier.json
+"""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import redis.asyncio as aioredis
+from common import arguments, finish, key, touched
+
+from kvstore.remote.record import PART_BYTES
+from kvstore.testing.valkey import ValkeyServer
+from kvstore.tiers.redis import RedisTier
+from kvstore.types import BlockHeader, BlockId, Hit, Scope, Stored
+
+MIB = 1 << 20
+CONNECTIONS = 4
+AT_ONCE = 4
+"""Blocks under way."""
+SCOPE = Scope("uid-bench", b"n" * 32)
+
+
+async def main_async(args: Any, place: Path) -> dict[str, Any]:
+    """All block sizes."""
+    results: dict[str, Any] = {}
+    with ValkeyServer(place, "--maxmemory", "2gb") as server:
+        for sealed in (False, True):
+            for size in args.sizes:
+                name = f"{size} MiB" + (", sealed" if sealed else "")
+                results[name] = await one_size(args, server.url, size * MIB, b"k" * 32 if sealed else b"")
+    return results
+
+
+async def one_size(args: Any, url: str, nbytes: int, secret: bytes) -> dict[str, Any]:
+    """Rounds of one block size: GiB/s of tier and pipeline, and the share."""
+    tier = RedisTier(url, 1 << 30, connections=CONNECTIONS, timeout_s=30, key=secret)
+    await tier.start()
+    clients = [aioredis.Redis.from_url(url, socket_timeout=30) for _ in range(CONNECTIONS)]
+    source, target = touched(nbytes), touched(nbytes)
+    count = max(4, args.mib * MIB // nbytes)
+    took: dict[str, list[float]] = {"tier set": [], "bare set": [], "tier get": [], "bare get": []}
+    try:
+        for number in range(args.rounds + 1):
+            blocks = [BlockId(SCOPE, key(i, f"{nbytes}/{number}")) for i in range(count)]
+            seconds = {
+                "tier set": await tier_set(tier, blocks, source),
+                "bare set": await bare_set(clients, count, source),
+                "tier get": await tier_get(tier, blocks, target),
+                "bare get": await bare_get(clients, count, nbytes),
+            }
+            if not (target == source).all():
+                raise SystemExit("what came back is not what was stored")
+            if number:  # the first round warms both up
+                for name, each in seconds.items():
+                    took[name].append(each)
+            await tier.clear(SCOPE)
+            await clients[0].delete(*[f"bare:{i}:{p}" for i in range(count) for p in range(parts(nbytes))])
+    finally:
+        for client in clients:
+            await client.aclose()
+        await tier.close()
+    gib = count * nbytes / (1 << 30)
+    speeds = {name: gib / median(each) for name, each in took.items()}
+    shares = {
+        way: median([b / t for b, t in zip(took[f"bare {way}"], took[f"tier {way}"], strict=True)])
+        for way in ("set", "get")
+    }
+    return {"gib_s": speeds, "share_of_bare": shares, "rounds": args.rounds, "blocks": count}
+
+
+def parts(nbytes: int) -> int:
+    """Parts of a block."""
+    return -(-nbytes // PART_BYTES)
+
+
+async def tier_set(tier: RedisTier, blocks: list[BlockId], source: Any) -> float:
+    """Seconds to store all blocks."""
+    began = time.perf_counter()
+
+    async def one(number: int) -> None:
+        outcome = await tier.put(blocks[number], BlockHeader(), [source.data], len(source))
+        if outcome != Stored():
+            raise SystemExit(f"a block was not stored: {outcome}")
+
+    await at_once(one, len(blocks))
+    return time.perf_counter() - began
+
+
+async def tier_get(tier: RedisTier, blocks: list[BlockId], target: Any) -> float:
+    """Seconds to load all blocks."""
+    target[:] = 0
+    began = time.perf_counter()
+
+    async def one(number: int) -> None:
+        outcome = await tier.get(blocks[number], [target.data])
+        if not isinstance(outcome, Hit):
+            raise SystemExit(f"a block was not found: {outcome}")
+
+    await at_once(one, len(blocks))
+    return time.perf_counter() - began
+
+
+async def bare_set(clients: list[Any], count: int, source: Any) -> float:
+    """Seconds of pipelined SETs of the same parts."""
+    view, total = source.data, parts(len(source))
+
+    async def lane(client: Any, block: int, first: int) -> None:
+        async with client.pipeline(transaction=False) as pipe:
+            for part in range(first, total, len(clients)):
+                pipe.set(f"bare:{block}:{part}", view[part * PART_BYTES : (part + 1) * PART_BYTES])
+            await pipe.execute()
+
+    began = time.perf_counter()
+    await at_once(lambda block: lanes(lane, clients, block, total), count)
+    return time.perf_counter() - began
+
+
+async def bare_get(clients: list[Any], count: int, nbytes: int) -> float:
+    """Seconds of pipelined GETs of the same parts, each copied to where it belongs."""
+    target, total = touched(nbytes).data, parts(nbytes)
+
+    async def lane(client: Any, block: int, first: int) -> None:
+        mine = range(first, total, len(clients))
+        async with client.pipeline(transaction=False) as pipe:
+            for part in mine:
+                pipe.get(f"bare:{block}:{part}")
+            for part, value in zip(mine, await pipe.execute(), strict=True):
+                target[part * PART_BYTES : part * PART_BYTES + len(value)] = value
+
+    began = time.perf_counter()
+    await at_once(lambda block: lanes(lane, clients, block, total), count)
+    return time.perf_counter() - began
+
+
+async def lanes(lane: Any, clients: list[Any], block: int, total: int) -> None:
+    """A block's parts, spread over the connections: which one gets the first part goes round."""
+    count = len(clients)
+    await asyncio.gather(*(lane(clients[(block + i) % count], block, i) for i in range(min(count, total))))
+
+
+async def at_once(work: Any, count: int) -> None:
+    """Do `work(number)` for each number, `AT_ONCE` at a time."""
+    numbers = iter(range(count))
+
+    async def worker() -> None:
+        for number in numbers:
+            await work(number)
+
+    await asyncio.gather(*(worker() for _ in range(AT_ONCE)))
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--sizes", nargs="*", type=int, default=[1, 4, 16], help="MiB of a block (default 1 4 16)")
+    parser.add_argument("--mib", type=int, default=128, help="MiB moved in a round (default 128)")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="kvb-") as place:
+        results = asyncio.run(main_async(args, Path(place)))
+    rows = [
+        (name, *(f"{row['gib_s'][f'{who} {way}']:.2f}" for way in ("set", "get") for who in ("tier", "bare")),
+         f"{row['share_of_bare']['set']:.0%} / {row['share_of_bare']['get']:.0%}")
+        for name, row in results.items()
+    ]  # fmt: skip
+    finish(args, "redis_tier", results, ("block", "set GiB/s", "bare", "get GiB/s", "bare", "share set / get"), rows)
+
+
+if __name__ == "__main__":
+    main()
