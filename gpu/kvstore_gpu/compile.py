@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Sequence
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,7 @@ class Source:
     def __init__(self, operation: str, names: Iterable[str]) -> None:
         self.operation = operation
         self.names = tuple(names)
-        self._kernels: dict[str, Any] = {}
-        self._large: set[tuple[int, str]] = set()
+        self._kernels: dict[tuple[str, int], Any] = {}
         self._lock = threading.Lock()
         _sources[operation] = self
 
@@ -65,30 +64,27 @@ class Source:
 
         Tensors among the arguments are passed as addresses, int as int32, float as float32.
         """
-        kernel = self._kernel(name)
         queue = stream if stream is not None else torch.cuda.current_stream(device)
         shape = grid if isinstance(grid, tuple) else (grid,)
-        with torch.cuda.device(device), _queue(queue.cuda_stream, queue.device_index):
-            if shared > 48 << 10:
-                self._allow(kernel, name, shared, queue.device_index)
-            kernel(shape, (threads,), tuple(_argument(value) for value in args), shared_mem=shared)
+        values = tuple(_argument(value) for value in args)
+        with torch.cuda.device(device):
+            kernel = self._kernel(name, queue.device_index, shared)
+            kernel(shape, (threads,), values, shared, _Queue(queue.cuda_stream))
 
-    def _kernel(self, name: str) -> Any:
-        if name not in self.names:
-            raise InternalError(f"{self.operation}: there is no instantiation {name}.")
-        kernel = self._kernels.get(name)
-        if kernel is None:
+    def _kernel(self, name: str, device: int, shared: int) -> Any:
+        """The function as it is loaded on a device. CuPy's own wrapper would cost more than a small kernel runs."""
+        found = self._kernels.get((name, device))
+        if found is None:
             with self._lock:
                 # A module for each instantiation: compiling all of them would take many seconds.
+                if name not in self.names:
+                    raise InternalError(f"{self.operation}: there is no instantiation {name}.")
                 module = _cupy().RawModule(code=self.text, options=OPTIONS, name_expressions=[name])
-                kernel = self._kernels[name] = module.get_function(name)
-        return kernel
-
-    def _allow(self, kernel: Any, name: str, shared: int, device: int) -> None:
-        """More than 48 KiB of shared memory have to be asked for, once."""
-        if (device, name) not in self._large:
-            kernel.max_dynamic_shared_size_bytes = shared
-            self._large.add((device, name))
+                kernel = module.get_function(name)
+                if shared > 48 << 10:
+                    kernel.max_dynamic_shared_size_bytes = shared  # more than 48 KiB have to be asked for
+                found = self._kernels[name, device] = kernel.kernel
+        return found
 
 
 def sources() -> dict[str, Source]:
@@ -140,20 +136,13 @@ def _cupy() -> Any:
     return cupy
 
 
-class _Handle:
-    """A stream of torch's, as CuPy takes it (the CUDA stream protocol)."""
+class _Queue:
+    """A stream of torch's, as CuPy's functions take it."""
+
+    __slots__ = ("ptr",)
 
     def __init__(self, pointer: int) -> None:
-        self._pointer = pointer
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self._pointer
-
-
-@lru_cache(maxsize=64)
-def _queue(pointer: int, device: int) -> Any:
-    del device  # the same address may be another stream on another device
-    return _cupy().cuda.Stream.from_external(_Handle(pointer))
+        self.ptr = pointer
 
 
 def _argument(value: Any) -> Any:

@@ -59,7 +59,9 @@ def check(cache: PagedCache, parts: Sequence[Part], block_pages: int) -> None:
     """Refuse parts that do not fit the cache."""
     nbytes = cache.block_nbytes(block_pages)
     for part in parts:
-        checks.tensor(part.block, "block", shape=(nbytes,), dtypes=(torch.uint8,))
+        block = part.block
+        if block.dtype != torch.uint8 or block.shape != (nbytes,) or not block.is_contiguous():
+            raise checks.refuse("block", f"{tuple(block.shape)} of {block.dtype}: {nbytes} bytes are needed")
         cache.check_ids(part.pages, "pages")
         if not 0 <= part.first <= block_pages - len(part.pages):
             raise checks.refuse("first", f"{len(part.pages)} pages from {part.first} on in a block of {block_pages}")
@@ -67,14 +69,13 @@ def check(cache: PagedCache, parts: Sequence[Part], block_pages: int) -> None:
 
 def table(parts: Sequence[Part], addresses: Sequence[int]) -> np.ndarray:
     """One entry a page, of parts whose blocks have these addresses for the device."""
-    jobs = np.empty(sum(len(part.pages) for part in parts), JOB)
-    at = 0
-    for part, address in zip(parts, addresses, strict=True):
-        here = jobs[at : at + len(part.pages)]
-        here["block"] = address
-        here["page"] = part.pages
-        here["place"] = np.arange(part.first, part.first + len(part.pages))
-        at += len(part.pages)
+    counts = [len(part.pages) for part in parts]
+    jobs = np.empty(sum(counts), JOB)
+    jobs["block"] = np.repeat(np.array(addresses, np.uint64), counts)
+    jobs["page"] = [page for part in parts for page in part.pages]
+    jobs["place"] = [
+        place for part, n in zip(parts, counts, strict=True) for place in range(part.first, part.first + n)
+    ]
     return jobs
 
 

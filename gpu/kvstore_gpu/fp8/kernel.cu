@@ -9,10 +9,8 @@ __device__ __forceinline__ int exponent_of(float largest) {
     return bits == 0 ? 0 : min(max(int(bits >> 23) - 126, -126), 119);
 }
 
-__device__ __forceinline__ float from_e4m3(u8 code) {  // the fields of a float16, whose exponent bias is 8 larger
-    f16 half;
-    half.bits = u16((code & 0x7f) << 7 | (code & 0x80) << 8);
-    return to_float(half);
+__device__ __forceinline__ float from_e4m3(u8 code) {  // the fields of a float32, whose exponent bias is 120 larger
+    return __uint_as_float(u32(code & 0x7f) << 20 | u32(code & 0x80) << 24) * 0x1p120f;
 }
 
 __device__ __forceinline__ u8 to_e4m3(float x) {  // to nearest, ties to even; |x| is at most 448
@@ -45,7 +43,7 @@ __global__ void unpack(
             const int vector = at / octets, octet = at - vector * octets;
             const int token = vector / heads, head = vector - token * heads;
             const i64 row = first + token;
-            const float s = 256.0f * power(scale[per_head ? row * heads + head : row] - 127);
+            const float s = power(scale[per_head ? row * heads + head : row] - 127);
             const Pack<u8, 8> packed = *reinterpret_cast<const Pack<u8, 8>*>(codes + (row * heads + head) * dim + octet * 8);
             float x[8];
 #pragma unroll
@@ -57,6 +55,46 @@ __global__ void unpack(
 
 // The larger one, or what is not a number.
 __device__ __forceinline__ float worse(float a, float b) { return a > b || a != a ? a : b; }
+
+// One scale a head, and heads of 8 x 2^n elements: a vector lies in `dim / 8` neighbouring lanes, and is read once.
+template <typename T>
+__global__ void pack_heads(
+    const Job* jobs, int count, const u64* bases, const i64* parts, int first_layer, int layers, i64 page_stride,
+    int token_stride, int head_stride, int tokens, int heads, int dim, int block_tokens, int per_head, int* bad)
+{
+    const int octets = dim / 8, each = tokens * heads * octets;
+    const i64 tiles = i64(count) * layers * 2;
+    for (i64 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+        const Job job = jobs[tile % count];
+        const int view = first_layer * 2 + int(tile / count), side = view % 2;
+        u8* const scale = reinterpret_cast<u8*>(job.block + parts[view / 2]);
+        u8* const codes = scale + i64(2) * block_tokens * heads;
+        const char* const page = reinterpret_cast<const char*>(bases[view]) + job.page * page_stride;
+        const i64 first = i64(side) * block_tokens + job.place * tokens;
+        // All lanes of a warp stay as long as one has work: they exchange.
+#pragma unroll 2
+        for (int at = threadIdx.x; at - int(threadIdx.x % 32) < each; at += blockDim.x) {
+            const int vector = at / octets, octet = at - vector * octets;
+            const int token = vector / heads, head = vector - token * heads;
+            float x[8] = {}, largest = 0;
+            if (at < each)
+                load<T, 8>(reinterpret_cast<const T*>(page + i64(token) * token_stride + i64(head) * head_stride) + octet * 8, x);
+#pragma unroll
+            for (int i = 0; i < 8; i++) largest = worse(largest, fabsf(x[i]));
+            for (int step = 1; step < octets; step *= 2) largest = worse(largest, __shfl_xor_sync(~0u, largest, step));
+            if (at >= each) continue;
+            const int exponent = exponent_of(largest);
+            const float inverse = power(-exponent);
+            const i64 row = (first + token) * heads + head;
+            if (octet == 0) scale[row] = u8(exponent + 127);
+            if (!(largest <= 448.0f * power(119))) *bad = 1;  // also if it is not a number
+            Pack<u8, 8> packed;
+#pragma unroll
+            for (int i = 0; i < 8; i++) packed.at[i] = to_e4m3(x[i] * inverse);
+            *reinterpret_cast<Pack<u8, 8>*>(codes + row * dim + octet * 8) = packed;
+        }
+    }
+}
 
 // One warp a row that shares a scale.
 template <typename T>

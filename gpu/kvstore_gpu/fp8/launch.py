@@ -17,7 +17,7 @@ from kvstore_gpu.compile import Source, blocks_for
 from kvstore_gpu.fp8 import reference
 from kvstore_gpu.jobs import Part
 
-SOURCE = Source("fp8", [f"{way}<{kind}>" for way in ("unpack", "pack") for kind in FLOATS.values()])
+SOURCE = Source("fp8", [f"{way}<{kind}>" for way in ("unpack", "pack", "pack_heads") for kind in FLOATS.values()])
 
 
 def unpack(
@@ -83,7 +83,9 @@ def pack(
         return torch.zeros(1, dtype=torch.int32)
     with torch.cuda.stream(stream):
         bad = torch.zeros(1, dtype=torch.int32, device=cache.device)
-    _run("pack", cache, parts, spec, coder, places, chosen, stream, max_blocks, bad)
+    lanes = cache.dim // 8
+    way = "pack_heads" if coder.scale == "head" and lanes <= 32 and lanes & (lanes - 1) == 0 else "pack"
+    _run(way, cache, parts, spec, coder, places, chosen, stream, max_blocks, bad)
     return bad
 
 

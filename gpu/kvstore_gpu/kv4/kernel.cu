@@ -78,7 +78,7 @@ struct Octet {
         int codes[8];
         codes_at(part.k, known, (i64(row) * s.heads * s.dim + channel) / 8, codes);
 #pragma unroll
-        for (int i = 0; i < 8; i++) x[i] = start[i] + codes[i] * step[i];
+        for (int i = 0; i < 8; i++) x[i] = start[i] + small_float(codes[i]) * step[i];
     }
 };
 
@@ -189,12 +189,12 @@ __global__ void unpack_values(
             const bool there = at < each;
             float x[8] = {};
             if (there && row >= 0) {
-                const float scale = half_value(part.v_scale[row * s.heads + head]);
-                const float start = half_value(part.v_low[row * s.heads + head]) + scale * ((1 << rest) - 1) / 2;
+                const float scale = norm * half_value(part.v_scale[row * s.heads + head]), step = scale * (1 << rest);
+                const float start = norm * half_value(part.v_low[row * s.heads + head]) + scale * ((1 << rest) - 1) / 2;
                 int codes[8];
                 codes_at(part.v, known, (i64(row) * s.heads + head) * octets + octet, codes);
 #pragma unroll
-                for (int i = 0; i < 8; i++) x[i] = (start + codes[i] * (scale * (1 << rest))) * norm;
+                for (int i = 0; i < 8; i++) x[i] = start + small_float(codes[i]) * step;
             }
             hadamard8(x, rotated / 8);
             if (!there) continue;

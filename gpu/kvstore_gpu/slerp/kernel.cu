@@ -40,15 +40,16 @@ __global__ void merge(
             }
             apart = lane_sum<LANES>(apart);
             together = lane_sum<LANES>(together);
-            float omega = 2 * atan2f(sqrtf(apart), sqrtf(together));
-            float wa, wb;
+            const float half_sine = sqrtf(apart), half_cosine = sqrtf(together);  // each twice that of half the angle
+            float omega = 2 * atan2f(half_sine, half_cosine), wa, wb;
+            const float sine = half_sine * half_cosine / 2;
             if (la == 0 || lb == 0) {  // no direction of its own: the other's
                 omega = 0;
                 wa = la > 0, wb = lb > 0;
-            } else if (sinf(omega) < PARALLEL) {
+            } else if (sine < PARALLEL) {
                 wa = 1 - t, wb = t;
             } else {
-                wa = sinf((1 - t) * omega) / sinf(omega), wb = sinf(t * omega) / sinf(omega);
+                wa = sinf((1 - t) * omega) / sine, wb = sinf(t * omega) / sine;
             }
             float sum = 0;
 #pragma unroll
