@@ -5,10 +5,14 @@ from __future__ import annotations
 from cyclopts import App
 
 from kvstore import __version__
+from kvstore.cli.bench import bench
 from kvstore.cli.build import build
 from kvstore.cli.check import check
+from kvstore.cli.completion import completion
 from kvstore.cli.configuration import config_show
 from kvstore.cli.doctor import doctor
+from kvstore.cli.explain import explain
+from kvstore.cli.operate import drop, leases, policy
 from kvstore.cli.plan import make_plan
 from kvstore.cli.quota import quota_list, quota_remove, quota_set
 from kvstore.cli.serve import serve
@@ -35,10 +39,16 @@ quota.command(quota_remove, name="remove")
 app.command(serve)
 app.command(status)
 app.command(top)
+app.command(explain)
+app.command(leases)
 app.command(check)
 app.command(config)
 app.command(quota)
+app.command(policy)
+app.command(drop)
 app.command(build)
 app.command(make_plan, name="plan")
 app.command(doctor)
+app.command(bench)
+app.command(completion)
 app.command(version)

@@ -26,7 +26,7 @@ def error(cause: str, remedy: str = "") -> None:
 
 def print_json(value: Any) -> None:
     """Print a value as indented JSON on stdout, bytes as hex."""
-    raw = msgspec.json.format(msgspec.json.encode(_plain(value)), indent=2)
+    raw = msgspec.json.format(msgspec.json.encode(plain(value)), indent=2)
     sys.stdout.write(raw.decode() + "\n")
 
 
@@ -35,9 +35,10 @@ def clean(text: object) -> str:
     return "".join(char if char.isprintable() else "?" for char in str(text).replace("\n", " ").strip())
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A value as JSON can say it: bytes as hexadecimal digits."""
     if isinstance(value, Mapping):
-        return {str(_plain(key)): _plain(each) for key, each in value.items()}
+        return {str(plain(key)): plain(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
+        return [plain(each) for each in value]
     return bytes(value).hex() if isinstance(value, (bytes, bytearray, memoryview)) else value

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
+import msgspec
 from cyclopts import Parameter
 
 from kvstore.cli import out
@@ -32,6 +33,7 @@ def top(
     *,
     once: Annotated[bool, Parameter(negative=(), help="Print once, with the rates of one interval, and end.")] = False,
     interval: Annotated[str, Parameter(help="Time between two looks.")] = "1s",
+    json: Annotated[bool, Parameter(negative=(), help="Print JSON, a snapshot a line.")] = False,
     address: Address = None,
     config: ConfigFile = None,
 ) -> None:
@@ -40,6 +42,10 @@ def top(
     from kvstore.cli.view import render
 
     target = resolve(address, config)
+    if json:
+        with contextlib.suppress(KeyboardInterrupt):
+            _lines(target, pause, once)
+        return
     before, since = fetch(target), time.monotonic()
     if once:
         time.sleep(pause)
@@ -47,6 +53,14 @@ def top(
         return
     with contextlib.suppress(KeyboardInterrupt):  # the way to end it
         _watch(target, pause, before, since)
+
+
+def _lines(target: str, pause: float, once: bool) -> None:
+    while True:
+        print(msgspec.json.encode(out.plain(fetch(target))).decode(), flush=True)
+        if once:
+            return
+        time.sleep(pause)
 
 
 def _watch(target: str, pause: float, before: Mapping[str, Any], since: float) -> NoReturn:

@@ -16,12 +16,16 @@ import pytest
 from rich.console import Console
 
 import kvstore
-from kvstore.cli import out, probes
+from kvstore import KVStoreClient, Namespace
+from kvstore.cli import bench, out, probes
+from kvstore.cli.app import app
 from kvstore.cli.main import run
 from kvstore.cli.view import render
 from kvstore.config import load
 from kvstore.errors import Unavailable
+from kvstore.keys import prefix_keys
 from kvstore.settings import RULES, flag_names
+from kvstore.types import Stored
 
 CAPTURED = pytest.CaptureFixture[str]
 
@@ -85,7 +89,23 @@ def test_help_of_serve_has_every_setting_with_flag_and_default(capsys: CAPTURED)
         assert f"Default: {rule.auto_doc or rule.default or 'none'}." in flat
 
 
-@pytest.mark.parametrize("command", ["serve", "status", "top", "check", "config show", "doctor", "version"])
+COMMANDS = [
+    *("serve", "status", "top", "explain", "leases", "policy", "drop", "quota list", "quota set", "quota remove"),
+    *("plan", "check", "config show", "doctor", "bench", "completion", "version"),
+]
+
+
+def test_commands_that_are_tried_here_are_there() -> None:
+    def names(place: Any, *words: str) -> Iterator[str]:
+        for name in place:
+            if not name.startswith("-"):
+                inner = list(names(place[name], *words, name))
+                yield from inner or [" ".join((*words, name))]
+
+    assert set(COMMANDS) <= set(names(app))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command: str, capsys: CAPTURED) -> None:
     code, text, _ = said(capsys, *command.split(), "--help")
     assert code == 0
@@ -110,6 +130,11 @@ def test_every_command_has_help(command: str, capsys: CAPTURED) -> None:
         (["top", "--once", "--interval", "never"], 2, ["--interval: 'never'"]),
         (["check", "--disk-bytes", "0"], 2, ["no disk tier"]),
         (["check"], 2, ["does not exist"]),
+        (["explain", "1,2"], 3, ["kvstore serve"]),
+        (["policy", "host"], 1, ["a tier needs the name of a policy"]),
+        (["bench", "--block", "3G"], 2, ["--block: '3G'"]),
+        (["bench", "--block", "1KiB"], 2, ["not between"]),
+        (["completion", "tcsh"], 2, ["tcsh"]),
     ],
 )
 def test_what_goes_wrong_is_one_line_on_stderr_and_an_exit_code(
@@ -384,3 +409,129 @@ def test_check_finds_damage_says_so_and_mends_it(
     code, text, _ = said(capsys, *tokens)
     assert code == 0
     assert "3 blocks" in text
+
+
+# -- operating ---------------------------------------------------------------------------------------------------------
+
+
+TOKENS = list(range(256 * 4))
+SPACE = Namespace(model="org/m-8B", dtype="bfloat16", layers=2, tenant="acme")
+
+
+@pytest.fixture
+def kept(daemon: subprocess.Popen[str]) -> Iterator[list[bytes]]:
+    """Three of the four blocks of a prompt, the second one dropped."""
+    keys = prefix_keys(SPACE, TOKENS)
+    with KVStoreClient(namespace=SPACE) as client:
+        for key in keys[:3]:
+            assert isinstance(client.put(key, key * 64), Stored)
+        client.drop([keys[1]])
+        yield keys
+
+
+def test_explain_tells_of_each_block_where_it_is_or_why_not(
+    kept: list[bytes], capsys: CAPTURED, tmp_path: Path
+) -> None:
+    code, text, _ = said(capsys, "explain", ",".join(map(str, TOKENS)), "--json")
+    assert code == 1
+    told = json.loads(text)
+    assert told["usable"] == 1
+    assert [block["key"] for block in told["blocks"]] == [key.hex() for key in kept]
+    assert [block["reason"] for block in told["blocks"]] == ["", "dropped", "", "never_stored"]
+    assert "host" in told["blocks"][0]["tiers"]
+
+    (tmp_path / "prompt.json").write_text(json.dumps(TOKENS[:256]))
+    code, text, _ = said(capsys, "explain", str(tmp_path / "prompt.json"), "--model", "org/*")
+    assert code == 0
+    assert "1 of 1 blocks can be used in org/m-8B" in text
+
+    code, text, _ = said(capsys, "explain", f"{kept[1].hex()} {kept[2].hex()}", "--namespace", told["namespace"][:10])
+    assert code == 1
+    assert "dropped by somebody" in text
+    assert "behind a hole" in text
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words"),
+    [
+        (["hello"], "neither token ids nor keys"),
+        (["1 2 3"], "less than one block"),
+        (["z" * 64], "not hexadecimal"),
+        (["1", "--model", "other*"], "no such namespace"),
+        (["1", "--namespace", "ffff"], "no such namespace"),
+    ],
+)
+def test_a_prompt_that_makes_no_sense_is_an_error(
+    kept: list[bytes], tokens: list[str], words: str, capsys: CAPTURED
+) -> None:
+    code, printed, complaint = said(capsys, "explain", *tokens)
+    assert (code, printed) == (1, "")
+    assert words in complaint
+
+
+def test_where_several_namespaces_fit_one_has_to_be_named(kept: list[bytes], capsys: CAPTURED) -> None:
+    with KVStoreClient(namespace=Namespace(model="other")) as other:
+        other.lookup([bytes(32)])
+        code, _, complaint = said(capsys, "explain", "1")
+    assert code == 1
+    assert "2 namespaces fit" in complaint
+
+
+def test_leases_policy_and_drop(kept: list[bytes], capsys: CAPTURED, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert said(capsys, "leases") == (0, "Nobody reads at this moment.\n", "")
+    with KVStoreClient(namespace=SPACE) as client, client.lease(kept[:1]):
+        _, text, _ = said(capsys, "leases", "--json")
+        assert json.loads(text)[0]["blocks"] == 1
+        _, text, _ = said(capsys, "leases")
+        assert "org/m-8B" in text
+
+    _, text, _ = said(capsys, "policy", "--json")
+    assert json.loads(text)["policies"] == {"host": "lhd", "disk": "lhd"}
+    code, text, _ = said(capsys, "policy", "host", "lru")
+    assert code == 0
+    assert "host     lru" in text
+    code, _, complaint = said(capsys, "policy", "host", "bogus")
+    assert (code, "bogus" in complaint) == (2, True)
+
+    monkeypatch.setattr("builtins.input", lambda: "n")
+    code, text, _ = said(capsys, "drop")
+    assert (code, "Nothing was dropped" in text) == (1, True)
+    code, text, _ = said(capsys, "drop", "--key", kept[0].hex(), "--yes")
+    assert (code, text) == (0, "1 blocks were forgotten.\n")
+    monkeypatch.setattr("builtins.input", lambda: "y")
+    code, text, _ = said(capsys, "drop", "--model", "org/*")
+    assert (code, "1 blocks were forgotten" in text) == (0, True)
+    with KVStoreClient(namespace=SPACE) as client:
+        assert not any(client.get(key) for key in kept)
+
+
+def test_top_prints_snapshots_as_lines(daemon: subprocess.Popen[str], capsys: CAPTURED) -> None:
+    code, text, _ = said(capsys, "top", "--once", "--json")
+    assert code == 0
+    (line,) = text.splitlines()
+    assert json.loads(line)["pid"] == daemon.pid
+
+
+def test_bench_measures_beside_limits_and_leaves_nothing(
+    capsys: CAPTURED, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(bench, "BATCH", 4 << 20)
+    monkeypatch.setattr(bench, "CALLS", 20)
+    monkeypatch.setattr(bench, "TURNS", 2)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    code, text, _ = said(capsys, "bench", "--json", "--block", "1MiB")
+    assert code == 0
+    figures = {figure["name"]: figure for figure in json.loads(text)["figures"]}
+    assert len(figures) == 8
+    assert all(figure["value"] > 0 for figure in figures.values())
+    assert all(figures[name]["limit"] > 0 for name in ("load from memory", "store to disk, durable"))
+    assert not list(tmp_path.glob("kvb-*"))
+
+
+@pytest.mark.parametrize("name", ["bash", "zsh", "fish"])
+def test_completion_scripts_know_the_commands(name: str, capsys: CAPTURED) -> None:
+    code, text, _ = said(capsys, "completion", name)
+    assert code == 0
+    assert "explain" in text
+    assert "quota" in text
