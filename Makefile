@@ -41,14 +41,14 @@ lint: $(VENV)/.ready-test
 	$(VENV)/bin/lint-imports --no-logo
 
 unit: $(VENV)/.ready-test
-	$(VENV)/bin/python -m pytest tests --ignore=tests/engines --ignore=tests/sglang $(ARGS)
+	$(VENV)/bin/python -m pytest tests --ignore=tests/engines --ignore=tests/hicache $(ARGS)
 
 engines: $(ENGINE_VENV)/.ready
 	$(ENGINE_ENV) $(ENGINE_VENV)/bin/python -m pytest --confcutdir=tests/engines tests/engines $(ARGS)
 
 # In a process of its own: importing SGLang changes transformers for everybody in it.
 sglang: $(ENGINE_VENV)/.ready $(ENGINE_VENV)/.$(SGLANG)
-	$(ENGINE_ENV) $(ENGINE_VENV)/bin/python -m pytest --confcutdir=tests/sglang tests/sglang $(ARGS)
+	$(ENGINE_ENV) $(ENGINE_VENV)/bin/python -m pytest --confcutdir=tests/hicache tests/hicache $(ARGS)
 
 demo: $(ENGINE_VENV)/.ready
 	@$(ENGINE_ENV) $(ENGINE_VENV)/bin/python bench/demo.py $(ARGS)
@@ -118,7 +118,7 @@ $(ENGINE_VENV)/.ready: pyproject.toml $(ENGINE_VENV)/.$(VLLM)
 	@touch $@
 
 # SGLang without what it needs on a GPU: its caches, factory and controller are all that is tested, and they run with what
-# vLLM brought, these two, and the hand of tests/sglang/stubs.py.
+# vLLM brought, these two, and the hand of tests/hicache/stubs.py.
 $(ENGINE_VENV)/.$(SGLANG): $(ENGINE_VENV)/.$(VLLM)
 	@echo "kvstore: installing $(SGLANG) (about 40 MB)"
 	@$(ENGINE_VENV)/bin/python -m pip install $(PIP_QUIET) --no-deps --only-binary :all: "$(SGLANG)"

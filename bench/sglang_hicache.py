@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from common import ROOT, arguments, finish, running_daemon, timed, touched
 
-sys.path[1:1] = [str(ROOT / "tests" / "sglang"), str(ROOT / "tests" / "engines")]
+sys.path[1:1] = [str(ROOT / "tests" / "hicache"), str(ROOT / "tests" / "engines")]
 import stubs  # noqa: E402
 
 stubs.install()

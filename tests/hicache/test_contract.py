@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -297,3 +298,44 @@ def test_pages_are_linked_where_sglang_tells_what_came_before(daemon: Daemon, ma
         headers = [block.header for block in lease.blocks]
     assert [header.parent for header in headers] == names[:2]
     assert [header.position for header in headers] == [3 * PAGE, 4 * PAGE]
+
+
+def test_threads_of_sglang_at_once(daemon: Daemon, make: Make) -> None:
+    """One thread stores, one asks, one loads, as in SGLang; what is loaded is what was stored, always."""
+    pool = host_pool("mha", "page_first")
+    fill(pool, 9)
+    backend = make(pool, {"address": daemon.address})
+    keys, half = hashes(400), pool.page_num // 2
+    stored: dict[str, int] = {}
+    wrong: list[str] = []
+    counted: list[int] = []
+
+    def store() -> None:
+        for number, key in enumerate(keys):
+            if backend.batch_set_v1([key], indices([number % half])) == [True]:
+                stored[key] = number % half
+
+    def ask() -> None:
+        while writer.is_alive():
+            counted.append(backend.batch_exists(keys))
+
+    def load() -> None:
+        while writer.is_alive() or not loaded:
+            for key, page in list(stored.items())[-5:]:
+                if backend.batch_get_v1([key], indices([half])) == [True]:
+                    loaded.append(key)
+                    if content(pool, half) != content(pool, page):
+                        wrong.append(key)
+
+    loaded: list[str] = []
+    writer = threading.Thread(target=store)
+    others = [threading.Thread(target=work) for work in (ask, load)]
+    for thread in (writer, *others):
+        thread.start()
+    for thread in (writer, *others):
+        thread.join(60)
+    assert len(stored) == 400
+    assert loaded
+    assert not wrong
+    assert counted == sorted(counted)
+    assert not [name for name in backend.tally.peek() if name.startswith(("failed", "skipped"))]
