@@ -1,6 +1,7 @@
 # make serve   the daemon, on a fresh machine with Python 3.11 or newer
 # make test    everything: lint, unit tests, a real vLLM and SGLang's cache on the CPU
 # make demo    the same question to vLLM cold, warm, and after restarts
+# make demo-rag  passages in any order: full prefill, cached prefix, and blended from chunks
 # make lint | unit | engines | sglang | bench | docs | clean
 
 SHELL := /bin/bash
@@ -23,10 +24,10 @@ PIP_QUIET := -qq --disable-pip-version-check --no-input
 # A real engine on the CPU: no network, no telemetry, and threads that wait without spinning.
 ENGINE_ENV := HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0
 
-.PHONY: help serve test lint unit engines sglang demo bench docs clean
+.PHONY: help serve test lint unit engines sglang demo demo-rag bench docs clean
 
 help:
-	@sed -n '1,4s/^# //p' Makefile
+	@sed -n '1,5s/^# //p' Makefile
 
 serve: $(VENV)/.ready
 	@exec $(VENV)/bin/kvstore serve $(ARGS)
@@ -52,6 +53,9 @@ sglang: $(ENGINE_VENV)/.ready $(ENGINE_VENV)/.$(SGLANG)
 
 demo: $(ENGINE_VENV)/.ready
 	@$(ENGINE_ENV) $(ENGINE_VENV)/bin/python bench/demo.py $(ARGS)
+
+demo-rag: $(ENGINE_VENV)/.ready
+	@$(ENGINE_ENV) $(ENGINE_VENV)/bin/python bench/demo_rag.py $(ARGS)
 
 bench: $(VENV)/.ready-test
 	@for file in bench/control.py bench/memory.py bench/disk.py bench/burst.py; do echo "== $$file"; $(VENV)/bin/python $$file; done
