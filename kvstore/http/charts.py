@@ -42,9 +42,13 @@ class Chart:
     labels: dict[str, str] = field(default_factory=dict)
 
 
-def hit_chart(history: History, tiers: list[str]) -> Chart:
+def bars_of(history: History) -> list[Span | None]:
+    """What each bar of the charts is about, oldest first."""
+    return history.buckets(BAR_S, BARS)
+
+
+def hit_chart(history: History, spans: list[Span | None], tiers: list[str]) -> Chart:
     """Share of the wanted blocks that was served, stacked by tier, below the ceiling."""
-    spans = history.buckets(BAR_S, BARS)
     bars: dict[str, list[str]] = {name: [] for name in ("missed", *tiers, "ceiling")}
     readouts = []
     for i, span in enumerate(spans):
@@ -67,9 +71,8 @@ def hit_chart(history: History, tiers: list[str]) -> Chart:
     return chart
 
 
-def traffic_chart(history: History) -> Chart:
+def traffic_chart(spans: list[Span | None]) -> Chart:
     """Bytes a second read from host memory, upwards, and written to it, downwards."""
-    spans = history.buckets(BAR_S, BARS)
     pairs = [(span.rate("read.host"), span.rate("written.host")) if span else (0.0, 0.0) for span in spans]
     top = _nice(max((max(pair) for pair in pairs), default=0.0))
     middle = HEIGHT / 2

@@ -53,8 +53,8 @@ def tiles(view: View, snapshot: Snapshot, history: History, tiers: list[str]) ->
     hits = sum(numbers(snapshot, "hit_blocks").values())
     wanted = number(snapshot, "reuse", "wanted")
     total = count(snapshot, "asked_blocks") if wanted is None else wanted
-    text["blocks"] = compact(hits)
-    text["blocks_note"] = f"{percent(hits, total)} of {compact(total)} wanted" if total > 0 else "none wanted yet"
+    text["served"] = compact(hits)
+    text["served_note"] = f"{percent(hits, total)} of {compact(total)} wanted" if total > 0 else "none wanted yet"
     queued = count(snapshot, "queue", "blocks")
     text["queue"] = format_size(count(snapshot, "queue", "bytes")) if queued else "empty"
     text["queue_note"] = f"{whole(queued)} blocks on their way to lower tiers" if queued else "nothing waits"
@@ -118,7 +118,8 @@ def _hit_rate(view: View, snapshot: Snapshot, minute: Span, tiers: list[str]) ->
 
 def pictures(view: View, snapshot: Snapshot, history: History, tiers: list[str]) -> None:
     """The charts, the flow between tiers, and what other sizes would serve."""
-    drawn = {"hits": charts.hit_chart(history, tiers), "traffic": charts.traffic_chart(history)}
+    spans = charts.bars_of(history)
+    drawn = {"hits": charts.hit_chart(history, spans, tiers), "traffic": charts.traffic_chart(spans)}
     for name, chart in drawn.items():
         view.readouts[name] = chart.readouts
         view.paths |= {f"{name}_{each}": path for each, path in chart.paths.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator
 from html.parser import HTMLParser
 from typing import Any
@@ -161,7 +162,7 @@ async def test_a_busy_daemon_is_shown_without_javascript(client: aiohttp.ClientS
     source.state |= BUSY
     _, parsed = await page(client)
     assert "empty" in parsed.hidden
-    assert parsed.ids["blocks_note"] == "50 % of 100 wanted"
+    assert parsed.ids["served_note"] == "50 % of 100 wanted"
     assert parsed.ids["state"] == "degraded: disk"
     assert parsed.ids["host_used"] == "1 KiB"
     assert parsed.ids["host_used_share"] == "25 %"
@@ -324,3 +325,10 @@ def test_counts_and_rates():
         "5.00 T",
     ]
     assert [per_second(v) for v in (0, 0.01, 0.5, 12, 12_000)] == ["0/s", "<0.1/s", "0.5/s", "12/s", "12.0 k/s"]
+
+
+async def test_no_id_is_used_twice(client: aiohttp.ClientSession, source: FakeSource):
+    source.state |= REUSE
+    text, _ = await page(client)
+    ids = re.findall(r'\sid="([^"]+)"', text)
+    assert len(ids) == len(set(ids)), sorted({each for each in ids if ids.count(each) > 1})
