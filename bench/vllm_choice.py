@@ -1,0 +1,136 @@
+"""Load or recompute on a real vLLM: a disk throttled to 50 MB/s must not make a first token later than computing it.
+
+Three engines with the same prompts, in turns: without a connector (computes everything), with the connector as it is,
+and with ``load: always``, which loads whatever the daemon has. Host memory is small, so every prompt is on the
+throttled disk when it is asked for again. Figures are ratios of first-token times over computing, pair by pair; what
+the connector exports of its forecasts and its regret stands beside them.
+
+    python bench/vllm_choice.py --out bench/results/vllm_choice.json      (in the environment of `make engines`)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve()
+sys.path.insert(0, str(HERE.parents[1] / "tests" / "engines"))
+
+from common import facts  # noqa: E402
+from demo import EngineProcess  # noqa: E402
+from kit import Daemon, Engine, numbers, set_environment  # noqa: E402
+
+LENGTHS = (400, 800, 1200, 1600)
+PER_LENGTH = 3
+"""Prompts of each length; together they are several times what host memory holds."""
+
+
+def serve_work(model: str, address: str) -> None:
+    """Body of an engine process; see `bench.demo.serve_questions`. The address may end with ``?always``."""
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what vLLM prints goes to its log
+    set_environment()
+    socket, _, load = address.partition("?")
+    extra = {"load": load or "faster"}
+    engine = Engine(Path(model), None if socket == "none" else socket, extra, max_num_batched_tokens=1024)
+    engine.ask(numbers(300, 999_983), max_tokens=2)
+    reply: dict[str, Any] = {"ready": socket == "none" or engine.connected()}
+    while True:
+        print(json.dumps(reply), file=out, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            break
+        command = json.loads(line)
+        if command["do"] == "first":
+            answer = engine.ask(numbers(command["length"], command["seed"]), max_tokens=1)[0]
+            reply = {"seconds": answer.seconds, "cached": answer.cached, "token": answer.tokens[0]}
+        else:
+            reply = engine.metrics() if socket != "none" else {}
+    engine.close()
+
+
+def prompts() -> list[tuple[int, int]]:
+    """(length, seed) of every prompt."""
+    return [(length, 1000 * length + i) for length in LENGTHS for i in range(PER_LENGTH)]
+
+
+def run(folder: Path, rounds: int, disk_mb_s: int) -> dict[str, Any]:
+    """Everything."""
+    from model import smollm2
+
+    model = smollm2("float32")
+    daemon = Daemon(folder, host_bytes="128MiB", disk=True, flags=["--disk-max-bandwidth", f"{disk_mb_s}MB"])
+    daemon.start()
+    engines = {
+        "computed": EngineProcess(HERE, model, "none", folder / "plain.log"),
+        "faster": EngineProcess(HERE, model, daemon.address, folder / "faster.log"),
+        "always": EngineProcess(HERE, model, f"{daemon.address}?always", folder / "always.log"),
+    }
+    try:
+        for length, seed in prompts():  # stored, and speeds learned
+            for name in ("computed", "faster"):
+                engines[name].tell("first", length=length, seed=seed)
+        seen: dict[str, list[dict[str, Any]]] = {name: [] for name in engines}
+        for number in range(rounds):
+            for length, seed in prompts():
+                order = list(engines) if number % 2 else list(engines)[::-1]
+                for name in order:
+                    seen[name].append(engines[name].tell("first", length=length, seed=seed))
+            print(f"  round {number + 1}/{rounds}", file=sys.stderr, flush=True)
+        counted = engines["faster"].tell("metrics")
+    finally:
+        for engine in engines.values():
+            engine.close()
+        daemon.kill()
+    asked = prompts() * rounds
+    return {
+        "disk_mb_s": disk_mb_s,
+        "same_first_tokens": all(len({engine[i]["token"] for engine in seen.values()}) == 1 for i in range(len(asked))),
+        "ratio_to_computing": {name: _ratios(seen[name], seen["computed"], asked) for name in ("faster", "always")},
+        "loaded_tokens": {name: sum(each["cached"] or 0 for each in seen[name]) for name in ("faster", "always")},
+        "connector": {name: value for name, value in counted.items() if "kvstore" in name},
+        "requests": len(asked),
+    }
+
+
+def _ratios(ours: list[dict[str, Any]], plain: list[dict[str, Any]], asked: list[tuple[int, int]]) -> dict[str, Any]:
+    """Median of the paired ratios, of all prompts and by length."""
+    pairs = [(length, a["seconds"] / b["seconds"]) for (length, _), a, b in zip(asked, ours, plain, strict=True)]
+    by_length = {
+        length: round(statistics.median(ratio for of, ratio in pairs if of == length), 3) for length in LENGTHS
+    }
+    total = sum(each["seconds"] for each in ours) / sum(each["seconds"] for each in plain)
+    return {"median": round(statistics.median(ratio for _, ratio in pairs), 3), "total": round(total, 3), **by_length}
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--out", type=Path, help="write the JSON to this file, too")
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--disk-mb-s", type=int, default=50, help="bandwidth of the disk tier (default 50)")
+    parser.add_argument("--engine", nargs=2, metavar=("MODEL", "ADDRESS"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.engine:
+        serve_work(*options.engine)
+        return 0
+    set_environment()
+    with tempfile.TemporaryDirectory(prefix="kvstore-choice-") as folder:
+        result = run(Path(folder), options.rounds, options.disk_mb_s)
+    report = {"bench": "vllm_choice", "machine": facts(), "results": result}
+    text = json.dumps(report, indent=1)
+    print(text)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(text + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
