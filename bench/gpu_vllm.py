@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=8192, help="max_num_batched_tokens")
     parser.add_argument("--graphs", dest="eager", action="store_false", help="with CUDA graphs")
     parser.add_argument("--contestants", nargs="+", default=["plain", "kvstore", "offloading"])
-    parser.add_argument("--timeout", type=float, default=200.0, help="seconds an engine may take")
+    parser.add_argument("--timeout", type=float, default=400.0, help="seconds an engine may take")
     parser.add_argument("--contestant", help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
     parser.add_argument("--address", default="", help=argparse.SUPPRESS)

@@ -64,7 +64,8 @@ def rank_namespace(
     pp_rank, tp_rank = rank
     # With MLA every tensor rank holds the same latent, so all of them share one copy.
     replicated = attention == "mla"
-    name, revision = model_identity(model_config, weights)
+    loaded = str(getattr(getattr(vllm_config, "load_config", None), "load_format", ""))
+    name, revision = model_identity(model_config, weights, dummy=loaded == "dummy")
     return Namespace(
         model=name,
         revision=revision + _draft_identity(vllm_config, weights),
@@ -126,11 +127,12 @@ def request_scope(request: Any, epoch: str = "") -> Scope:
     return Scope(adapter, hash_salt(request.cache_salt), epoch)
 
 
-def model_identity(model_config: Any, weights: str = "sample") -> tuple[str, str]:
+def model_identity(model_config: Any, weights: str = "sample", *, dummy: bool = False) -> tuple[str, str]:
     """Name and revision of a model.
 
     A local directory is named by its last component, so that hosts may keep it where they like, and identified by
-    `weights_digest`. A model from the hub is identified by the commit that its configuration was loaded from.
+    `weights_digest`. Random weights (``dummy``) are known by their seed. A model from the hub is identified by the
+    commit that its configuration was loaded from.
 
     Raises
     ------
@@ -138,7 +140,7 @@ def model_identity(model_config: Any, weights: str = "sample") -> tuple[str, str
         If neither is known: then a changed model would be taken for the same.
     """
     path = Path(model_config.model)
-    if str(getattr(model_config, "load_format", "")) == "dummy" or _load_format(model_config) == "dummy":
+    if dummy:
         return path.name, f"dummy:{model_config.seed}:{_json_digest(model_config.hf_config)}"
     if path.exists():
         return path.name, f"{weights}:{weights_digest(path, weights == 'full')}"
@@ -149,10 +151,6 @@ def model_identity(model_config: Any, weights: str = "sample") -> tuple[str, str
             "Give vLLM a --revision, or a local directory.",
         )
     return str(model_config.model), f"commit:{commit}"
-
-
-def _load_format(model_config: Any) -> str:
-    return str(getattr(getattr(model_config, "load_config", None), "load_format", ""))
 
 
 def _draft_identity(vllm_config: Any, weights: str) -> str:

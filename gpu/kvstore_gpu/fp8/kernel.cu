@@ -5,12 +5,14 @@ __device__ __forceinline__ float power(int exponent) { return __uint_as_float(u3
 
 // Exponent of the least power of two above the largest magnitude over 448; that of nothing is 0.
 __device__ __forceinline__ int exponent_of(float largest) {
-    const u32 bits = __float_as_uint(__fdiv_rn(largest, 448.0f));
-    return bits == 0 ? 0 : min(max(int(bits >> 23) - 126, -126), 119);
+    const u32 bits = __float_as_uint(__fdiv_rn(largest, 448.0f));  // CuPy flushes what is below 2^-126 to zero
+    return __float_as_uint(largest) == 0 ? 0 : min(max(int(bits >> 23) - 126, -126), 119);
 }
 
-__device__ __forceinline__ float from_e4m3(u8 code) {  // the fields of a float32, whose exponent bias is 120 larger
-    return __uint_as_float(u32(code & 0x7f) << 20 | u32(code & 0x80) << 24) * 0x1p120f;
+__device__ __forceinline__ float from_e4m3(u8 code) {  // the fields of a float16, whose exponent bias is 8 larger
+    f16 half;
+    half.bits = u16((code & 0x7f) << 7 | (code & 0x80) << 8);
+    return to_float(half) * 256.0f;
 }
 
 __device__ __forceinline__ u8 to_e4m3(float x) {  // to nearest, ties to even; |x| is at most 448

@@ -7,8 +7,9 @@ constexpr int SELECT_THREADS = 1024, EACH = 8, CHUNK = SELECT_THREADS * EACH;
 
 __device__ __forceinline__ u32 rank_key(float x, bool forced) {
     if (forced) return ~0u;
-    if (x != x) return ~0u - 1;
-    const u32 bits = __float_as_uint(x + 0.0f);  // -0 is 0
+    u32 bits = __float_as_uint(x);  // no arithmetic: it would flush the smallest numbers to zero
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return ~0u - 1;
+    if (bits == 0x80000000u) bits = 0;  // -0 is 0
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
