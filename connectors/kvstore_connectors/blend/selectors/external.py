@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from kvstore.errors import ConfigError
-from kvstore_connectors.blend.prompt import Capture, top
-from kvstore_connectors.blend.work import Work
+from kvstore_connectors.blend.prompt import Capture
+from kvstore_connectors.blend.selectors.choice import Choice
+
+if TYPE_CHECKING:
+    from kvstore_connectors.blend.work import Work
 
 
 @dataclass(frozen=True)
-class External:
+class External(Choice):
     """Highest attention mass on what stood before the chunk when it was captured (w_i).
 
     Raises
@@ -24,7 +28,8 @@ class External:
 
     name: str = "external"
 
-    def repair(self, work: Work, count: int) -> Iterator[int]:
+    def scores(self, work: Work) -> Generator[int, None, torch.Tensor]:
+        yield from ()
         ids = work.prompt.ids
         mass = torch.full((len(ids),), -torch.inf, device=ids.device)
         for span in work.prompt.spans:
@@ -36,4 +41,4 @@ class External:
                     "Select by question for such chunks, or let the planner choose.",
                 )
             mass[span.start : span.stop] = span.external.to(mass)
-        yield from work.steps(work.with_missing(top(mass, count)))
+        return mass

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from kvstore_connectors.blend.prompt import Capture, top
-from kvstore_connectors.blend.work import Work
+from kvstore_connectors.blend.selectors.choice import Choice
+
+if TYPE_CHECKING:
+    from kvstore_connectors.blend.work import Work
 
 
 @dataclass(frozen=True)
-class Initial:
+class Initial(Choice):
     """As many first tokens of every chunk as the share allows."""
 
     name: str = "initial"
 
-    def repair(self, work: Work, count: int) -> Iterator[int]:
+    def scores(self, work: Work) -> Generator[int, None, torch.Tensor]:
+        yield from ()
         ids = work.prompt.ids
         depth = torch.full((len(ids),), -torch.inf, device=ids.device)
         for span in work.prompt.spans:
-            if span.capture is not Capture.EXACT:
-                depth[span.start : span.stop] = -torch.arange(span.stop - span.start, device=ids.device).float()
-        yield from work.steps(work.with_missing(top(depth, count)))
+            depth[span.start : span.stop] = -torch.arange(span.stop - span.start, device=ids.device).float()
+        return depth

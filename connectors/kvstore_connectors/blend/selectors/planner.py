@@ -10,6 +10,7 @@ from kvstore_connectors.blend.selectors.deviation import Deviation
 from kvstore_connectors.blend.selectors.external import External
 from kvstore_connectors.blend.selectors.initial import Initial
 from kvstore_connectors.blend.selectors.question import Question
+from kvstore_connectors.blend.selectors.trail import Trail
 
 if TYPE_CHECKING:
     from kvstore_connectors.blend.prompt import Prompt
@@ -29,6 +30,8 @@ SELECTORS: dict[str, Selector] = {
         Initial(),
         External(),
         Question(),
+        Question("question-peak", "peak"),
+        Trail(),
     )
 }
 

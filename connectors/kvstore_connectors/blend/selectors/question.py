@@ -2,38 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from kvstore_connectors.blend.attention import scores
-from kvstore_connectors.blend.prompt import top
-from kvstore_connectors.blend.work import Work
+from kvstore_connectors.blend.selectors.choice import Choice
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from kvstore_connectors.blend.work import Work
+
 
 @dataclass(frozen=True)
-class Question:
-    """Attention of the question's tokens, a mean over layers, heads and tokens.
+class Question(Choice):
+    """Attention of the question's tokens, summed over layers.
 
     The reading costs the question's tokens once more; it is part of the work's cost.
+
+    Parameters
+    ----------
+    by : {"mean", "peak"}
+        The mean over heads and tokens, as published; or the highest head's highest token less that head's mean. A sink
+        is looked at by all tokens alike and so has no peak.
     """
 
     name: str = "question"
+    by: Literal["mean", "peak"] = "mean"
 
-    def repair(self, work: Work, count: int) -> Iterator[int]:
-        prompt = work.prompt
-        mass = torch.zeros(len(prompt.ids), device=prompt.ids.device)
+    def scores(self, work: Work) -> Generator[int, None, Tensor]:
+        prompt, model = work.prompt, work.model
+        seen = torch.zeros(model.layers, len(prompt.ids), device=prompt.ids.device)
+        asked = int(prompt.question[0])
 
         def watch(layer: int, rows: Tensor, queries: Tensor, keys: Tensor) -> None:
-            asking = rows >= int(prompt.question[0])
-            table = scores(queries[asking], keys, rows[asking], work.model.scale)
-            mass.add_(table.softmax(-1).sum((0, 1)))
+            asking = rows >= asked
+            table = scores(queries[asking], keys[: len(prompt.ids)], rows[asking], model.scale).softmax(-1)
+            if self.by == "mean":
+                seen[layer] = table.sum((0, 1))
+            else:
+                seen[layer] = (table.amax(1) - table.mean(1)).amax(0)
 
         yield from work.steps(prompt.missing, watch=watch)
-        seen = work.model.total(mass, "sum").masked_fill(~prompt.repairable, -torch.inf)
-        yield from work.steps(work.with_missing(top(seen, count)))
+        return model.total(seen, "sum" if self.by == "mean" else "max").sum(0)
