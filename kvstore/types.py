@@ -94,6 +94,9 @@ class BlockId(NamedTuple):
 MAX_CHUNK_TOKENS = 8192
 """Longest chunk: its description, ids and statistics included, fits into the header of one block."""
 
+MAX_CHUNK_BLOCKS = 512
+"""Blocks of a chunk, whose keys its description names."""
+
 MAX_LINEAGE = 64
 """Chunks before it that a chunk remembers: the nearest."""
 
@@ -138,7 +141,7 @@ class ChunkInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     tokens: Annotated[bytes, msgspec.Meta(min_length=4, max_length=4 * MAX_CHUNK_TOKENS)]
     position: Annotated[int, msgspec.Meta(ge=0, le=1 << 31)] = 0
     capture: Literal["isolated", "system", "live"] = "isolated"
-    blocks: Annotated[bytes, msgspec.Meta(max_length=DIGEST_BYTES * MAX_CHUNK_TOKENS // 16)] = b""
+    blocks: Annotated[bytes, msgspec.Meta(max_length=DIGEST_BYTES * MAX_CHUNK_BLOCKS)] = b""
     lineage: Annotated[list[bytes], msgspec.Meta(max_length=MAX_LINEAGE)] = []
     inter: Annotated[list[float], msgspec.Meta(max_length=MAX_LINEAGE)] = []
     cci: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 0.0
@@ -242,7 +245,7 @@ class ChunkMatch(NamedTuple):
     capture : str
         As in `ChunkInfo`.
     overhead : float
-        Cache-Craft's fix overhead of this variant here: 0 if it was computed behind exactly these tokens.
+        Cache-Craft's fix overhead of this variant here: 0 if, and only if, it was computed behind exactly these tokens.
     """
 
     start: int

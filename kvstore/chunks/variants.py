@@ -17,6 +17,9 @@ MEAN_CCI = 0.62
 NOVELTY = 0.5
 """How much a chunk before it that is new counts, against one that is gone."""
 
+NOT_EXACT = 1e-6
+"""Least overhead of a variant whose context is not this one token by token: its chunks may stand in other text."""
+
 LEAST_CFO = 0.05
 """What a use counts at most is one over this."""
 
@@ -46,7 +49,9 @@ class Variant:
 
     def overhead(self, before: Sequence[bytes], context: bytes) -> float:
         """CFO in a prompt with these chunks before it, whose tokens before it have the digest `context`."""
-        return 0.0 if context == self.info.context else fix_overhead(self.info, before)
+        if context == self.info.context:
+            return 0.0
+        return max(fix_overhead(self.info, before), NOT_EXACT)
 
     def used(self, overhead: float) -> None:
         """Count a use."""

@@ -10,7 +10,15 @@ from numpy.typing import NDArray
 
 from kvstore.errors import InvalidParams
 from kvstore.keys import TokenIds, as_token_array, chunk_block_keys, content_key, context_digest
-from kvstore.types import DIGEST_BYTES, MAX_CHUNK_TOKENS, MAX_LINEAGE, BlockHeader, ChunkInfo, Namespace
+from kvstore.types import (
+    DIGEST_BYTES,
+    MAX_CHUNK_BLOCKS,
+    MAX_CHUNK_TOKENS,
+    MAX_LINEAGE,
+    BlockHeader,
+    ChunkInfo,
+    Namespace,
+)
 
 
 class ChunkPart(NamedTuple):
@@ -63,6 +71,10 @@ def chunk_parts(
     if not 0 < len(ids) <= MAX_CHUNK_TOKENS:
         raise InvalidParams(f"chunk: it has {len(ids)} tokens; 1 to {MAX_CHUNK_TOKENS} are possible.", "Split it.")
     size, names = namespace.block_tokens, names or {}
+    if len(ids) > size * MAX_CHUNK_BLOCKS:
+        raise InvalidParams(
+            f"chunk: {len(ids)} tokens in blocks of {size} are more than {MAX_CHUNK_BLOCKS} blocks.", ""
+        )
     content, context = content_key(namespace, ids), context_digest(lead)
     keys = chunk_block_keys(content, context, -(-len(ids) // size))
     keys[:-1] = [names.get(place, key) for place, key in enumerate(keys[:-1])]

@@ -192,6 +192,18 @@ def test_the_variant_with_the_least_score_makes_room():
     assert chunks.check() == ""
 
 
+def test_the_same_chunks_in_other_text_are_not_the_same_context():
+    chunks = index()
+    a, b = ids(64, 0), ids(64, 1)
+    put(chunks, a)
+    lineage = [content_key(SCOPE.ns, a)]
+    put(chunks, b, before=np.concatenate([ids(5, 2), a]), lineage=lineage)
+    found = chunks.match(SCOPE, np.concatenate([ids(5, 3), a, b]).tobytes(), find=True)
+    assert 0.0 < found[-1].overhead < 1e-3
+    found = chunks.match(SCOPE, np.concatenate([ids(5, 2), a, b]).tobytes(), find=True)
+    assert found[-1].overhead == 0.0
+
+
 def info(lineage, inter=(), cci=0.6) -> ChunkInfo:
     return ChunkInfo(content=b"c" * 32, context=b"x" * 32, tokens=b"1234", lineage=lineage, inter=list(inter), cci=cci)
 

@@ -20,7 +20,7 @@ from kvstore.types import Namespace
 from kvstore_connectors.base import Tally, log
 from kvstore_connectors.vllm.blend_gate import Gate
 from kvstore_connectors.vllm.blend_jobs import BlendJob, BlendSpan, CaptureJob
-from kvstore_connectors.vllm.blend_search import Chunk, Search, Searches
+from kvstore_connectors.vllm.blend_search import MOST_TOKENS, Chunk, Search, Searches
 from kvstore_connectors.vllm.blend_wish import Wish, read_wish
 from kvstore_connectors.vllm.identity import Scope, request_namespace
 
@@ -120,10 +120,11 @@ class Blends:
             wish = read_wish(request.kv_transfer_params, self._default)
         except InvalidParams as error:
             self._tally.add("blend_bad_request")
-            log.warning("kvstore: a request is computed without chunks. %s", error)
+            log.debug("a request is computed without chunks: %s", error)
             return
         prompt = request.prompt_token_ids
-        if not wish.active or not prompt or not self._ranks or not self._plain(request, scope):
+        fits = 0 < len(prompt or ()) <= MOST_TOKENS
+        if not wish.active or not fits or not self._ranks or not self._plain(request, scope):
             return
         state = State(wish, scope, np.asarray(prompt, dtype="<i4"))
         state.search = self._searches.submit(self._namespaces(scope), state.tokens, wish)

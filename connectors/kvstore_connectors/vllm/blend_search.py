@@ -17,6 +17,9 @@ from kvstore.types import Namespace
 from kvstore_connectors.base import Link, Tally, log
 from kvstore_connectors.vllm.blend_wish import Wish
 
+MOST_TOKENS = 262_144
+"""In longer prompts no chunks are looked for."""
+
 
 class Chunk(NamedTuple):
     """A chunk in a prompt that every rank has: the key of its last block, by namespace digest."""
@@ -136,7 +139,7 @@ class Searches:
             )
         except InvalidParams as error:  # spans that make no sense: the request is computed as any other
             self._tally.add("blend_bad_request")
-            log.warning("kvstore: a request is computed without chunks. %s", error)
+            log.debug("a request is computed without chunks: %s", error)
             return None
         digest = namespace_digest(first)
         chunks = [Chunk(one.start, one.stop, {digest: one.key}, one.overhead) for one in found]

@@ -18,7 +18,7 @@ from kvstore.client import Room, chunk_keys, chunk_parts
 from kvstore.errors import InternalError
 from kvstore.keys import derived_key, namespace_digest
 from kvstore.types import ChunkInfo, Miss, Namespace, Stored
-from kvstore_connectors.base import Link, Tally
+from kvstore_connectors.base import Link, Tally, report_defect
 from kvstore_connectors.blend.prompt import Capture, LayerKV, Prompt, Span
 from kvstore_connectors.blend.rope import move
 from kvstore_connectors.blend.selectors.planner import planner, selector_named
@@ -95,8 +95,12 @@ class Blender:
             Loads the exact blocks in front.
         """
         begun = time.monotonic()
-        missing = self._load_exact(job, load) if job.sound else job.table[job.begin // self._rows.engine_block :]
-        gathered = None if missing else self._gather(link, job)
+        missing, gathered = job.table[job.begin // self._rows.engine_block :], None
+        try:
+            missing = self._load_exact(job, load) if job.sound else missing
+            gathered = None if missing else self._gather(link, job)
+        except Exception:  # the other ranks wait to hear of it
+            report_defect("gathering chunks")
         model = self._model
         # All ranks begin the pass or none: its sums over ranks wait for each other.
         if model is None or not model.agree(gathered is not None) or gathered is None:

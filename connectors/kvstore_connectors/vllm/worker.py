@@ -190,6 +190,8 @@ class WorkerSide:
         config = self._vllm_config.model_config.hf_text_config.to_dict()
         rows = Rows(layers, self._writes(caches), pages, page_tokens)
         model = EngineModel(find_model())
+        if model.layers != len(layers):
+            raise ConfigError(f"blend_gate: {len(layers)} layers keep KV, {model.layers} are the model's.", _REMEDY)
         return Blender(rows, self._namespace, self.tally, deadline_s, model, movable(config))
 
     def _writes(self, caches: dict[str, Any]) -> list[tuple[WriteOp, torch.Tensor]]:
