@@ -35,6 +35,10 @@ DYNAMIC = {
     "class_name": "KVStoreHiCache",
     "interface_v1": 1,
     "revision": "of the tests",
+    # The machine may be busy; the tests of deadlines bring their own.
+    "lookup_deadline_ms": 20_000,
+    "load_deadline_ms": 20_000,
+    "save_deadline_ms": 20_000,
 }
 
 
