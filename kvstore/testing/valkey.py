@@ -80,13 +80,15 @@ class ValkeyCluster:
     ----------
     place : Path
         Directory; each node gets one of its own below it.
+    replicas : bool
+        Whether each of the three has a replica that takes its place when it fails: `nodes[3 + i]` that of `nodes[i]`.
     """
 
     SLOTS = 16384
 
-    def __init__(self, place: Path, *options: str) -> None:
+    def __init__(self, place: Path, *options: str, replicas: bool = False) -> None:
         self.nodes: list[ValkeyServer] = []
-        for number in range(3):
+        for number in range(6 if replicas else 3):
             home = place / f"node{number}"
             home.mkdir(parents=True)
             bus = _free_port()
@@ -116,20 +118,29 @@ class ValkeyCluster:
     def _join(self) -> None:
         """Give each node a third of the slots, let them meet, and wait until all agree."""
         edges = [self.SLOTS * number // 3 for number in range(4)]
-        for number, node in enumerate(self.nodes):
+        masters, replicas = self.nodes[:3], self.nodes[3:]
+        for number, node in enumerate(masters):
             _expect(node, f"CLUSTER ADDSLOTSRANGE {edges[number]} {edges[number + 1] - 1}", b"+OK")
             # Before they meet, or two nodes of the same epoch would have to settle which counts.
             _expect(node, f"CLUSTER SET-CONFIG-EPOCH {number + 1}", b"+OK")
         for node in self.nodes[1:]:
             _expect(self.nodes[0], f"CLUSTER MEET 127.0.0.1 {node.port} {node.bus}", b"+OK")
+        known = f"cluster_known_nodes:{len(self.nodes)}".encode()
         for node in self.nodes:
-            deadline = time.monotonic() + 20
-            while not {b"cluster_state:ok", b"cluster_known_nodes:3", b"cluster_size:3"} <= set(
-                node.ask("CLUSTER INFO").split(b"\r\n")
-            ):
-                if time.monotonic() > deadline:
-                    raise RuntimeError("the nodes did not become a cluster")
-                time.sleep(0.02)
+            _until(node, "CLUSTER INFO", b"cluster_state:ok", known, b"cluster_size:3")
+        for master, replica in zip(masters, replicas, strict=False):
+            name = master.ask("CLUSTER MYID").split(b"\r\n")[1].decode()
+            _expect(replica, f"CLUSTER REPLICATE {name}", b"+OK")
+            _until(replica, "INFO replication", b"role:slave", b"master_link_status:up")
+
+
+def _until(node: ValkeyServer, command: str, *lines: bytes) -> None:
+    """Wait until a node's answer has these lines."""
+    deadline = time.monotonic() + 20
+    while not set(lines) <= set(node.ask(command).split(b"\r\n")):
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{command} did not come to say {lines!r}")
+        time.sleep(0.02)
 
 
 def _expect(node: ValkeyServer, command: str, reply: bytes) -> None:

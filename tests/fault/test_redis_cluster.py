@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import pytest
 from kvstore.testing.tier_suite import block_of, load, pages, scope_of, store
 from kvstore.testing.valkey import ValkeyCluster, ValkeyServer
 from kvstore.tiers.redis import RedisTier
-from kvstore.types import Miss, MissReason, Stored
+from kvstore.types import Exists, Hit, Miss, MissReason, Stored
 
 MIB = 1 << 20
 
@@ -99,3 +100,29 @@ async def test_a_hung_node_costs_its_timeout_and_comes_back(cluster: ValkeyClust
         while not await all_there():
             assert time.monotonic() < deadline, "it did not come back"
             await asyncio.sleep(0.05)
+
+
+async def test_a_replica_takes_the_place_of_a_node_that_died(tmp_path: Path) -> None:
+    """Killed for good: the tier goes on without a restart, and what the replica has is right or a miss."""
+    with ValkeyCluster(tmp_path, replicas=True) as cluster:
+        async with opened(cluster, "failover", timeout_s=0.5) as tier:
+            blocks = [block_of(number) for number in range(12)]
+            assert [await store(tier, block, MIB) for block in blocks] == [Stored()] * 12
+            assert cluster.nodes[0].ask("WAIT 1 2000")
+            cluster.nodes[2].kill()
+            answers = [await tier.get(block, pages(MIB)) for block in blocks]
+            assert Miss(MissReason.CORRUPT) not in answers
+
+            async def works() -> bool:
+                stored = [await store(tier, block_of(number), MIB) for number in range(20, 29)]
+                return all(each in (Stored(), Exists()) for each in stored)
+
+            deadline = time.monotonic() + 30
+            while not await works():
+                assert time.monotonic() < deadline, "no replica took over"
+                await asyncio.sleep(0.1)
+            held = [block for block in blocks if tier.size(block) == MIB]
+            assert len(held) >= 6, "what lies on the other nodes stays"
+            found = [await tier.get(block, pages(MIB)) for block in held]
+            assert all(isinstance(each, Hit) or each.reason is MissReason.LOST for each in found)
+            assert sum(await asyncio.gather(*(load(tier, block, MIB) for block in held))) >= 6

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from kvstore.types import Dropped, DropReason, Miss, MissReason, Stored, TierCod
 MIB = 1 << 20
 
 
-@asynccontextmanager
+@contextlib.asynccontextmanager
 async def opened(url: str, timeout_s: float = 0.4, **how: Any) -> AsyncIterator[RedisTier]:
     tier = RedisTier(url, 64 * MIB, timeout_s=timeout_s, **how)
     await tier.start()
@@ -91,6 +91,49 @@ async def test_a_hung_server_costs_its_timeout_and_no_more(tmp_path: Path) -> No
             server.signal(signal.SIGCONT)
             await until(lambda: tier.describe_state()["connected"])
             assert await load(tier, block_of(1), MIB)
+
+
+@contextlib.asynccontextmanager
+async def delayed(server: ValkeyServer, seconds: float) -> AsyncIterator[str]:
+    """A way to a server on which every answer takes so much longer."""
+
+    async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, wait_s: float) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(1 << 20):
+                await asyncio.sleep(wait_s)
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    async def meet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there_reader, there_writer = await asyncio.open_unix_connection(server.socket)
+        with contextlib.suppress(asyncio.CancelledError):  # the loop ends before the connection
+            await asyncio.gather(forward(reader, there_writer, 0.0), forward(there_reader, writer, seconds))
+
+    way = await asyncio.start_server(meet, "127.0.0.1", 0)
+    yield f"redis://127.0.0.1:{way.sockets[0].getsockname()[1]}"
+    way.close()
+
+
+async def test_a_slow_server_is_slow_and_not_down(tmp_path: Path) -> None:
+    with ValkeyServer(tmp_path) as server:
+        async with delayed(server, 0.03) as url, opened(url, 10.0) as tier:
+            assert await store(tier, block_of(1), MIB) == Stored()
+            assert await load(tier, block_of(1), MIB)
+            assert tier.describe_state()["connected"]
+
+
+async def test_where_all_connections_are_busy_that_is_said(tmp_path: Path) -> None:
+    with ValkeyServer(tmp_path) as server:
+        async with delayed(server, 0.1) as url, opened(url, 1.0, connections=1) as tier:
+            await until(lambda: tier.describe_state()["connected"])
+            outcomes = await asyncio.gather(*(store(tier, block_of(number), 1000) for number in range(200)))
+            assert set(outcomes) == {Stored(), Dropped(DropReason.TIER_DOWN)}
+            assert "all connections are busy" in tier.describe_state()["last_error"]
+            await until(lambda: tier.describe_state()["connected"])
+            for number, outcome in enumerate(outcomes):
+                if outcome == Stored():
+                    assert await tier.get(block_of(number), pages(1000)) != Miss(MissReason.CORRUPT)
 
 
 async def test_a_full_server_is_a_drop_with_its_reason(tmp_path: Path) -> None:
