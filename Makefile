@@ -2,7 +2,7 @@
 # make test    everything: lint, unit tests, a real vLLM and SGLang's cache on the CPU
 # make demo    the same question to vLLM cold, warm, and after restarts
 # make demo-rag  passages in any order: full prefill, cached prefix, and blended from chunks
-# make lint | unit | engines | sglang | bench | docs | clean
+# make lint | unit | engines | sglang | bench | docs | site | clean
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -24,7 +24,7 @@ PIP_QUIET := -qq --disable-pip-version-check --no-input
 # A real engine on the CPU: no network, no telemetry, and threads that wait without spinning.
 ENGINE_ENV := HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0
 
-.PHONY: help serve test lint unit engines sglang demo demo-rag bench docs clean
+.PHONY: help serve test lint unit engines sglang demo demo-rag bench docs site clean
 
 help:
 	@sed -n '1,5s/^# //p' Makefile
@@ -75,6 +75,10 @@ bench-gpu:
 docs: $(VENV)/.ready
 	$(VENV)/bin/python -m kvstore.cli.docs docs
 
+site: docs $(VENV)/.ready-site
+	$(VENV)/bin/mkdocs build --strict --site-dir build/site
+	@echo "the site is in build/site"
+
 clean:
 	rm -rf $(VENV) $(ENGINE_VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 
@@ -97,7 +101,11 @@ $(VENV)/.ready: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/.ready-test: $(VENV)/.ready
 	@echo "kvstore: installing what the tests need"
-	@$(VENV)/bin/python -m pip install $(PIP_QUIET) -e ".[test,dev]"
+	@$(VENV)/bin/python -m pip install $(PIP_QUIET) -e ".[test,dev,deploy]"
+	@touch $@
+
+$(VENV)/.ready-site: $(VENV)/.ready
+	@$(VENV)/bin/python -m pip install $(PIP_QUIET) -e ".[site]"
 	@touch $@
 
 $(ENGINE_VENV)/bin/python:
