@@ -15,6 +15,9 @@ struct f32 { float bits; };
 
 __device__ __forceinline__ float to_float(bf16 x) { return __uint_as_float(u32(x.bits) << 16); }
 __device__ __forceinline__ float to_float(f32 x) { return x.bits; }
+__device__ __forceinline__ void from_float(f32& x, float y) { x.bits = y; }
+
+#ifndef KVSTORE_EMULATED  // the emulator of the tests brings its own
 __device__ __forceinline__ float to_float(f16 x) {
     float y;
     asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
@@ -22,7 +25,37 @@ __device__ __forceinline__ float to_float(f16 x) {
 }
 __device__ __forceinline__ void from_float(bf16& x, float y) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(x.bits) : "f"(y)); }
 __device__ __forceinline__ void from_float(f16& x, float y) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(x.bits) : "f"(y)); }
-__device__ __forceinline__ void from_float(f32& x, float y) { x.bits = y; }
+
+// Two at a time: half the instructions of the slowest kind.
+__device__ __forceinline__ void from_floats(bf16* to, float a, float b) {
+    u32 both;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(b), "f"(a));
+    *reinterpret_cast<u32*>(to) = both;
+}
+__device__ __forceinline__ void from_floats(f16* to, float a, float b) {
+    u32 both;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(b), "f"(a));
+    *reinterpret_cast<u32*>(to) = both;
+}
+
+// Float16 rounded towards minus (or plus) infinity, as bits.
+__device__ __forceinline__ u16 half_down(float x) {
+    u16 y;
+    asm("cvt.rm.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ u16 half_up(float x) {
+    u16 y;
+    asm("cvt.rp.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
+    return y;
+}
+#else
+#include "emulated.h"
+#endif
+__device__ __forceinline__ void from_floats(f32* to, float a, float b) {
+    to[0].bits = a;
+    to[1].bits = b;
+}
 
 // N elements that travel together: 16 bytes or a part of it, aligned, so that each is one access.
 template <typename T, int N>
@@ -38,22 +71,6 @@ __device__ __forceinline__ void load(const T* from, float (&to)[N]) {
 #pragma unroll
         for (int i = 0; i < N / SPLIT; i++) to[s * (N / SPLIT) + i] = to_float(part.at[i]);
     }
-}
-
-// Two at a time: half the instructions of the slowest kind.
-__device__ __forceinline__ void from_floats(bf16* to, float a, float b) {
-    u32 both;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(b), "f"(a));
-    *reinterpret_cast<u32*>(to) = both;
-}
-__device__ __forceinline__ void from_floats(f16* to, float a, float b) {
-    u32 both;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(b), "f"(a));
-    *reinterpret_cast<u32*>(to) = both;
-}
-__device__ __forceinline__ void from_floats(f32* to, float a, float b) {
-    to[0].bits = a;
-    to[1].bits = b;
 }
 
 template <typename T, int N>
@@ -114,16 +131,4 @@ __device__ __forceinline__ void hadamard8(float (&x)[8], int lanes) {
             x[i] = upper ? other - x[i] : x[i] + other;
         }
     }
-}
-
-// Float16 rounded towards minus (or plus) infinity, as bits.
-__device__ __forceinline__ u16 half_down(float x) {
-    u16 y;
-    asm("cvt.rm.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
-    return y;
-}
-__device__ __forceinline__ u16 half_up(float x) {
-    u16 y;
-    asm("cvt.rp.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
-    return y;
 }

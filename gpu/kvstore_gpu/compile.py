@@ -23,6 +23,14 @@ THREADS = 256
 
 _sources: dict[str, Source] = {}
 
+emulator: Any = None
+"""Runs kernels on the CPU where there is one (tests): called with source, name, grid, threads, shared, arguments."""
+
+
+def uses_reference(device: torch.device) -> bool:
+    """Whether work on a device is done by the reference."""
+    return device.type == "cpu" and emulator is None
+
 
 class Source:
     """The kernels of one operation.
@@ -64,6 +72,9 @@ class Source:
 
         Tensors among the arguments are passed as addresses, int as int32, float as float32.
         """
+        if emulator is not None and device.type == "cpu":
+            emulator(self, name, grid, threads, shared, args)
+            return
         queue = stream if stream is not None else torch.cuda.current_stream(device)
         shape = grid if isinstance(grid, tuple) else (grid,)
         values = tuple(_argument(value) for value in args)
@@ -165,5 +176,5 @@ def processors(index: int) -> int:
 
 def blocks_for(work: int, device: torch.device, max_blocks: int | None, each: int = 8) -> int:
     """Thread blocks for a kernel that strides over its work: enough to fill the device, no more than asked for."""
-    fill = processors(device.index) * each
+    fill = (processors(device.index) if device.type == "cuda" else 1) * each
     return max(1, min(work, fill, max_blocks or fill))

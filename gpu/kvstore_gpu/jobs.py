@@ -81,8 +81,11 @@ def table(parts: Sequence[Part], addresses: Sequence[int]) -> np.ndarray:
 
 def upload(jobs: np.ndarray, device: torch.device, stream: torch.cuda.Stream | None) -> torch.Tensor:
     """A table on the device. From pinned memory: a copy from any other would wait for all that is queued."""
+    made = torch.from_numpy(jobs.view(np.uint8))
+    if device.type == "cpu":
+        return made
     with torch.cuda.stream(stream):
-        return torch.from_numpy(jobs.view(np.uint8)).pin_memory().to(device, non_blocking=True)
+        return made.pin_memory().to(device, non_blocking=True)
 
 
 @lru_cache(maxsize=256)

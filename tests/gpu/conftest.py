@@ -1,34 +1,47 @@
-"""Every test of a kernel runs on the CPU, where it tests reference and checks, and on CUDA where that is."""
+"""Every test runs on the reference, on the kernels under an emulator, and on CUDA where that is."""
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 
+import emulator
 import pytest
 import torch
-from gpu_kit import device_names
 
-SAMPLE = 6
-"""On the CPU every layout takes the same way through the reference: one case in so many is enough there."""
+from kvstore_gpu import compile as compiler
+
+SAMPLE = {"cpu": 6, "emulated": 9}
+"""Without a GPU one case in so many is run: the reference treats all layouts alike, and the emulator is slow."""
 
 
-@pytest.fixture(params=device_names())
-def device(request: pytest.FixtureRequest) -> str:
-    """Where the test runs."""
+@pytest.fixture(params=["cpu", "emulated", "cuda"])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where tensors of the test lie."""
     torch.manual_seed(20)
-    return request.param
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+        return "cuda"
+    if request.param == "emulated":
+        if emulator.COMPILER is None:
+            pytest.skip("no g++")
+        monkeypatch.setattr(compiler, "emulator", emulator.launch)
+    return "cpu"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave cases on the CPU out, the same ones every time."""
-    seen: Counter[str] = Counter()
+    """Leave cases out, the same ones every time; not with KVSTORE_GPU_TESTS=all."""
+    if os.environ.get("KVSTORE_GPU_TESTS") == "all":
+        return
+    seen: Counter[tuple[str, str]] = Counter()
     kept, dropped = [], []
     for item in items:
-        function = item.nodeid.partition("[")[0]
-        on_cpu = getattr(item, "callspec", None) is not None and item.callspec.params.get("device") == "cpu"
-        if on_cpu and "tests/gpu/" in item.nodeid:
-            seen[function] += 1
-            if seen[function] % SAMPLE != 1:
+        where = getattr(item, "callspec", None) and item.callspec.params.get("device")  # type: ignore[attr-defined]
+        if where in SAMPLE and "tests/gpu/" in item.nodeid:
+            function = item.nodeid.partition("[")[0]
+            seen[function, where] += 1
+            if seen[function, where] % SAMPLE[where] != 1:
                 dropped.append(item)
                 continue
         kept.append(item)

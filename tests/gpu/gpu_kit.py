@@ -13,11 +13,6 @@ ROUNDING = {torch.bfloat16: 2.5e-3, torch.float16: 3.5e-4, torch.float32: 1e-6}
 LAYOUTS = ("nhd", "hnd", "side by side", "heads outside", "gaps")
 
 
-def device_names() -> list[str]:
-    """The CPU always, CUDA where it is."""
-    return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-
-
 def views(
     layout: str, pages: int, tokens: int, heads: int, dim: int, dtype: torch.dtype, device: str
 ) -> list[torch.Tensor]:

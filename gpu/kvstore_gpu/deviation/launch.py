@@ -6,7 +6,7 @@ import torch
 
 from kvstore_gpu import checks
 from kvstore_gpu.checks import FLOATS
-from kvstore_gpu.compile import THREADS, Source, blocks_for
+from kvstore_gpu.compile import THREADS, Source, blocks_for, uses_reference
 from kvstore_gpu.deviation import reference
 
 SOURCE = Source(
@@ -42,7 +42,7 @@ def deviation(
     """
     checks.kv(fresh, "fresh", (None, None, None))
     checks.kv(kept, "kept", tuple(fresh.shape), fresh)
-    if fresh.device.type == "cpu":
+    if uses_reference(fresh.device):
         return reference.deviation(fresh, kept, relative, torch.float32)
     tokens, width = fresh.shape[0], fresh.shape[1] * fresh.shape[2]
     out = torch.empty(tokens, dtype=torch.float32, device=fresh.device)

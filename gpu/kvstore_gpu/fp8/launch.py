@@ -13,7 +13,7 @@ from kvstore.codecs.fp8 import FP8
 from kvstore_gpu import checks, coded, jobs
 from kvstore_gpu.cache import PagedCache
 from kvstore_gpu.checks import FLOATS
-from kvstore_gpu.compile import Source, blocks_for
+from kvstore_gpu.compile import Source, blocks_for, uses_reference
 from kvstore_gpu.fp8 import reference
 from kvstore_gpu.jobs import Part
 
@@ -52,7 +52,7 @@ def unpack(
         If something does not fit.
     """
     chosen = _check(cache, parts, spec, coder, places, layers)
-    if cache.device.type == "cpu":
+    if uses_reference(cache.device):
         reference.decode(cache, parts, spec, (), coder, places, chosen, Context())
     else:
         _run("unpack", cache, parts, spec, coder, places, chosen, stream, max_blocks, None)
@@ -78,7 +78,7 @@ def pack(
     chosen = _check(cache, parts, spec, coder, places, None)
     if any(len(part.pages) * cache.page_tokens != spec.tokens for part in parts):
         raise checks.refuse("parts", "a block is encoded as a whole")
-    if cache.device.type == "cpu":
+    if uses_reference(cache.device):
         reference.encode(cache, parts, spec, (), coder, places, Context())
         return torch.zeros(1, dtype=torch.int32)
     with torch.cuda.stream(stream):

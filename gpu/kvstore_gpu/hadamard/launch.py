@@ -8,7 +8,7 @@ import torch
 from kvstore.codecs.hadamard import size_of
 from kvstore_gpu import checks
 from kvstore_gpu.checks import FLOATS
-from kvstore_gpu.compile import THREADS, Source, blocks_for
+from kvstore_gpu.compile import THREADS, Source, blocks_for, uses_reference
 from kvstore_gpu.hadamard import reference
 
 SOURCE = Source("hadamard", [f"rotate<{kind}>" for kind in FLOATS.values()])
@@ -51,7 +51,7 @@ def rotate(
     checks.kv(values, "values", tuple(values.shape))
     size = block_of(values.shape[-1])
     result = torch.empty_like(values) if out is None else checks.kv(out, "out", tuple(values.shape), values)
-    if values.device.type == "cpu":
+    if uses_reference(values.device):
         return result.copy_(reference.rotate(values.float()))
     octets = values.numel() // 8
     if octets:

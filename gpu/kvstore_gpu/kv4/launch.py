@@ -14,7 +14,7 @@ from kvstore.rope import Rotary
 from kvstore_gpu import checks, coded, jobs
 from kvstore_gpu.cache import PagedCache
 from kvstore_gpu.checks import FLOATS
-from kvstore_gpu.compile import Source, blocks_for
+from kvstore_gpu.compile import Source, blocks_for, uses_reference
 from kvstore_gpu.hadamard.launch import block_of
 from kvstore_gpu.jobs import Part
 from kvstore_gpu.kv4 import reference
@@ -69,7 +69,7 @@ def unpack(
     checks.tensor(positions, "positions", shape=(tokens,), dtypes=(torch.int64,), device=cache.device)
     if not tokens or not chosen:
         return
-    if cache.device.type == "cpu":
+    if uses_reference(cache.device):
         _decode(cache, parts, spec, coder, places, rotary, positions, chosen)
         return
     rotated = block_of(cache.dim)
@@ -114,7 +114,7 @@ def pack(
         raise checks.refuse("places", f"{len(places)} planes: all are needed")
     if any(len(part.pages) * cache.page_tokens != spec.tokens for part in parts):
         raise checks.refuse("parts", "a block is encoded as a whole")
-    if cache.device.type == "cpu":
+    if uses_reference(cache.device):
         reference.encode(cache, parts, spec, (PreRope(),), coder, places, Context(rotary=rotary))
         return torch.zeros(len(parts), dtype=torch.int32)
     if cache.dim & (cache.dim - 1) or not 8 <= cache.dim <= 256:

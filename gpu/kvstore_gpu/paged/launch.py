@@ -9,7 +9,7 @@ import torch
 
 from kvstore_gpu import checks, host, jobs
 from kvstore_gpu.cache import PagedCache
-from kvstore_gpu.compile import THREADS, Source, blocks_for
+from kvstore_gpu.compile import THREADS, Source, blocks_for, uses_reference
 from kvstore_gpu.jobs import Part
 from kvstore_gpu.paged import reference
 
@@ -74,7 +74,7 @@ def _copy(
 ) -> None:
     jobs.check(cache, parts, block_pages)
     views = _views(cache, layers)
-    if cache.device.type == "cpu":
+    if uses_reference(cache.device):
         (reference.scatter if to_pages else reference.gather)(cache, parts, block_pages, views)
         return
     parts = [part for part in parts if part.pages]

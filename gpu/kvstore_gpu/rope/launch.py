@@ -12,7 +12,7 @@ from kvstore.rope import Rotary
 from kvstore_gpu import checks, host, jobs
 from kvstore_gpu.cache import PagedCache
 from kvstore_gpu.checks import FLOATS
-from kvstore_gpu.compile import Source, blocks_for
+from kvstore_gpu.compile import Source, blocks_for, uses_reference
 from kvstore_gpu.jobs import Part
 from kvstore_gpu.rope import reference
 
@@ -76,7 +76,7 @@ def scatter(
     """
     jobs.check(cache, parts, block_pages)
     chosen = check_turn(cache, parts, turn, layers)
-    if cache.device.type == "cpu":
+    if uses_reference(cache.device):
         reference.scatter(cache, parts, block_pages, chosen, turn.cos, turn.sin, turn.interleaved, turn.skipped_layers)
         return
     parts = [part for part in parts if part.pages]

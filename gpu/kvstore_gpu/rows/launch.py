@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from kvstore_gpu import checks
-from kvstore_gpu.compile import THREADS, Source, blocks_for
+from kvstore_gpu.compile import THREADS, Source, blocks_for, uses_reference
 from kvstore_gpu.rows import reference
 
 UNITS = (16, 4, 2)
@@ -62,7 +62,7 @@ def _copy(
         raise checks.refuse("view", f"shape {tuple(view.shape)}, strides {view.stride()}: not [page, token, head, dim]")
     checks.tensor(rows, "rows", shape=(None, *view.shape[2:]), dtypes=(view.dtype,), device=view.device)
     checks.tensor(slots, "slots", shape=(rows.shape[0],), dtypes=(torch.int64,), device=view.device)
-    if view.device.type == "cpu":
+    if uses_reference(view.device):
         (reference.scatter if to_cache else reference.gather)(view, rows, slots)
         return
     if not rows.numel():

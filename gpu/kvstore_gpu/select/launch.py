@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kvstore_gpu import checks
-from kvstore_gpu.compile import Source
+from kvstore_gpu.compile import Source, uses_reference
 from kvstore_gpu.select import reference
 
 SOURCE = Source("select", ["select_top"])
@@ -44,7 +44,7 @@ def top(
         raise checks.refuse("wanted", f"{wanted} of {count} scores")
     if forced is not None:
         checks.tensor(forced, "forced", shape=(count,), dtypes=(torch.bool,), device=scores.device)
-    if scores.device.type == "cpu":
+    if uses_reference(scores.device):
         return reference.top(scores, wanted, forced)
     out = torch.empty(wanted, dtype=torch.int32, device=scores.device)
     if wanted:

@@ -7,7 +7,7 @@ import torch
 
 from kvstore_gpu import checks
 from kvstore_gpu.checks import FLOATS
-from kvstore_gpu.compile import THREADS, Source, blocks_for
+from kvstore_gpu.compile import THREADS, Source, blocks_for, uses_reference
 from kvstore_gpu.slerp import reference
 
 LANES = (4, 8, 16, 32)
@@ -49,7 +49,7 @@ def merge(
     tokens, heads, dim = lower.shape
     if not 0.0 <= t <= 1.0 or checks.multiple(dim, 8, "dim") > 256:
         raise checks.refuse("t or dim", f"{t}, {dim}: a share and at most 256 are needed")
-    if lower.device.type == "cpu":
+    if uses_reference(lower.device):
         e, lengths, angle = reference.merge(lower, upper, t, torch.float32)
         return e.to(lower.dtype), lengths, angle
     direction = torch.empty_like(lower)
@@ -75,7 +75,7 @@ def restore(
     tokens, heads, dim = direction.shape
     checks.multiple(dim, 8, "dim")
     checks.tensor(lengths, "lengths", shape=(2, tokens, heads), dtypes=(torch.float32,), device=direction.device)
-    if direction.device.type == "cpu":
+    if uses_reference(direction.device):
         lower, upper = reference.restore(direction, lengths, torch.float32)
         return lower.to(direction.dtype), upper.to(direction.dtype)
     lower, upper = torch.empty_like(direction), torch.empty_like(direction)
