@@ -10,6 +10,8 @@ from pathlib import Path
 from kvstore import errors
 from kvstore.cli.flags import default_text
 from kvstore.cli.protocol import protocol_page
+from kvstore.cli.reference import cli_page, http_page
+from kvstore.obs import metrics
 from kvstore.settings import GROUPS, RULES, env_names, flag_names, written_as
 
 _NOTE = "<!-- Made by `python -m kvstore.cli.docs`; change the code, not this page. -->"
@@ -99,7 +101,14 @@ def _line(key: str, name: str) -> str:
     return f"{name} = {default}" if plain else f'{name} = "{default}"'
 
 
-PAGES = {"errors.md": errors_page, "protocol.md": protocol_page, "settings.md": settings_page}
+PAGES = {
+    "cli.md": cli_page,
+    "errors.md": errors_page,
+    "http.md": http_page,
+    "metrics.md": metrics.markdown,
+    "protocol.md": protocol_page,
+    "settings.md": settings_page,
+}
 
 
 def main(folder: Path) -> None:
