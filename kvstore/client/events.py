@@ -58,8 +58,8 @@ class Event(NamedTuple):
     reason: Gone | None = None
 
 
-RESET = "reset"
-_COMING = ("stored", "held")
+RESET, STORED, HELD, REMOVED = "reset", "stored", "held", "removed"
+_COMING = (STORED, HELD)
 
 
 def read_reply(reply: m.EventsReply) -> list[Event]:
@@ -77,10 +77,12 @@ def read_event(event: m.Event) -> Event:
     except (ValueError, ProtocolError) as error:
         raise ProtocolError(f"an event is not understood: {error}.") from None
     comes = event.kind in _COMING
-    if not comes and event.kind != "removed":
+    if not comes and event.kind != REMOVED:
         raise ProtocolError(f"an event of the unknown kind {event.kind[:20]!r} came.")
     if len(event.ns) != DIGEST_BYTES or len(event.nbytes) != (len(keys) if comes else 0):
         raise ProtocolError("an event came whose keys and sizes are not equally many.")
+    if tier is TierCode.ABSENT or min(event.nbytes, default=0) < 0:
+        raise ProtocolError("an event came of a block that is nowhere, or of fewer bytes than none.")
     known = (event.parent, event.chained, event.block_tokens, reason)
     return Event(event.kind, event.seq, event.ns, tier, keys, event.nbytes, *known)
 

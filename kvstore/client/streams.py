@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING
 
 from kvstore.client.core import Call, Flow
-from kvstore.client.events import Event, Position, read_reply
+from kvstore.client.events import HELD, RESET, Event, Position, read_reply
 from kvstore.wire import messages as m
 
 if TYPE_CHECKING:
@@ -28,11 +29,19 @@ class _Stream:
         self._at = position
         self._snapshot = 0
         self._idle_s = idle_s
+        self._ready: deque[Event] = deque()
+        """Came together with others, and were not handed out yet."""
 
     @property
     def position(self) -> Position:
-        """Where to go on later, also in another process. Empty while a snapshot is being read: it cannot be resumed."""
-        return Position() if self._snapshot else self._at
+        """Where to go on later, also in another process: behind the last event that was handed out.
+
+        Empty while a snapshot is being read: it cannot be resumed.
+        """
+        if not self._ready:
+            return Position() if self._snapshot else self._at
+        first = self._ready[0]
+        return Position() if first.kind in (RESET, HELD) else Position(self._at.boot, first.seq - 1)
 
     def _ask(self, wait_s: float) -> Flow[list[Event]]:
         params = m.Events(self._at.boot, self._at.after, self._snapshot, wait_s, LIMIT)
@@ -41,12 +50,21 @@ class _Stream:
         self._at, self._snapshot = Position(reply.boot, reply.after), reply.snapshot
         return events
 
-    def _wait_s(self, since: float) -> float | None:
-        """How long to wait for the next event, or None if there were none for long enough."""
+    def _left(self) -> list[Event]:
+        """What an iteration that was left did not hand out."""
+        left = list(self._ready)
+        self._ready.clear()
+        return left
+
+    def _wait_s(self, since: float) -> float:
+        """How long to wait for the next event."""
         if self._idle_s is None:
             return WAIT_S
-        left = self._idle_s - (time.monotonic() - since)
-        return min(WAIT_S, max(0.0, left)) if left > 0 or self._snapshot else None
+        return min(WAIT_S, max(0.0, self._idle_s - (time.monotonic() - since)))
+
+    def _over(self, since: float) -> bool:
+        """Whether there were no events for long enough."""
+        return self._idle_s is not None and not self._snapshot and time.monotonic() - since >= self._idle_s
 
 
 class EventStream(_Stream):
@@ -62,13 +80,16 @@ class EventStream(_Stream):
 
     def poll(self, wait_s: float = 0.0) -> list[Event]:
         """What happened since, waiting up to `wait_s` for something to happen."""
-        return self._client.drive(self._ask(wait_s), self._client.timeout_s + wait_s)
+        return self._left() or self._client.drive(self._ask(wait_s), self._client.timeout_s + wait_s)
 
     def __iter__(self) -> Iterator[Event]:
         since = time.monotonic()
-        while (wait_s := self._wait_s(since)) is not None:
-            for event in self.poll(wait_s):
-                yield event
+        while True:
+            self._ready.extend(self.poll(self._wait_s(since)))
+            if not self._ready and self._over(since):
+                return
+            while self._ready:
+                yield self._ready.popleft()
                 since = time.monotonic()
 
     def close(self) -> None:
@@ -91,11 +112,14 @@ class AsyncEventStream(_Stream):
 
     async def poll(self, wait_s: float = 0.0) -> list[Event]:
         """See `EventStream.poll`."""
-        return await self._client.drive(self._ask(wait_s), self._client.timeout_s + wait_s)
+        return self._left() or await self._client.drive(self._ask(wait_s), self._client.timeout_s + wait_s)
 
     async def __aiter__(self) -> AsyncIterator[Event]:
         since = time.monotonic()
-        while (wait_s := self._wait_s(since)) is not None:
-            for event in await self.poll(wait_s):
-                yield event
+        while True:
+            self._ready.extend(await self.poll(self._wait_s(since)))
+            if not self._ready and self._over(since):
+                return
+            while self._ready:
+                yield self._ready.popleft()
                 since = time.monotonic()

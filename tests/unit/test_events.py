@@ -14,7 +14,7 @@ from daemons import NAMESPACE, NS, TOKEN, DaemonProcess, key, payload, store
 from kvstore import AsyncKVStoreClient, KVStoreClient
 from kvstore.client import EventStream, Mirror
 from kvstore.client.core import Call
-from kvstore.client.events import RESET, Event, read_event
+from kvstore.client.events import RESET, Event, Position, read_event
 from kvstore.errors import ConnectionLost, InvalidParams, ProtocolError
 from kvstore.events import Entry, EventLog, merge
 from kvstore.feed import Feed
@@ -69,7 +69,16 @@ def test_another_kind_tier_reason_or_namespace_is_another_event() -> None:
 def test_an_event_that_makes_no_sense_is_refused() -> None:
     good = m.Event(1, "stored", NS, 1, key(1), [5])
     assert read_event(good).keys == [key(1)]
-    for wrong in ({"kind": "eaten"}, {"tier": 9}, {"keys": b"short"}, {"nbytes": []}, {"ns": b""}, {"reason": "bored"}):
+    for wrong in (
+        {"kind": "eaten"},
+        {"tier": 9},
+        {"tier": 0},
+        {"keys": b"short"},
+        {"nbytes": []},
+        {"nbytes": [-1]},
+        {"ns": b""},
+        {"reason": "bored"},
+    ):
         fields: dict[str, Any] = {name: getattr(good, name) for name in m.Event.__struct_fields__} | wrong
         with pytest.raises(ProtocolError):
             read_event(m.Event(**fields))
@@ -277,6 +286,40 @@ def test_the_iteration_waits_and_ends_when_nothing_happens(client: KVStoreClient
         began = time.monotonic()
         assert [event.kind for event in stream] == ["stored"]
         assert time.monotonic() - began >= 0.2
+
+
+def test_an_iteration_that_is_left_loses_nothing(client: KVStoreClient) -> None:
+    """Events come many in one reply: what was not handed out yet is neither behind the position nor gone."""
+    with client.events() as stream:
+        stream.poll()
+        store(client, [key(1)])
+        client.drop([key(1)])
+        store(client, [key(2)])
+        for event in stream:
+            assert (event.kind, event.keys) == ("stored", [key(1)])
+            break
+        place = stream.position
+        left = [(event.kind, event.keys) for event in stream.poll()]
+        assert left == [("removed", [key(1)]), ("stored", [key(2)])]
+    with client.events(place, idle_s=0.05) as again:
+        assert [(event.kind, event.keys) for event in again] == left
+
+
+def test_a_snapshot_that_was_not_read_to_its_end_is_not_a_position(client: KVStoreClient) -> None:
+    store(client, [key(1)])
+    with client.events() as stream:
+        for event in stream:
+            assert event.kind == "reset"
+            break
+        assert stream.position == Position()
+        assert [event.kind for event in stream.poll()] == ["held"]
+        assert stream.position.boot
+
+
+def test_who_waits_for_nothing_sees_what_is_there(client: KVStoreClient) -> None:
+    store(client, [key(1)])
+    with client.events(idle_s=0) as stream:
+        assert [event.kind for event in stream] == ["reset", "held"]
 
 
 async def test_asyncio_subscribers_wait_without_holding_up_other_calls(shared_daemon: DaemonProcess) -> None:
