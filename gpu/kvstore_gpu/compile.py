@@ -21,6 +21,9 @@ ARCHITECTURES = ("80", "90", "100")
 THREADS = 256
 """Threads of a block, where a kernel has no reason for another number."""
 
+TENSOR_CORES = ("common.cuh", "mma.cuh")
+"""Headers of kernels that multiply matrices."""
+
 _sources: dict[str, Source] = {}
 
 emulator: Any = None
@@ -41,11 +44,14 @@ class Source:
         Name of its folder.
     names : iterable of str
         C++ names of all instantiations, e.g. ``copy_pages<true, 16>``. Others do not exist.
+    headers : tuple of str
+        What stands before the kernel.
     """
 
-    def __init__(self, operation: str, names: Iterable[str]) -> None:
+    def __init__(self, operation: str, names: Iterable[str], headers: tuple[str, ...] = ("common.cuh",)) -> None:
         self.operation = operation
         self.names = tuple(names)
+        self.headers = headers
         self._kernels: dict[tuple[str, int], Any] = {}
         self._lock = threading.Lock()
         _sources[operation] = self
@@ -53,9 +59,9 @@ class Source:
     @property
     def text(self) -> str:
         """Source code, with what is common to all kernels before it."""
-        common = (HERE / "common.cuh").read_text("utf-8")
+        before = "\n".join((HERE / name).read_text("utf-8") for name in self.headers)
         kernel = (HERE / self.operation / "kernel.cu").read_text("utf-8")
-        return f'{common}\n#line 1 "{self.operation}/kernel.cu"\n{kernel}'
+        return f'{before}\n#line 1 "{self.operation}/kernel.cu"\n{kernel}'
 
     def launch(
         self,

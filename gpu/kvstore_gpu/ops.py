@@ -1,5 +1,23 @@
 """Every operation there is: importing this makes all of them known to `kvstore_gpu.compile.sources`."""
 
-from kvstore_gpu import deviation, fp8, hadamard, kv4, paged, rope, rows, select, slerp
+from kvstore_gpu import (
+    attention,
+    centroid,
+    colsum,
+    deviation,
+    fp8,
+    hadamard,
+    kv4,
+    lowrank,
+    paged,
+    rope,
+    rows,
+    segments,
+    select,
+    slerp,
+)
 
-__all__ = ["deviation", "fp8", "hadamard", "kv4", "paged", "rope", "rows", "select", "slerp"]
+__all__ = [
+    "attention", "centroid", "colsum", "deviation", "fp8", "hadamard", "kv4", "lowrank", "paged", "rope", "rows",
+    "segments", "select", "slerp",
+]  # fmt: skip

@@ -1,0 +1,171 @@
+"""Attention at true positions, its sums, keys from low rank, scores of centroids: against float64."""
+
+from __future__ import annotations
+
+import gpu_kit as kit
+import pytest
+import torch
+
+from kvstore.errors import InvalidParams
+from kvstore.rope import rotary
+from kvstore_gpu import attention, centroid, colsum, lowrank, segments
+from kvstore_gpu.attention.reference import attend as exact_attend
+from kvstore_gpu.attention.reference import dense
+from kvstore_gpu.centroid.reference import scores as exact_scores
+from kvstore_gpu.colsum.reference import column_sums as exact_sums
+from kvstore_gpu.lowrank.reference import reconstruct as exact_keys
+
+HALVES = (torch.bfloat16, torch.float16)
+SHAPES = [(4, 4), (8, 2), (9, 3), (6, 1)]
+"""Heads, KV heads."""
+
+
+class Case:
+    """Queries at scattered positions over a sequence in pages."""
+
+    def __init__(self, layout, heads, kv_heads, dim, dtype, tokens, positions, device) -> None:
+        self.keys, self.values = kit.views(layout, 20, 16, kv_heads, dim, dtype, device)
+        self.table = torch.randperm(20)[: -(-tokens // 16)].int().to(device)
+        self.tokens, self.scale = tokens, dim**-0.5
+        self.positions = torch.tensor(positions, dtype=torch.int32, device=device)
+        self.queries = (2 * torch.randn(len(positions), heads, dim, device=device)).to(dtype)
+
+    def arguments(self):
+        return self.table, self.tokens, self.scale
+
+    def exact(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        k, v = (dense(view, self.table, self.tokens).double().cpu() for view in (self.keys, self.values))
+        out, lse = exact_attend(self.queries.double().cpu(), self.positions.cpu(), k, v, self.scale)
+        return out, lse, exact_sums(self.queries.double().cpu(), self.positions.cpu(), lse, k, self.scale)
+
+
+SCATTERED = [
+    ("all", 70, list(range(70))),
+    ("few", 300, [0, 1, 17, 63, 64, 65, 128, 200, 255, 299]),
+    ("one", 131, [130]),
+    ("first", 40, [0]),
+    ("runs", 257, [*range(30, 61), *range(190, 257)]),
+]
+
+
+@pytest.mark.parametrize(("tokens", "positions"), [case[1:] for case in SCATTERED], ids=[case[0] for case in SCATTERED])
+@pytest.mark.parametrize(("heads", "kv_heads"), SHAPES)
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("layout", ["nhd", "side by side", "hnd"])
+def test_queries_see_the_keys_up_to_their_own_positions(tokens, positions, heads, kv_heads, dim, dtype, layout, device):
+    case = Case(layout, heads, kv_heads, dim, dtype, tokens, positions, device)
+    wanted, lse, sums = case.exact()
+    out, found = attention.attend(case.queries, case.positions, case.keys, case.values, *case.arguments())
+    assert kit.distance(out, wanted) < 2 * kit.ROUNDING[dtype]
+    assert kit.distance(found, lse) < 1e-5
+    mass = colsum.column_sums(case.queries, case.positions, lse.float().to(device), case.keys, *case.arguments())
+    assert kit.distance(mass, sums) < 2e-5
+    assert abs(float(mass.sum()) - len(positions) * heads) < 1e-3 * len(positions) * heads
+
+
+def test_what_lies_behind_a_query_does_not_matter(device) -> None:
+    """Fails for a mask at the lower right, which shows later keys to scattered queries."""
+    positions = [5, 40, 41, 99, 180]
+    case = Case("side by side", 8, 2, 64, torch.bfloat16, 200, positions, device)
+    before, _ = attention.attend(case.queries, case.positions, case.keys, case.values, *case.arguments())
+    for token in (42, 98):
+        page, place = int(case.table[token // 16]), token % 16
+        case.keys[page, place] += 3
+        case.values[page, place] -= 5
+    after, _ = attention.attend(case.queries, case.positions, case.keys, case.values, *case.arguments())
+    assert torch.equal(before[:3], after[:3])
+    assert not torch.equal(before[3], after[3])
+
+
+def test_runs_as_sequences_are_the_same_attention(device) -> None:
+    positions = [0, 1, 2, 17, 40, 41, 99]
+    case = Case("nhd", 4, 2, 64, torch.float16, 100, positions, device)
+    starts, lengths = attention.runs(case.positions)
+    assert starts.tolist() == [0, 3, 4, 6, 7]
+    assert lengths.tolist() == [3, 18, 42, 100]
+    wanted, _, _ = case.exact()
+    k, v = (dense(view, case.table, 100).double().cpu() for view in (case.keys, case.values))
+    for run in range(len(lengths)):
+        begin, end, seen = int(starts[run]), int(starts[run + 1]), int(lengths[run])
+        lower_right = torch.arange(end - begin) + seen - (end - begin)
+        out, _ = exact_attend(case.queries[begin:end].double().cpu(), lower_right, k[:seen], v[:seen], case.scale)
+        assert kit.distance(out, wanted[begin:end]) < 1e-12
+
+
+def test_masses_of_segments_add_up_to_one(device) -> None:
+    scores = torch.randn(6, 50, 90, dtype=torch.float64) * 3
+    bounds = [(0, 20), (20, 21), (21, 90)]
+    parts = torch.stack([scores[..., a:b].logsumexp(-1) for a, b in bounds])
+    whole = scores.logsumexp(-1)
+    found = segments.masses(parts.float().to(device), whole.float().to(device))
+    assert (found.sum(0) - 1).abs().max() < 1e-5
+    wanted = torch.stack([scores.softmax(-1)[..., a:b].sum(-1).mean(0) for a, b in bounds])
+    assert kit.distance(found, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("rank", [16, 48, 160])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_keys_from_low_rank_are_turned_to_their_positions(dtype, dim, rank, interleaved, device) -> None:
+    tokens, heads, rows = 300, 3, 77
+    left, right = (torch.randn(*shape).to(dtype) for shape in ((tokens, rank), (heads, dim, rank)))
+    chosen = torch.stack([torch.randperm(tokens)[:rows] for _ in range(heads)]).int()
+    share = 0.5 if interleaved else 1.0
+    turning = rotary({"rope_theta": 10000.0, "head_dim": dim, "partial_rotary_factor": share})
+    cos, sin = turning.table(torch.arange(tokens) + 5000)
+    wanted = exact_keys(left.double(), right.double(), chosen, cos.double(), sin.double(), interleaved)
+    moved = [one.to(device) for one in (left, right, chosen, cos, sin)]
+    found = lowrank.reconstruct(*moved, interleaved=interleaved)
+    assert kit.distance(found, wanted) < kit.ROUNDING[dtype]
+
+
+@pytest.mark.parametrize("dtype", kit.DTYPES)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "count", "dim"), [(8, 2, 300, 128), (9, 3, 33, 64), (4, 4, 1, 80), (2, 1, 700, 256)]
+)
+def test_scores_of_centroids(dtype, heads, kv_heads, count, dim, device) -> None:
+    query, centroids = (torch.randn(*shape).to(dtype) for shape in ((heads, dim), (kv_heads, count, dim)))
+    sizes = torch.randint(0, 40, (kv_heads, count)).float()
+    sizes[:, 0] = 3
+    wanted = exact_scores(query.double(), centroids.double(), sizes.double(), dim**-0.5)
+    found = centroid.scores(query.to(device), centroids.to(device), sizes.to(device), dim**-0.5)
+    assert kit.distance(found, wanted) < 2e-5
+    assert not found.cpu()[sizes == 0].any()
+    if heads == kv_heads:
+        assert ((found.cpu() * sizes).sum(1) - 1).abs().max() < 1e-5
+
+
+def test_large_logits_do_not_overflow(device) -> None:
+    query = torch.full((2, 64), 30.0, device=device)
+    centroids = torch.full((1, 5, 64), 30.0, device=device)
+    found = centroid.scores(query, centroids, torch.full((1, 5), 2.0, device=device), 1.0)
+    assert torch.allclose(found.cpu(), torch.full((1, 5), 0.1))
+
+
+def test_what_does_not_fit_is_refused(device) -> None:
+    case = Case("nhd", 4, 2, 64, torch.float16, 100, [3, 50], device)
+    good = [case.queries, case.positions, case.keys, case.values, *case.arguments()]
+    for place, wrong in (
+        (0, case.queries.float()),
+        (0, case.queries[:, :3].contiguous()),
+        (1, case.positions.long()),
+        (2, case.keys.transpose(2, 3)),
+        (3, case.values[:, :, :1]),
+        (4, case.table.long()),
+        (5, 113),
+        (5, 0),
+    ):
+        with pytest.raises(InvalidParams):
+            attention.attend(*good[:place], wrong, *good[place + 1 :])
+    with pytest.raises(InvalidParams):
+        colsum.column_sums(case.queries, case.positions, torch.zeros(2, 3, device=device), case.keys, *case.arguments())
+    with pytest.raises(InvalidParams):
+        segments.masses(torch.zeros(2, 3, 4, device=device), torch.zeros(3, 5, device=device))
+    left, right = torch.zeros(9, 24, device=device).half(), torch.zeros(2, 64, 24, device=device).half()
+    table = torch.zeros(9, 32, device=device)
+    with pytest.raises(InvalidParams):
+        lowrank.reconstruct(left, right, torch.zeros(2, 3, device=device).int(), table, table)
+    with pytest.raises(InvalidParams):
+        centroid.scores(left, right, torch.zeros(2, 64, device=device), 1.0)
