@@ -25,7 +25,22 @@ import torch
 from kvstore.codecs.fp8 import FP8
 from kvstore.codecs.kv4 import KV4
 from kvstore.rope import rotary
-from kvstore_gpu import coded, deviation, fp8, hadamard, host, kv4, paged, rope, rows, select, slerp
+from kvstore_gpu import (
+    attention,
+    coded,
+    colsum,
+    deviation,
+    fp8,
+    hadamard,
+    host,
+    kv4,
+    lowrank,
+    paged,
+    rope,
+    rows,
+    select,
+    slerp,
+)
 from kvstore_gpu.cache import PagedCache
 from kvstore_gpu.jobs import HostPart, Part
 from kvstore_gpu.staging import Staging
@@ -303,6 +318,68 @@ def on_tokens(memory: tuple[str, float]) -> None:
         report("select", f"{count // 7} of {count}", 4 * count, memory, {"ours": ours, "torch": plain})
 
 
+def on_matrices() -> None:
+    """What tensor cores do, against a product of large matrices; operations count as bytes do elsewhere."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    peak = 2 * 8192**3 / timed({"gemm": lambda: a @ b})[0]["gemm"]
+    print(f"matrix product {peak / 1e12:.0f} TFLOP/s")
+    cores, heads = ("matrix", peak), 32
+    for tokens, share in ((4096, 0.15), (32768, 0.15), (32768, 1.0)):
+        view = torch.randn(tokens // 16, 16, HEADS, 2 * DIM, device="cuda", dtype=torch.bfloat16)
+        keys, values = view[..., :DIM], view[..., DIM:]
+        table = torch.randperm(tokens // 16, device="cuda").int()
+        at = torch.randperm(tokens, device="cuda")[: int(tokens * share)].sort().values.int()
+        queries = torch.randn(len(at), heads, DIM, device="cuda", dtype=torch.bfloat16)
+        seen = float(at.double().add(1).sum())
+        ours = lambda q=queries, p=at, k=keys, v=values, t=table, n=tokens: attention.attend(q, p, k, v, t, n, 0.088)  # noqa: E731
+        calls = {"ours": ours, **by_engine(queries, at, keys, values, table)}
+        if tokens <= 4096:
+            calls["torch, dense mask"] = by_mask(queries, at, keys, values, table)
+        report("attention", f"{len(at)} of {tokens}", 4 * heads * DIM * seen, cores, calls, 5)
+        _, lse = ours()
+        few = slice(-64, None)
+        sums = lambda q=queries[few], p=at[few], e=lse[few], k=keys, t=table, n=tokens: colsum.column_sums(  # noqa: E731
+            q, p, e.contiguous(), k, t, n, 0.088
+        )
+        report("column sums", f"64 queries, {tokens}", 2.0 * 64 * heads * DIM * tokens, cores, {"ours": sums}, 5)
+    left, right = (torch.randn(*n, device="cuda", dtype=torch.bfloat16) for n in ((131072, 160), (HEADS, DIM, 160)))
+    chosen = torch.stack([torch.randperm(131072, device="cuda")[:2048] for _ in range(HEADS)]).int()
+    cos, sin = (
+        rope.Turn.of(rotary(LLAMA3), torch.arange(131072, device="cuda")).cos,
+        torch.rand(131072, 64, device="cuda"),
+    )
+    plain = lambda: torch.einsum("gnr,gdr->gnd", left[chosen.long()], right)  # noqa: E731
+    ours = lambda: lowrank.reconstruct(left, right, chosen, cos, sin)  # noqa: E731
+    work = 2.0 * HEADS * 2048 * DIM * 160
+    report("low rank", "2,048 rows, rank 160", work, cores, {"ours": ours, "torch, not turned": plain})
+
+
+def by_mask(queries: Any, at: Any, keys: Any, values: Any, table: Any) -> Call:
+    """torch's attention with a mask of its own for every query."""
+    k, v = (view[table.long()].flatten(0, 1).permute(1, 0, 2)[None] for view in (keys, values))
+    mask = torch.arange(k.shape[2], device="cuda")[None, :] <= at[:, None]
+    q = queries.permute(1, 0, 2)[None]
+    return lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+
+def by_engine(queries: Any, at: Any, keys: Any, values: Any, table: Any) -> dict[str, Call]:
+    """vLLM's FlashAttention over pages, runs as sequences, where vLLM is there."""
+    try:
+        from vllm.vllm_flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return {}
+    starts, lengths = attention.runs(at)
+    k, v = keys.contiguous(), values.contiguous()
+    tables = table[None].expand(len(lengths), -1).contiguous()
+    longest = int((starts[1:] - starts[:-1]).max())
+    return {
+        f"vLLM, {len(lengths)} runs": lambda: flash_attn_varlen_func(
+            queries, k, v, max_seqlen_q=longest, cu_seqlens_q=starts, max_seqlen_k=int(at[-1]) + 1,
+            seqused_k=lengths, block_table=tables, causal=True, softmax_scale=0.088, fa_version=3,
+        )
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Kernels against their bounds.")
     parser.add_argument("--out", type=Path)
@@ -312,6 +389,7 @@ def main() -> None:
     torch.manual_seed(3)
     memory, into, out = limits()
     on_tokens(memory)
+    on_matrices()
     across_pcie(into, out)
     for layout in ("nhd", "hnd", "side"):
         in_device_memory(memory, layout)
