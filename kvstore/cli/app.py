@@ -7,6 +7,7 @@ from cyclopts import App
 from kvstore import __version__
 from kvstore.cli.bench import bench
 from kvstore.cli.build import build
+from kvstore.cli.calibrate import calibrate
 from kvstore.cli.check import check
 from kvstore.cli.completion import completion
 from kvstore.cli.configuration import config_show
@@ -47,6 +48,7 @@ app.command(quota)
 app.command(policy)
 app.command(drop)
 app.command(build)
+app.command(calibrate)
 app.command(make_plan, name="plan")
 app.command(doctor)
 app.command(bench)

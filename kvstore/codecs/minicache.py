@@ -6,8 +6,8 @@ from atan2, which is exact where acos is not; the tokens whose two directions li
 fixed share of them, so that sizes are known.
 
 A unit is a pair of layers. From ``start`` on, plane 0 of a pair holds, for keys and then for values: a bitmap of the
-kept tokens; the lengths ``[2][token][kv_head]``, float16; the kept rows ``[2][kept][channel]`` in the block's dtype. The
-merged directions follow, as ``kv4`` codes a layer. Pairs below ``start``, and a last single layer, are ``kv4``.
+kept tokens; the lengths ``[2][token][kv_head]``, float16; the kept rows ``[2][kept][channel]`` in the block's dtype.
+The merged directions follow, as ``kv4`` codes a layer. Pairs below ``start``, and a last single layer, are ``kv4``.
 """
 
 from __future__ import annotations

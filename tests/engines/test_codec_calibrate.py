@@ -1,0 +1,124 @@
+"""`kvstore calibrate` on a tiny model: the profile it writes is the one a daemon believes, for this model only."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import model as models
+import msgspec
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from kvstore.codecs import Context, importance, parse
+from kvstore.errors import ConfigError
+from kvstore.profile import Profiles, load_profile
+from kvstore.types import Namespace
+from kvstore_connectors.transformers.calibrate import Reference, Sample, code, cut, fit, measure
+from kvstore_connectors.transformers.probe import Probe
+
+
+@pytest.fixture(scope="module")
+def probe() -> Probe:
+    path = models.tiny_llama(layers=3, heads=4, kv_heads=2, head_dim=16)
+    return Probe(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32))
+
+
+def ids(count: int, seed: int) -> list[int]:
+    return torch.randint(3, 900, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def test_kv_and_what_follows_are_those_of_the_model(probe: Probe) -> None:
+    tokens, following = ids(150, 0), ids(20, 1)
+    block = probe.prefill(tokens)
+    with torch.no_grad():
+        whole = probe.model(torch.tensor([tokens + following])).logits[0, -20:]
+    torch.testing.assert_close(probe.logits(block, following), whole, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(probe.after_rope(probe.before_rope(block)), block, atol=1e-4, rtol=1e-4)
+
+
+def test_attention_is_summed_without_ever_being_there(probe: Probe) -> None:
+    tokens = ids(300, 2)
+    block, queries = probe.prefill(tokens), probe.queries(tokens)
+    keys, positions = block[1, 0], torch.arange(300)
+    lse = importance.log_sum_exp(queries[1], keys, positions)
+    logits = torch.einsum("qhd,khd->hqk", queries[1], keys.repeat_interleave(2, 1)) / 4
+    weights = logits.masked_fill(torch.ones(300, 300).triu(1).bool(), float("-inf")).softmax(-1)
+    grouped = weights.view(2, 2, 300, 300)
+    found = importance.attention_sum(queries[1], keys, lse, positions)
+    torch.testing.assert_close(found, grouped.sum(2).mean(1), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(found.sum(1), torch.full((2,), 300.0))
+    found = importance.reconstruction(queries[1], keys, lse, positions)
+    torch.testing.assert_close(found, grouped.amax((1, 2)), atol=1e-5, rtol=1e-5)
+    found = importance.window(queries[1], keys, lse, positions, last=8)
+    torch.testing.assert_close(found, grouped[:, :, -8:].sum(2).mean(1) / 8, atol=1e-5, rtol=1e-5)
+
+
+def test_exact_chains_cost_nothing_and_worse_ones_more(probe: Probe) -> None:
+    samples = cut({"a": [ids(900, 3)]}, 2, (200, 300), 32, seed=0)
+    names = ("raw", "lossless", "prerope|kv4(k=8,v=8)", "prerope|kv4", "prerope|kv4(k=2,v=2)")
+    references = [Reference(probe, sample) for sample in samples]
+    found = measure(references, {name: parse(name) for name in names}, Context(rotary=probe.rotary), block_tokens=128)
+    kl = [found[name].summary()["kl"] for name in names]
+    assert kl[:2] == [0, 0]
+    assert 0 < kl[2] < kl[3] < kl[4]
+    assert found["lossless"].ratio > 1
+
+
+def test_a_larger_step_is_smaller_and_costs_more(probe: Probe) -> None:
+    (basis,) = fit(probe, cut({"a": [ids(9000, 4)]}, 6, (300, 300), 64, seed=0), [(3, True)], model="m", revision="r")
+    sample = Sample("a", ids(256, 5), ids(32, 6))
+    reference = Reference(probe, sample)
+    context = Context(rotary=probe.rotary, bases={basis.digest: basis})
+    costs = measure([reference], {s: parse(f"prerope|pca(basis={basis.digest},step={s})|zstd") for s in ["1", "4", "16"]},
+                    context)  # fmt: skip
+    by_size = [costs[s].ratio for s in ("1", "4", "16")]
+    by_loss = [costs[s].summary()["kl"] for s in ("1", "4", "16")]
+    assert by_size == sorted(by_size)
+    assert by_loss == sorted(by_loss)
+    assert code(parse("raw"), reference.block, context).stored > 0
+
+
+def calibrated(tmp_path: Path, **options: str) -> Path:
+    from kvstore.cli.main import run
+
+    path = models.tiny_llama(layers=3, heads=4, kv_heads=2, head_dim=16)
+    text = tmp_path / "text.txt"
+    text.write_text("The keeper of the lighthouse wrote down each ship that passed, and the colour of the sea. " * 150)
+    flags = {"texts": str(text), "out": str(tmp_path / "p"), "contexts": "2", "fit-contexts": "3", "tokens": "256",
+             "span": "2", "max-kl": "10", "min-top1": "0", "name": "tiny",
+             "plot": str(tmp_path / "p.svg")} | options  # fmt: skip
+    assert run(["calibrate", str(path), *(f"--{key}={value}" for key, value in flags.items())]) == 0
+    return tmp_path / "p" / "tiny.json"
+
+
+def test_the_profile_is_for_this_model_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = calibrated(tmp_path)
+    assert "passed" in capsys.readouterr().out
+    assert (tmp_path / "p.svg").read_text().startswith("<svg")
+    profile, profiles = load_profile(path), Profiles(path.parent)
+    own = Namespace(model=profile.model, revision=profile.revision, dtype="bfloat16", layers=3, kv_heads=2, head_dim=16,
+                    layout="lkthd1", fidelity="lossy:tiny")  # fmt: skip
+    assert profiles.check(own) == ""
+    rungs, context = profiles.rungs(own)
+    assert len(rungs) == len(profile.passed) > 8
+    assert any("pca" in rung.chain for rung, _ in rungs)
+    assert profile.basis in context.bases
+    assert profiles.check(msgspec.structs.replace(own, fidelity="exact")) == ""
+    for change in ({"model": "x"}, {"revision": "y"}, {"layers": 4}, {"head_dim": 8}, {"fidelity": "lossy:other"}):
+        assert profiles.check(msgspec.structs.replace(own, **change))
+        with pytest.raises(ConfigError):
+            profiles.rungs(msgspec.structs.replace(own, **change))
+
+
+def test_a_profile_that_was_edited_is_refused(tmp_path: Path) -> None:
+    path = calibrated(tmp_path, **{"fit-contexts": "0", "max-kl": "0", "min-top1": "1"})
+    assert load_profile(path).passed == []
+    fields = json.loads(path.read_text())
+    fields["most_kl"] = 9.0
+    path.write_text(json.dumps(fields))
+    with pytest.raises(ConfigError, match="digest"):
+        load_profile(path)
+    with pytest.raises(ConfigError):
+        Profiles(path.parent)
