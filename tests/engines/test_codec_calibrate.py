@@ -71,8 +71,8 @@ def test_a_larger_step_is_smaller_and_costs_more(probe: Probe) -> None:
     sample = Sample("a", ids(256, 5), ids(32, 6))
     reference = Reference(probe, sample)
     context = Context(rotary=probe.rotary, bases={basis.digest: basis})
-    costs = measure([reference], {s: parse(f"prerope|pca(basis={basis.digest},step={s})|zstd") for s in ["1", "4", "16"]},
-                    context)  # fmt: skip
+    chains = {step: parse(f"prerope|pca(basis={basis.digest},step={step})|zstd") for step in ("1", "4", "16")}
+    costs = measure([reference], chains, context)
     by_size = [costs[s].ratio for s in ("1", "4", "16")]
     by_loss = [costs[s].summary()["kl"] for s in ("1", "4", "16")]
     assert by_size == sorted(by_size)
