@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 
@@ -12,7 +13,7 @@ from kvstore.wire import messages as m
 DEAD_S = 10.0
 """A daemon that has not shown itself for so long is not there."""
 MAX_BLOCKS = 1 << 22
-"""Blocks of one daemon that are remembered; one that says it has more is not believed."""
+"""Blocks of all daemons together that are remembered, at about 150 bytes each; who says he has more is not believed."""
 
 
 @dataclass(slots=True, eq=False)
@@ -39,7 +40,7 @@ class Peer:
     at: bytes
     address: str = ""
     beat: int = -1
-    heard: float = 0.0
+    heard: float = -math.inf
     expected: int = 0
     believed: bool = False
     mirror: Mirror = field(default_factory=Mirror)
@@ -48,8 +49,14 @@ class Peer:
         """Whether it is there."""
         return time.monotonic() - self.heard < DEAD_S
 
-    def take(self, number: int, reply: m.EventsReply) -> None:
-        """Take in an entry of its stream; raises `ProtocolError` if that makes no sense."""
+    def take(self, number: int, reply: m.EventsReply, others: int = 0) -> None:
+        """Take in an entry of its stream, where so many blocks of `others` are remembered.
+
+        Raises
+        ------
+        ProtocolError
+            If it makes no sense, or would be too much.
+        """
         if reply.reset:
             self.mirror = Mirror()
             self.boot = reply.boot
@@ -59,8 +66,8 @@ class Peer:
         self.expected = number + 1
         for event in reply.events:
             self.mirror.apply(read_event(event))
-        if self.mirror.blocks > MAX_BLOCKS:
-            raise ProtocolError(f"a daemon says it has more than {MAX_BLOCKS} blocks.")
+        if self.mirror.blocks + others > MAX_BLOCKS:
+            raise ProtocolError(f"the daemons say they have more than {MAX_BLOCKS} blocks.")
         self.believed = not reply.snapshot
 
     def lose(self) -> None:

@@ -16,9 +16,11 @@ import asyncio
 import contextlib
 import inspect
 import logging
+import math
+import re
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import msgspec
 import redis.asyncio as redis
@@ -41,6 +43,8 @@ FORGET_S = 3600
 PAGE = 1024
 """Blocks in one entry of a stream: 45 KB at most."""
 MAX_PEERS = 256
+_MAX_NAME = 256
+_PLACE = re.compile(rb"(\d{1,20})-(\d{1,20})", re.ASCII)
 _MAX_ENTRY = 1 << 20
 _BACK_OFF_S = 5.0
 
@@ -51,10 +55,10 @@ _FAILURES = (RedisError, OSError, TimeoutError, ProtocolError, *_LIES)
 class Card(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     """What a daemon says of itself: where its last snapshot begins in its stream, and that it lives."""
 
-    boot: bytes
-    address: str
+    boot: Annotated[bytes, msgspec.Meta(max_length=16)]
+    address: Annotated[str, msgspec.Meta(max_length=1024)]
     beat: int
-    start: str
+    start: Annotated[str, msgspec.Meta(max_length=41)]
 
 
 _card = msgspec.msgpack.Decoder(Card)
@@ -168,17 +172,17 @@ class EventExchange:
         if not self._number:  # what an earlier life has left there
             await self._leave()
         ask = m.Events(limit=PAGE)
-        since_snapshot, beaten = 0, 0.0
+        since_snapshot, beaten = 0, -math.inf
         while not self._closed:
             reply = self._feed.answer(self, self._domain, ask)
             if inspect.isawaitable(reply):
                 reply = await reply
-            if reply.reset or reply.events:
+            if reply.reset or ask.snapshot or reply.events:  # the last page of a snapshot may be empty
                 place = await self._add(reply)
                 since_snapshot = 0 if reply.reset or reply.snapshot else since_snapshot + 1
                 if reply.reset:
                     self.counts["snapshots"] += 1
-                    self._start, beaten = place, 0.0
+                    self._start, beaten = place, -math.inf
             if time.monotonic() - beaten >= BEAT_S and not reply.snapshot:
                 await self._show_card()
                 beaten = time.monotonic()
@@ -213,7 +217,7 @@ class EventExchange:
     # -- following -----------------------------------------------------------------------------------------------------
 
     async def _follow(self) -> None:
-        looked = 0.0
+        looked = -math.inf
         while not self._closed:
             if time.monotonic() - looked >= BEAT_S / 2:
                 await self._read_cards()
@@ -236,9 +240,8 @@ class EventExchange:
         cards = await self._ask(self._client.hgetall(self._cards))
         now = time.monotonic()
         for title, value in cards.items():
-            name = title.decode(errors="replace")
             try:
-                card = _card.decode(value)
+                name, card = _name(title), _card.decode(value)
                 start = _before(card.start)
             except _LIES:
                 self.counts["garbage"] += 1
@@ -271,7 +274,8 @@ class EventExchange:
                 raise ProtocolError("an entry is longer than a daemon makes them.")
             if self._seal is not None:
                 body = self._seal.open(body, self._about(name, number))
-            peer.take(number, _reply.decode(body))
+            others = sum(each.mirror.blocks for each in self.peers.values()) - peer.mirror.blocks
+            peer.take(number, _reply.decode(body), others)
         except (*_LIES, ProtocolError, CorruptBlock):
             self.counts["garbage"] += 1
             peer.lose()
@@ -288,10 +292,20 @@ class EventExchange:
         return await asyncio.wait_for(reply, 2 * self._timeout_s)
 
 
+def _name(title: bytes) -> str:
+    """The daemon that a card is of; raises ValueError if no daemon can be called so."""
+    if len(title) > _MAX_NAME:
+        raise ValueError("a name is too long.")
+    return title.decode()
+
+
 def _number(place: bytes) -> tuple[int, int]:
-    """A place in a stream as numbers; raises ValueError if it is none."""
-    first, _, second = place.partition(b"-")
-    return int(first), int(second)
+    """A place in a stream as numbers; raises ValueError if it is none: one such would fail the reading of all."""
+    match = _PLACE.fullmatch(place)
+    first, second = (int(match[1]), int(match[2])) if match else (-1, -1)
+    if not 0 <= max(first, second) < 1 << 64:
+        raise ValueError("a card names no place in a stream.")
+    return first, second
 
 
 def _before(place: str) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import time
@@ -11,6 +12,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import redis as blocking_redis
 from daemons import NS, key
@@ -196,6 +198,40 @@ async def test_nonsense_on_cards_is_passed_over(server: ValkeyServer) -> None:
     one.store(5)
     async with sharing(server.url, "one", one), sharing(server.url, "two") as follower:
         await until(lambda: seen(follower, "one") == has(one))
+
+
+async def test_a_snapshot_of_whole_pages_is_believed_though_nothing_follows(server: ValkeyServer) -> None:
+    one = Held(1000)
+    one.store(*range(2 * remote_events.PAGE))
+    async with sharing(server.url, "one", one), sharing(server.url, "two") as follower:
+        await until(lambda: seen(follower, "one") == has(one))
+
+
+@pytest.mark.parametrize("start", ["99999999999999999999999-0", "5--3", "5-99999999999999999999999", "-5-1", "1_0-1"])
+async def test_a_place_that_is_none_keeps_nobody_from_following_others(server: ValkeyServer, start: str) -> None:
+    client = blocking_redis.Redis.from_url(server.url)
+    liar = msgspec.msgpack.encode(remote_events.Card(b"x" * 16, "", 1, start))
+    client.hset("{test}:daemons", mapping={"liar": liar})  # pyright: ignore[reportArgumentType]
+    one = Held(1000)
+    one.store(5)
+    async with sharing(server.url, "one", one), sharing(server.url, "two") as follower:
+        await until(lambda: seen(follower, "one") == has(one))
+        assert "liar" not in follower.peers
+
+
+async def test_all_peers_together_may_not_have_without_end(
+    server: ValkeyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peers, "MAX_BLOCKS", 50)
+    houses = [Held(1000) for _ in range(4)]
+    for held in houses:
+        held.store(*range(20))
+    async with contextlib.AsyncExitStack() as stack:
+        follower = await stack.enter_async_context(sharing(server.url, "zero"))
+        for number, held in enumerate(houses):
+            await stack.enter_async_context(sharing(server.url, f"n{number}", held))
+        await until(lambda: follower.counts["garbage"] > 1 and len(follower.known()) == 2)
+        assert sum(peer.mirror.blocks for peer in follower.peers.values()) <= 50
 
 
 def test_a_peer_may_not_have_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
