@@ -57,6 +57,8 @@ class Work:
         Mask ``[n]`` of rows that any pass wrote.
     token_layers : int
         Rows computed, summed over layers and passes, those without KV included.
+    notes : dict of str to Tensor
+        What selectors have measured, so that several which need the same measure it once.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Work:
         self.hidden = model.embed(prompt.ids[:0])
         self.changed = torch.zeros(len(prompt.ids), dtype=torch.bool, device=prompt.ids.device)
         self.token_layers = 0
+        self.notes: dict[str, Tensor] = {}
 
     def repair(self, selector: Selector, share: float) -> Iterator[int]:
         """Recompute the missing rows and this share of the reused ones; yields once a layer.

@@ -27,6 +27,11 @@ class Choice(ABC):
         May run passes; yields once for every layer of them.
         """
 
+    @property
+    def reads_question(self) -> bool:
+        """Whether choosing computes the question's tokens once more."""
+        return False
+
     def choose(self, work: Work, count: int) -> Generator[int, None, Tensor]:
         """Sorted positions of ``count`` tokens to recompute, or fewer."""
         scores = yield from self.scores(work)
@@ -51,6 +56,10 @@ class Mixture(Choice):
     name: str
     parts: tuple[tuple[Choice, float], ...]
 
+    @property
+    def reads_question(self) -> bool:
+        return any(part.reads_question for part, _ in self.parts)
+
     def scores(self, work: Work) -> Generator[int, None, Tensor]:
         rows = yield from self.choose(work, len(work.prompt.ids))
         chosen = torch.full((len(work.prompt.ids),), -torch.inf, device=rows.device)
@@ -68,3 +77,22 @@ class Mixture(Choice):
             open_rows[rows] = False
             chosen += len(rows)
         return (work.prompt.repairable & ~open_rows).nonzero()[:, 0]
+
+
+@dataclass(frozen=True)
+class Product(Choice):
+    """Tokens that are high in all of several scores, none of them negative."""
+
+    name: str
+    parts: tuple[Choice, ...]
+
+    @property
+    def reads_question(self) -> bool:
+        return any(part.reads_question for part in self.parts)
+
+    def scores(self, work: Work) -> Generator[int, None, Tensor]:
+        product = torch.ones(len(work.prompt.ids), device=work.prompt.ids.device)
+        for part in self.parts:
+            scores = yield from part.scores(work)
+            product *= scores.clamp(min=0)
+        return product

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -25,26 +25,37 @@ class Question(Choice):
 
     Parameters
     ----------
-    by : {"mean", "peak"}
-        The mean over heads and tokens, as published; or the highest head's highest token less that head's mean. A sink
-        is looked at by all tokens alike and so has no peak.
+    by : {"mean", "peak", "peaks"}
+        The mean over heads and tokens, as published; or the highest token of a head less that head's mean, of the
+        highest head or the mean over heads. A sink is looked at by all tokens alike and so has no peak.
     """
 
     name: str = "question"
-    by: Literal["mean", "peak"] = "mean"
+    by: Literal["mean", "peak", "peaks"] = "mean"
 
     def scores(self, work: Work) -> Generator[int, None, Tensor]:
-        prompt, model = work.prompt, work.model
-        seen = torch.zeros(model.layers, len(prompt.ids), device=prompt.ids.device)
-        asked = int(prompt.question[0])
+        if self.by not in work.notes:
+            yield from read_question(work)
+        return work.notes[self.by]
 
-        def watch(layer: int, rows: Tensor, queries: Tensor, keys: Tensor) -> None:
-            asking = rows >= asked
-            table = scores(queries[asking], keys[: len(prompt.ids)], rows[asking], model.scale).softmax(-1)
-            if self.by == "mean":
-                seen[layer] = table.sum((0, 1))
-            else:
-                seen[layer] = (table.amax(1) - table.mean(1)).amax(0)
+    @property
+    def reads_question(self) -> bool:
+        return True
 
-        yield from work.steps(prompt.missing, watch=watch)
-        return model.total(seen, "sum" if self.by == "mean" else "max").sum(0)
+
+def read_question(work: Work) -> Iterator[int]:
+    """Compute the question's tokens over the cache as it is and note where they look, in each way of `Question`."""
+    prompt, model = work.prompt, work.model
+    mean, peak, peaks = (torch.zeros(model.layers, len(prompt.ids), device=prompt.ids.device) for _ in range(3))
+    asked = int(prompt.question[0])
+
+    def watch(layer: int, rows: Tensor, queries: Tensor, keys: Tensor) -> None:
+        asking = rows >= asked
+        table = scores(queries[asking], keys[: len(prompt.ids)], rows[asking], model.scale).softmax(-1)
+        mean[layer] = table.sum((0, 1))
+        above = table.amax(1) - table.mean(1)
+        peak[layer], peaks[layer] = above.amax(0), above.sum(0)
+
+    yield from work.steps(prompt.missing, watch=watch)
+    work.notes["mean"], work.notes["peaks"] = (model.total(seen, "sum").sum(0) for seen in (mean, peaks))
+    work.notes["peak"] = model.total(peak, "max").sum(0)

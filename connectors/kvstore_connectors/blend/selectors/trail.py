@@ -31,8 +31,11 @@ if TYPE_CHECKING:
 WINDOW = 32
 """Tokens in a window; a word is rare if few windows have it."""
 
-COMMON = 64
+COMMON = 32
 """A token that stands in more places than this links nothing; it bounds the work at this many steps a token."""
+
+FAINT = 0.05
+"""Less light than this goes nowhere."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +70,11 @@ class Trail(Choice):
     def scores(self, work: Work) -> Generator[int, None, torch.Tensor]:
         yield from ()
         prompt = work.prompt
-        light = torch.tensor(self._light(prompt), device=prompt.ids.device)
-        light[prompt.chunk_of == 0] *= self.first
-        return light.masked_fill(light <= 0, -torch.inf)
+        if repr(self) not in work.notes:
+            light = torch.tensor(self._light(prompt), device=prompt.ids.device)
+            light[prompt.chunk_of == 0] *= self.first
+            work.notes[repr(self)] = light.masked_fill(light <= 0, -torch.inf)
+        return work.notes[repr(self)]
 
     def _light(self, prompt: Prompt) -> list[float]:
         words = _Words(prompt, self.single)
@@ -87,7 +92,7 @@ class Trail(Choice):
         passed = [0.0] * len(lit)
         for places in words.repeated():
             for here in places:
-                if not lit[here]:
+                if lit[here] < FAINT:
                     continue
                 for there in places:
                     if abs(here - there) > self.back:
