@@ -46,7 +46,7 @@ from kvstore_gpu.jobs import HostPart, Part
 from kvstore_gpu.staging import Staging
 
 LAYERS, HEADS, DIM, BLOCK = 32, 8, 128, 256
-SLOT = 64 << 20
+SLOT = 32 << 20
 LLAMA3 = {
     "rope_theta": 500000.0, "head_dim": 128,
     "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -223,7 +223,7 @@ def across_pcie(into: tuple[str, float], out: tuple[str, float]) -> None:
         cache = make_cache("side", 4096 * 8 // heads // tokens, tokens, heads)
         pages, size = BLOCK // tokens, cache.block_nbytes(BLOCK // tokens)
         parts = some_parts(cache, [torch.from_numpy(slab[at : at + size]) for at in range(0, total - size + 1, size)])
-        staging = Staging(cache.device, SLOT)
+        staging = Staging(cache.device, max(SLOT, size))
         case = f"{tokens} tokens x {heads} heads, {cache.page_nbytes >> 10} KiB"
         moved = size * len(parts)
         hosted = [HostPart([part.block], part.pages) for part in parts]

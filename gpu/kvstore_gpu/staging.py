@@ -30,10 +30,10 @@ class Staging:
     slot_nbytes : int
         At least the largest block.
     slots : int
-        Two let copies and kernels overlap.
+        Two let copies and kernels overlap; with more, a late kernel does not hold up the copies.
     """
 
-    def __init__(self, device: torch.device, slot_nbytes: int, slots: int = 3) -> None:
+    def __init__(self, device: torch.device, slot_nbytes: int, slots: int = 4) -> None:
         self._device = device
         self._copies = torch.cuda.Stream(device)
         self._slots = [torch.empty(slot_nbytes, dtype=torch.uint8, device=device) for _ in range(slots)]
@@ -52,15 +52,16 @@ class Staging:
         InvalidParams
             If a block is larger than a slot, or lies in memory that is not registered.
         """
-        for group, index in self._groups(parts):
-            staged = self._place(group, index)
-            with torch.cuda.stream(self._copies):
-                self._copies.wait_event(self._free[index])
-                for piece, here in _pieces(group, staged):
-                    here.copy_(piece, non_blocking=True)
-                stream.wait_event(_record())
-            land(staged, stream)
-            self._free[index].record(stream)
+        with self._lock:
+            for group in self._groups(parts):
+                index, staged = self._place(group)
+                with torch.cuda.stream(self._copies):
+                    self._copies.wait_event(self._free[index])
+                    for piece, here in _pieces(group, staged):
+                        here.copy_(piece, non_blocking=True)
+                    stream.wait_event(_record())
+                land(staged, stream)
+                self._free[index].record(stream)
 
     def store(
         self, parts: Sequence[HostPart], take: Work, stream: torch.cuda.Stream
@@ -72,51 +73,49 @@ class Staging:
         (taken, arrived)
             When the cache's pages are no longer needed; when the bytes are in host memory.
         """
-        with torch.cuda.stream(stream):
-            taken = arrived = _record()
-        for group, index in self._groups(parts):
-            staged = self._place(group, index)
-            stream.wait_event(self._free[index])
-            take(staged, stream)
+        with self._lock:
             with torch.cuda.stream(stream):
-                taken = _record()
-            with torch.cuda.stream(self._copies):
-                self._copies.wait_event(taken)
-                for piece, here in _pieces(group, staged):
-                    piece.copy_(here, non_blocking=True)
-                arrived = _record()
-                self._free[index].record()
+                taken = arrived = _record()
+            for group in self._groups(parts):
+                index, staged = self._place(group)
+                stream.wait_event(self._free[index])
+                take(staged, stream)
+                with torch.cuda.stream(stream):
+                    taken = _record()
+                with torch.cuda.stream(self._copies):
+                    self._copies.wait_event(taken)
+                    for piece, here in _pieces(group, staged):
+                        piece.copy_(here, non_blocking=True)
+                    arrived = _record()
+                    self._free[index].record()
         return taken, arrived
 
-    def _groups(self, parts: Sequence[HostPart]) -> Iterator[tuple[list[HostPart], int]]:
-        """Parts as they fit into slots, with the slot; one caller at a time."""
-        host.addresses([piece for part in parts for piece in part.pieces], self._device)
+    def _groups(self, parts: Sequence[HostPart]) -> Iterator[list[HostPart]]:
+        """Parts as they fit into slots."""
         limit = len(self._slots[0])
-        with self._lock:
-            group: list[HostPart] = []
-            used = 0
-            for part in parts:
-                size = _room(part)
-                if size > limit:
-                    raise checks.refuse("block", f"{part.nbytes} bytes for a slot of {limit}")
-                if used + size > limit:
-                    yield group, self._take()
-                    group, used = [], 0
-                group.append(part)
-                used += size
-            if group:
-                yield group, self._take()
+        group: list[HostPart] = []
+        used = 0
+        for part in parts:
+            size = _room(part)
+            if size > limit:
+                raise checks.refuse("block", f"{part.nbytes} bytes for a slot of {limit}")
+            host.addresses(part.pieces, self._device)
+            if used + size > limit:
+                yield group
+                group, used = [], 0
+            group.append(part)
+            used += size
+        if group:
+            yield group
 
-    def _take(self) -> int:
+    def _place(self, group: Sequence[HostPart]) -> tuple[int, list[Part]]:
+        """The next slot, and where in it each part goes."""
         index, self._next = self._next, (self._next + 1) % len(self._slots)
-        return index
-
-    def _place(self, group: Sequence[HostPart], index: int) -> list[Part]:
         out, at = [], 0
         for part in group:
             out.append(Part(self._slots[index][at : at + part.nbytes], part.pages, part.first))
             at += _room(part)
-        return out
+        return index, out
 
 
 def _pieces(group: Sequence[HostPart], staged: Sequence[Part]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -164,8 +164,11 @@ class HostPages(Pages):
                     np.copyto(cache[page : page + count], source[offset + place : offset + place + count])
 
 
-SLOT_NBYTES = 64 << 20
+SLOT_NBYTES = 32 << 20
 """A slot of staging memory holds at least a block; this much lets several small ones share a kernel."""
+
+SLOTS = 4
+"""Slots for each direction."""
 
 
 class DevicePages(Pages):
@@ -186,14 +189,15 @@ class DevicePages(Pages):
         self._cache = PagedCache.of(self.caches)
         self._block_pages = self.shape[2]
         free, _ = torch.cuda.mem_get_info(self.device)
-        slot = max(self.nbytes, min(SLOT_NBYTES, free // 16))
-        if 4 * slot > free:
+        slot = max(self.nbytes, min(SLOT_NBYTES, free // (8 * SLOTS)))
+        staging = 2 * SLOTS * slot
+        if staging > free:
             raise ConfigError(
-                f"vllm: {4 * slot} bytes of staging memory do not fit the {free} bytes that are free on the device.",
+                f"vllm: {staging} bytes of staging memory do not fit the {free} bytes that are free on the device.",
                 "Lower gpu_memory_utilization a little, or `block_tokens` in kv_connector_extra_config.",
             )
         self._in, self._out = torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)
-        self._loads, self._saves = Staging(self.device, slot, 2), Staging(self.device, slot, 2)
+        self._loads, self._saves = Staging(self.device, slot, SLOTS), Staging(self.device, slot, SLOTS)
         self._warm_up()
 
     def _warm_up(self) -> None:

@@ -22,8 +22,8 @@ from kvstore_connectors.vllm.identity import request_namespace
 from kvstore_connectors.vllm.jobs import LoadJob, SaveBlock, SaveJob
 from kvstore_connectors.vllm.pages import Bytes, Pages, Piece
 
-LEASE_BLOCKS = 16
-"""Blocks leased at a time: bounds what a load pins in the daemon's memory."""
+LEASE_BLOCKS, LEASE_BYTES = 16, 1 << 30
+"""Blocks leased at a time, or as many as are in so many bytes: bounds what a load pins in the daemon's memory."""
 
 ROUND_S = 0.1
 """Longest wait for blocks on their way up from a lower tier. Then the daemon is asked again, and has to answer."""
@@ -100,8 +100,8 @@ class Transfers:
         after: Any,
         deadline: float,
     ) -> tuple[int, MissReason | None]:
-        """Load up to `LEASE_BLOCKS` blocks from `first` on: how many, and why no more."""
-        wanted = keys[first : first + LEASE_BLOCKS]
+        """Load some blocks from `first` on: how many, and why no more."""
+        wanted = keys[first : first + max(LEASE_BLOCKS, LEASE_BYTES // self._pages.nbytes)]
         wait_s = max(min(ROUND_S, deadline - time.monotonic()), 0.0)
         with client.lease(wanted, namespace=namespace, ttl_s=TTL_S, wait_s=wait_s) as lease:
             reason = None
