@@ -27,9 +27,12 @@ from typing import Any
 HERE = Path(__file__).resolve()
 sys.path.insert(0, str(HERE.parents[1] / "tests" / "engines"))
 
+import msgspec  # noqa: E402
 from common import facts  # noqa: E402
 from demo import TEXT, say  # noqa: E402
 from kit import Daemon, Engine, set_environment  # noqa: E402
+
+from kvstore.keys import hash_salt  # noqa: E402
 
 SHARE = 0.15
 PASSAGES, EACH = 16, 7
@@ -47,20 +50,17 @@ WORKS = (
     "clockmaker", "baker", "pilot", "teacher", "ferryman", "doctor", "carpenter", "librarian",
     "fisherman", "gardener", "judge", "sailmaker", "painter", "smith", "miller", "tailor",
 )  # fmt: skip
-CITIES = (
-    "Lisbon", "Vienna", "Oslo", "Madrid", "Prague", "Dublin", "Athens", "Warsaw",
-    "Geneva", "Naples", "Bergen", "Krakow", "Seville", "Antwerp", "Glasgow", "Turin",
-)  # fmt: skip
+CODES = [str(1000 + (number * 7919 + 331) % 9000) for number in range(16)]
 
 
 def passages() -> list[str]:
     """Notes of about 260 tokens: a fact that is asked for, and some of the story of a town."""
     paragraphs = TEXT.strip().split("\n\n")
     notes = []
-    for number, (name, work, city) in enumerate(zip(NAMES, WORKS, CITIES, strict=True)):
+    for number, (name, work, code) in enumerate(zip(NAMES, WORKS, CODES, strict=True)):
         filler = " ".join(paragraphs[(number + step) % len(paragraphs)] for step in range(3)).replace("\n", " ")
         sentences = filler.split(". ")[: 10 + number % 3]
-        sentences.insert(2 + number % 4, f"{name} was born in {city}, and works as a {work}")
+        sentences.insert(2 + number % 4, f"The locker code of {name} is {code}, and it is kept by the {work}")
         notes.append(". ".join(sentences).rstrip(".") + ".\n\n")
     return notes
 
@@ -68,7 +68,7 @@ def passages() -> list[str]:
 def question(number: int) -> str:
     """About one passage."""
     name = NAMES[number]
-    return f"In which city was {name} born?<|im_end|>\n<|im_start|>assistant\n{name} was born in"
+    return f"What is the locker code of {name}?<|im_end|>\n<|im_start|>assistant\nThe locker code of {name} is "
 
 
 class Asked:
@@ -123,7 +123,15 @@ def build(model: Path, daemon: Daemon, folder: Path, verdict: Path) -> dict[str,
     return json.loads(done.stdout)
 
 
-def ask_all(engine: Engine, count: int, encode: Any) -> list[dict[str, Any]]:
+def forget_salted(engine: Engine, daemon: Daemon, salts: list[str]) -> None:
+    """Exact prompts are asked under salts of their own, so that none finds another's; what they stored can go."""
+    mine = engine.worker_connector._worker._namespace
+    with daemon.client() as client:
+        for salt in salts:
+            client.drop(None, namespace=msgspec.structs.replace(mine, salt=hash_salt(salt)))
+
+
+def ask_all(engine: Engine, daemon: Daemon, count: int, encode: Any) -> list[dict[str, Any]]:
     """Each prompt in each way, in turns; the engine's own cache is emptied before each but the prefix way."""
     system = encode(SYSTEM)
     notes = [encode(note) for note in passages()]
@@ -133,7 +141,7 @@ def ask_all(engine: Engine, count: int, encode: Any) -> list[dict[str, Any]]:
         chosen = chance.sample(range(PASSAGES), EACH)
         about = chance.choice(chosen)
         prompt = [*system, *(token for one in chosen for token in notes[one]), *encode(question(about))]
-        row: dict[str, Any] = {"prompt_tokens": len(prompt), "city": CITIES[about], "ways": {}}
+        row: dict[str, Any] = {"prompt_tokens": len(prompt), "code": CODES[about], "ways": {}}
         for way, (_, wish) in WAYS.items():
             engine.forget()
             salt = f"{way}-{number}" if way in ("full", "prefix") else None
@@ -142,9 +150,10 @@ def ask_all(engine: Engine, count: int, encode: Any) -> list[dict[str, Any]]:
             row["ways"][way] = Asked(engine, prompt, wish, salt)
         engine.forget()
         row["after"] = Asked(engine, prompt, None, f"after-{number}")
+        forget_salted(engine, daemon, [f"{way}-{number}" for way in ("full", "prefix", "after")])
         full, blend = row["ways"]["full"], row["ways"]["blend"]
         say(f"   {number + 1:2}. {len(prompt)} tokens: full {1e3 * full.first_s:6,.0f} ms, blended "
-            f"{1e3 * blend.first_s:6,.0f} ms; {row['city']}: {full.text!r} / {blend.text!r}")  # fmt: skip
+            f"{1e3 * blend.first_s:6,.0f} ms; {row['code']}: {full.text[:4]!r} / {blend.text[:4]!r}")  # fmt: skip
         rounds.append(row)
     return rounds
 
@@ -163,7 +172,7 @@ def summary(rounds: list[dict[str, Any]], built: dict[str, Any]) -> dict[str, An
             "first_token_kl": round(fmean(one.far_from(f) for f, one in zip(full, asked, strict=True)), 4),
             "same_first_token": fmean(one.tokens[0] == f.tokens[0] for f, one in zip(full, asked, strict=True)),
             "same_answer": fmean(one.tokens == f.tokens for f, one in zip(full, asked, strict=True)),
-            "right_city": fmean(row["city"] in row["ways"][way].text for row in rounds),
+            "right_code": fmean(row["ways"][way].text.startswith(row["code"]) for row in rounds),
             "tokens_not_computed": round(fmean(one.cached for one in asked)),
         }
     return {
@@ -205,12 +214,13 @@ def run(folder: Path, count: int) -> dict[str, Any]:
         say(f"   {built['total']} chunks, {built['computed']} tokens in {built['seconds']:.1f} s; probe: KL {kl:.3f}, "
             f"same first choice {top1:.1%}")  # fmt: skip
         say(f"{count} prompts, each computed in full, with a cached system prompt, and blended:")
-        rounds = ask_all(engine, count, encode)
+        rounds = ask_all(engine, daemon, count, encode)
+        counters = {name: value for name, value in engine.metrics().items() if "blend" in name or "outages" in name}
     finally:
         if engine is not None:
             engine.close()
         daemon.stop()
-    return summary(rounds, built)
+    return summary(rounds, built) | {"counters": counters}
 
 
 def show(result: dict[str, Any]) -> None:
@@ -220,10 +230,10 @@ def show(result: dict[str, Any]) -> None:
 
     table = Table(title="time to first token, and how far from full prefill", title_justify="left")
     table.add_column("way")
-    for column in ("first token, ms", "sooner", "KL of it", "same token", "same 16 tokens", "right city"):
+    for column in ("first token, ms", "sooner", "KL of it", "same token", "same 16 tokens", "right code"):
         table.add_column(column, justify="right")
     for way in result["ways"].values():
-        shares = [f"{way[name]:.0%}" for name in ("same_first_token", "same_answer", "right_city")]
+        shares = [f"{way[name]:.0%}" for name in ("same_first_token", "same_answer", "right_code")]
         times = [f"{way['first_token_median_ms']:,.0f}", f"{way['times_sooner']:.2f}x", f"{way['first_token_kl']:.4f}"]
         table.add_row(way["name"], *times, *shares)
     Console(width=max(Console().width, 120)).print(table)

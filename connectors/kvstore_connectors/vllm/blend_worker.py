@@ -215,13 +215,22 @@ class Blender:
         to = span.start - span.offset + a
         new = torch.arange(to, to + b - a, device=rows.device)
         old = torch.arange(info.position + a, info.position + b, device=rows.device)
+        moved = self._move(stored[:, 0], old, new)
+        for layer, held in enumerate(cache):
+            held.keys[to : to + b - a] = moved[layer]
+            held.values[to : to + b - a] = stored[layer, 1]
+        return True
+
+    def _move(self, keys: torch.Tensor, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        """Keys ``[layer, token, head, dim]`` moved; where all layers have RoPE in one go, as if they were heads."""
         rotation = self._rotation
         if rotation is None:
             raise InternalError("a chunk was to be placed without the model's rotation.")
-        for layer, held in enumerate(cache):
-            held.keys[to : to + b - a] = move(rotation, layer, stored[layer, 0], old, new)
-            held.values[to : to + b - a] = stored[layer, 1]
-        return True
+        if rotation.skipped_layers:
+            return torch.stack([move(rotation, layer, one, old, new) for layer, one in enumerate(keys)])
+        layers, tokens, heads, dim = keys.shape
+        flat = keys.transpose(0, 1).reshape(tokens, layers * heads, dim)
+        return move(rotation, 0, flat, old, new).view(tokens, layers, heads, dim).transpose(0, 1)
 
     @staticmethod
     def _span(one: Description, device: torch.device) -> Span:
