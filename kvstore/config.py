@@ -70,7 +70,9 @@ def _show(key: str, value: object) -> str:
     """A value as a user would write it; the unit is in the setting's name."""
     if key.endswith("bytes") and isinstance(value, int):
         return show_size(value)
-    return f"{value:g}s" if isinstance(value, float) else show(value)
+    if isinstance(value, float):
+        return f"{value:g}s" if key.endswith("_s") else f"{value:g}"
+    return show(value)
 
 
 def find_file(flag: str | None, env: Env) -> Path | None:

@@ -38,6 +38,7 @@ from kvstore.wire.traffic import Traffic
 
 if TYPE_CHECKING:
     from kvstore.http import HttpServer
+    from kvstore.obs.trace import Tracing
     from kvstore.remote_events import EventExchange
 
 log = logging.getLogger("kvstore.daemon")
@@ -70,6 +71,7 @@ class Daemon:
         self._http: HttpServer | None = None
         self._exchange: EventExchange | None = None
         self._fds: FdServer | None = None
+        self._tracing: Tracing | None = None
 
     # -- start ---------------------------------------------------------------------------------------------------------
 
@@ -104,6 +106,11 @@ class Daemon:
         self._restore_namespaces()
         self.service.quotas.load(s.limits.quota_file)
         self._share_events()
+        if s.trace.endpoint:
+            from kvstore.obs import trace
+
+            self._tracing = trace.start(s.trace.endpoint, s.trace.ratio)
+            self.traffic.recorder = self._tracing.record
         await self._listen()
         await self._start_http()
         self._prepare_memory(f"uid-{os.getuid()}")
@@ -331,6 +338,8 @@ class Daemon:
             await self._http.close()
         if self._exchange is not None:
             await self._exchange.close()
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

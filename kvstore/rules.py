@@ -90,6 +90,18 @@ def integer(low: int, high: int) -> Parser:
     return parse
 
 
+def share(value: object) -> float:
+    """A number from 0 to 1."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError("is not a number")
+    try:
+        number = float(value)
+    except ValueError:
+        raise ValueError("is not a number") from None
+    _within(number, 0.0, 1.0, str)
+    return number
+
+
 def _within(number: float, low: float, high: float, write: Callable[[Any], str]) -> None:
     # Written so that a NaN from a file is outside.
     if not number >= low:

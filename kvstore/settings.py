@@ -18,7 +18,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 import msgspec
 
 from kvstore import machine
-from kvstore.rules import Secret, address, choice, duration, integer, path, secret, size, switch, text, uids
+from kvstore.rules import Secret, address, choice, duration, integer, path, secret, share, size, switch, text, uids
 
 Values = dict[str, Any]
 Env = Mapping[str, str]
@@ -237,6 +237,15 @@ class Http(msgspec.Struct, frozen=True, kw_only=True):
     ]  # fmt: skip
 
 
+class Trace(msgspec.Struct, frozen=True, kw_only=True):
+    """OpenTelemetry: spans of requests."""
+
+    endpoint: Annotated[
+        str, Rule("OTLP collector that gets them over HTTP, such as http://127.0.0.1:4318; empty for none.", "", text)
+    ]
+    ratio: Annotated[float, Rule("Share of the requests that have a span.", "0.01", share)]
+
+
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """What one client may ask for."""
 
@@ -276,6 +285,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     chunks: Chunks
     events: Events
     http: Http
+    trace: Trace
     limits: Limits
     log: Log
     drain_s: Annotated[
@@ -310,7 +320,7 @@ def written_as(key: str) -> str:
         return "PATH"
     if key in ("listen.tcp", "http.address"):
         return "HOST:PORT"
-    return {bool: "true|false", int: "N", tuple[int, ...]: "UID,UID", Secret: "SECRET"}.get(kind, "WORD")
+    return {bool: "true|false", int: "N", float: "N", tuple[int, ...]: "UID,UID", Secret: "SECRET"}.get(kind, "WORD")
 
 
 def _collect() -> tuple[dict[str, type[msgspec.Struct]], dict[str, Rule]]:

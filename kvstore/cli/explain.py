@@ -36,7 +36,7 @@ def explain(
     namespace: spaces.Digest = "",
     model: spaces.Model = "",
     tokenizer: Annotated[
-        str, Parameter(help="Take the prompt as text, and this Hugging Face tokenizer (a name or directory) for it.")
+        str, Parameter(help="Take the prompt as text, and this tokenizer.json, or the directory it lies in, for it.")
     ] = "",
     json: Json = False,
     address: Address = None,
@@ -112,14 +112,17 @@ def _cut(tokens: Sequence[int], space: Mapping[str, Any]) -> list[bytes]:
 
 
 def _tokens(text: str, tokenizer: str) -> list[int]:
+    file = Path(tokenizer) / "tokenizer.json" if Path(tokenizer).is_dir() else Path(tokenizer)
+    if not file.is_file():
+        raise InvalidParams(f"--tokenizer: {file} is not a file.", "Name the tokenizer.json of the model.")
     try:
-        from transformers import AutoTokenizer  # pyright: ignore[reportMissingImports]
+        from tokenizers import Tokenizer  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise ConfigError("--tokenizer: transformers is not installed here.", "pip install transformers") from None
+        raise ConfigError("--tokenizer: the tokenizers library is not here.", "pip install tokenizers") from None
     try:
-        return list(AutoTokenizer.from_pretrained(tokenizer)(text)["input_ids"])
-    except (OSError, ValueError) as error:
-        raise InvalidParams(f"--tokenizer: {tokenizer}: {str(error).splitlines()[0]}", "") from None
+        return list(Tokenizer.from_file(str(file)).encode(text).ids)
+    except Exception as error:  # the library raises nothing more special
+        raise InvalidParams(f"--tokenizer: {file}: {str(error)[:200]}", "It must be a tokenizer.json.") from None
 
 
 def _print(space: Mapping[str, Any], blocks: Sequence[Mapping[str, Any]], usable: int) -> None:

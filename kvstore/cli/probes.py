@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from kvstore import arena, machine
+from kvstore.cli import redis_probe
 from kvstore.config import Loaded
 from kvstore.errors import KVStoreError, Unavailable
 from kvstore.rules import split_address
@@ -254,6 +255,24 @@ def disk_space(loaded: Loaded) -> Result:
     return Result("warn", found, "The disk fills up before the budget is used.", "Lower --disk-bytes.")
 
 
+def redis(loaded: Loaded) -> Result:
+    """The Redis server: whether it answers us, and is recent enough."""
+    url = loaded.settings.redis.url
+    if not url:
+        return Result("ok", "no Redis tier")
+    oldest = ".".join(map(str, redis_probe.OLDEST))
+    try:
+        name, version = redis_probe.server_version(url.reveal(), loaded.settings.redis.timeout_s)
+    except (OSError, ValueError) as error:
+        return Result(
+            "fail", str(error), "The Redis tier stays cut off until it works.", "Look at --redis, and at its ACL."
+        )
+    found = f"{name} {'.'.join(map(str, version))}"
+    if version < redis_probe.OLDEST:
+        return Result("warn", found, "This version was not tried.", f"Use {oldest} or newer.")
+    return Result("ok", found)
+
+
 def gpu(loaded: Loaded) -> Result:
     """CUDA devices and cupy."""
     devices, cupy = _cuda_devices(), _version("cupy-cuda13x") or _version("cupy-cuda12x")
@@ -324,6 +343,7 @@ PROBES: dict[str, Probe] = {
     "token file": token_file,
     "disk I/O": direct_io,
     "disk space": disk_space,
+    "Redis": redis,
     "GPU": gpu,
     "vLLM": vllm,
     "daemon": daemon,

@@ -67,8 +67,17 @@ def _head(now: Snapshot) -> Iterator[RenderableType]:
     words = (("sessions", "session"), ("leases", "lease"), ("reservations", "reservation"))
     yield Text(", ".join([*(_many(count(now, key), word) for key, word in words), waiting]))
     asked, hits = count(now, "asked_blocks"), sum(numbers(now, "hit_blocks").values())
-    if asked > 0:
+    wanted = count(now, "reuse", "wanted")
+    if wanted > 0:
+        ceiling = 100 * min(1.0, max(count(now, "reuse", "reusable"), hits) / wanted)
+        share = f"{100 * hits / wanted:.1f} %, at most {ceiling:.1f} % in a store without bounds"
+        yield Text(f"{_whole(hits)} of {_whole(wanted)} wanted blocks were here ({share})")
+    elif asked > 0:
         yield Text(f"{_whole(hits)} of {_whole(asked)} blocks asked for were here ({100 * hits / asked:.1f} %)")
+    seconds = count(now, "saved", "seconds")
+    if seconds > 0:
+        saved = f"{_whole(count(now, 'saved', 'tokens'))} tokens were not computed again"
+        yield Text(f"{saved}: at least {format_duration(seconds)} saved", "green")
 
 
 def _space(now: Snapshot) -> Table:

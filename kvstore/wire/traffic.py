@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -58,6 +59,8 @@ class Traffic:
     errors: Counter[str] = field(default_factory=Counter)
     refused_connections: int = 0
     slow: deque[Slow] = field(default_factory=lambda: deque(maxlen=32))
+    recorder: Callable[[str, float, KVStoreError | None], None] | None = None
+    """Told of each call, if there is one (`kvstore.obs.trace`)."""
 
     def record(self, method: str, started: float, failed: KVStoreError | None = None) -> None:
         """Count a finished call."""
@@ -71,5 +74,7 @@ class Traffic:
         if failed is not None:
             stats.errors += 1
             self.errors[failed.code] += 1
+        if self.recorder is not None:
+            self.recorder(method, seconds, failed)
         if seconds > SLOW_S and method not in WAITING:
             self.slow.append(Slow(time.time(), method, seconds, "" if failed is None else failed.code))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -230,6 +232,39 @@ def test_doctor_sees_what_is_wrong(tmp_path: Path) -> None:
     assert _probe("token file", listen__token_file=str(token)).state == "warn"
     token.chmod(0o600)
     assert _probe("token file", listen__token_file=str(token)).state == "ok"
+
+
+@pytest.mark.parametrize(
+    ("answers", "state", "words"),
+    [
+        ([b"+PONG\r\n", b"$22\r\nredis_version:7.4.1\r\nx\r\n"], "ok", "redis 7.4.1"),
+        ([b"+PONG\r\n", b"$21\r\nredis_version:5.0.14\r\n\r\n"], "warn", "redis 5.0.14"),
+        ([b"-NOAUTH Authentication required.\r\n"], "fail", "NOAUTH"),
+        ([b"HTTP/1.1 400 Bad Request\r\n"], "fail", "not Redis"),
+        ([b""], "fail", "not Redis"),
+    ],
+)
+def test_doctor_meets_a_redis_server(answers: list[bytes], state: str, words: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve() -> None:
+            sock, _ = listening.accept()
+            with sock:
+                for answer in answers:
+                    sock.recv(4096)
+                    sock.sendall(answer)
+
+        server = threading.Thread(target=serve)
+        server.start()
+        result = _probe("Redis", **{"redis.url": f"redis://127.0.0.1:{listening.getsockname()[1]}"})
+        server.join()
+    assert (result.state, words in result.found) == (state, True), result
+
+
+def test_doctor_says_that_redis_is_not_there() -> None:
+    assert _probe("Redis").state == "ok"
+    gone = _probe("Redis", **{"redis.url": "unix:///nowhere/redis.sock"})
+    assert (gone.state, "No such file" in gone.found) == ("fail", True)
 
 
 def test_a_probe_that_breaks_is_a_finding() -> None:

@@ -85,6 +85,8 @@ def test_each_setting_can_be_given_by_flag_environment_and_file(key: str, tmp_pa
         "redis.ttl_s": "2h",
         "events.share": "false",
         "events.name": "me",
+        "trace.endpoint": "http://127.0.0.1:4318",
+        "trace.ratio": "0.5",
     }
     text = odd.get(key) or {"SIZE": "64MiB", "DURATION": "1500ms", "N": "3"}[written_as(key)]
     group, _, name = key.rpartition(".")
