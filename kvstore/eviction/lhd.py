@@ -89,6 +89,7 @@ class LHD(EvictionPolicy[Item], Generic[Item]):
         self._clock = clock = self._clock + 1
         self._stamp = stamp = self._stamp + 1
         count = 1
+        parent = None if parent == item else parent
         if self._ghosts and (ghost := self._ghosts.pop(hash(item), None)) is not None:
             group, time, uses = ghost
             self._fates.used(group, clock - time, self._stride)
@@ -179,6 +180,8 @@ class LHD(EvictionPolicy[Item], Generic[Item]):
                     if self._valid(place):
                         heapq.heappush(heads, (self._density(self._held[place[2]]), place[0], group, place[2]))
                         break
+        # What is left are blocks whose headers name each other as parents, and those before them: no client needs them.
+        yield from (item for item, entry in self._held.items() if entry.children > freed.get(item, 0))
 
     def __len__(self) -> int:
         return len(self._held)

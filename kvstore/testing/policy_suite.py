@@ -123,6 +123,19 @@ class PolicySuite(ABC):
         assert sorted(policy.victims()) == [1, 2, 3]
         assert list(policy.victims()).index(3) < list(policy.victims()).index(2)
 
+    def test_blocks_that_name_each_other_or_themselves_as_parents_can_leave(self) -> None:
+        """Parents are what clients and servers say: nothing that they say may keep memory for ever."""
+        policy = self.make()
+        for item, parent in ((1, 2), (2, 1), (3, 3), (4, 6), (5, 4), (6, 5), (7, 6), (9, 8), (8, 8)):
+            policy.insert(item, self.size, parent=parent)
+        policy.touch([1, 2, 3])
+        assert sorted(policy.victims()) == list(range(1, 10))
+        left = []
+        while policy:
+            left.append(next(policy.victims()))
+            policy.remove(left[-1], evicted=True)
+        assert sorted(left) == list(range(1, 10))
+
     def test_what_left_may_come_back_again_and_again(self) -> None:
         policy, held = self.make(), list[int]()
         for turn in range(2000):
