@@ -1,0 +1,256 @@
+"""A tier that encodes keeps the contract of tiers; beyond it, exact stays exact, and blocks shrink before any leaves."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kvstore.errors import ConfigError
+from kvstore.keys import namespace_digest
+from kvstore.ladder import Ladder, form_of, pages
+from kvstore.profile import Profile, Profiles, Rung, save_profile
+from kvstore.testing.tier_suite import TierSuite
+from kvstore.tiers.base import Tier
+from kvstore.tiers.disk import DiskTier
+from kvstore.types import BlockHeader, BlockId, Dropped, Hit, Miss, MissReason, Namespace, Scope, Stored
+
+EXACT = Namespace(model="m", revision="1", dtype="bfloat16", layers=4, kv_heads=2, head_dim=32, layout="lkthd1",
+                  block_tokens=64)  # fmt: skip
+LOSSY = Namespace(model="m", revision="1", dtype="bfloat16", layers=4, kv_heads=2, head_dim=32, layout="lkthd1",
+                  block_tokens=64, fidelity="lossy:small")  # fmt: skip
+WHOLE = 2 * 2 * 4 * 64 * 2 * 32
+CHAINS = ("prerope|kv4(k=8,v=8)", "prerope|kv4", "prerope|kv4(k=2,v=2)")
+NAMES = {Scope("u0", namespace_digest(n)): n for n in (EXACT, LOSSY)}
+
+
+def block_id(number: int, namespace: Namespace = EXACT) -> BlockId:
+    return BlockId(Scope("u0", namespace_digest(namespace)), number.to_bytes(32, "little"))
+
+
+def payload(number: int, tokens: int = 64) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(number)
+    return torch.randn(4, 2, tokens, 2, 32, generator=generator).to(torch.bfloat16)
+
+
+def as_bytes(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy()
+
+
+async def store(tier: Tier, number: int, namespace: Namespace = EXACT, tokens: int = 64) -> object:
+    raw = as_bytes(payload(number, tokens))
+    view = pages(raw.size)
+    view[:] = raw.data
+    return await tier.put(block_id(number, namespace), BlockHeader(position=64 * number), [view], raw.size)
+
+
+async def load(tier: Tier, number: int, namespace: Namespace = EXACT) -> torch.Tensor | Miss:
+    block = block_id(number, namespace)
+    nbytes = tier.size(block)
+    if nbytes is None:
+        return Miss(MissReason.ABSENT)
+    view = pages(nbytes)
+    outcome = await tier.get(block, [view])
+    if isinstance(outcome, Miss):
+        return outcome
+    assert isinstance(outcome, Hit)
+    assert outcome.nbytes == nbytes
+    return torch.from_numpy(np.frombuffer(view, np.uint8).copy()).view(torch.bfloat16).view(4, 2, -1, 2, 32)
+
+
+def rung(chain: str, ratio: float, planes: int = 0, kl: float = 0.001) -> Rung:
+    return Rung(chain, planes, kl, kl, 0.99, 0.0, ratio, 1.0, 1.0)
+
+
+def profiles(folder: Path, rungs: list[Rung] | None = None) -> Profiles:
+    found = rungs or [rung(chain, 2.0 + i) for i, chain in enumerate(CHAINS)]
+    profile = Profile(name="small", model="m", revision="1", layers=4, kv_heads=2, head_dim=32,
+                      frequencies=[10_000.0 ** (-i / 32) for i in range(0, 32, 2)], rungs=found)  # fmt: skip
+    save_profile(profile, folder)
+    return Profiles(folder)
+
+
+async def ladder(place: Path, capacity: int = 64 << 20, **options: object) -> Ladder:
+    tier = Ladder(DiskTier(place / "disk", capacity), NAMES.get, **options)  # pyright: ignore[reportArgumentType]
+    await tier.start()
+    return tier
+
+
+class TestLadderOfOpaqueBlocks(TierSuite):
+    """Payloads whose layout is not known pass through as they are."""
+
+    persistent = True
+    root: Path
+
+    async def make(self, capacity: int, place: Path) -> Tier:
+        self.root = place
+        return Ladder(DiskTier(place, capacity, pin_share=1.0), lambda scope: None, exact="lossless")
+
+    async def damage(self, tier: Tier, block: BlockId) -> None:
+        folder = self.root / "blocks" / block.scope.domain / block.scope.ns.hex()
+        (path,) = folder.glob(f"{block.key.hex()}-*.kv")
+        with path.open("r+b") as file:
+            file.seek(path.stat().st_size // 2)
+            byte = file.read(1)[0]
+            file.seek(-1, 1)
+            file.write(bytes([byte ^ 16]))
+
+
+@pytest.mark.parametrize("exact", ["raw", "lossless"])
+async def test_exact_blocks_come_back_bit_for_bit(tmp_path: Path, exact: str) -> None:
+    tier = await ladder(tmp_path, exact=exact)
+    for number in range(6):
+        assert isinstance(await store(tier, number, tokens=64 - 10 * (number % 2)), Stored)
+    assert tier.size(block_id(0)) == WHOLE
+    assert (tier.inner.size(block_id(0)) == WHOLE) == (exact == "raw")
+    await tier.close()
+    again = await ladder(tmp_path, exact="raw")  # whatever is set now, what is there is read
+    for number in range(6):
+        got = await load(again, number)
+        assert isinstance(got, torch.Tensor)
+        assert torch.equal(got.view(torch.uint8), payload(number, 64 - 10 * (number % 2)).view(torch.uint8))
+    await again.close()
+
+
+async def test_the_budget_counts_what_is_stored(tmp_path: Path) -> None:
+    tier = await ladder(tmp_path, exact="lossless")
+    for number in range(20):
+        await store(tier, number)
+    state = tier.describe_state()["codecs"]
+    held = state["held"]["lossless"]
+    assert held["blocks"] == 20
+    assert held["logical_bytes"] == 20 * WHOLE
+    assert held["stored_bytes"] < 0.75 * 20 * WHOLE
+    assert state["since_start"]["byteplanes|zstd(level=1)"]["blocks"] == 20
+    assert held["stored_bytes"] < tier.usage().used < 20 * WHOLE
+    await tier.close()
+
+
+async def test_a_payload_of_half_a_token_is_not_stored(tmp_path: Path) -> None:
+    tier = await ladder(tmp_path, exact="lossless")
+    view = pages(WHOLE - 1)
+    assert isinstance(await tier.put(block_id(0), BlockHeader(), [view], WHOLE - 1), Dropped)
+    await tier.close()
+
+
+async def test_values_that_no_codec_takes_stay_raw(tmp_path: Path) -> None:
+    tier = await ladder(tmp_path, profiles=profiles(tmp_path / "p"))
+    view = pages(WHOLE)
+    view[:2] = b"\xc0\x7f"  # not a number
+    block = block_id(0, LOSSY)
+    assert isinstance(await tier.put(block, BlockHeader(), [view], WHOLE), Stored)
+    assert tier.inner.size(block) == WHOLE
+    await tier.close()
+
+
+async def test_bytes_of_another_encoder_are_a_miss_and_gone(tmp_path: Path) -> None:
+    tier = await ladder(tmp_path, exact="lossless")
+    await store(tier, 1)
+    stored = tier.inner.size(block_id(1))
+    assert stored is not None
+    view = pages(stored)
+    hit = await tier.inner.get(block_id(1), [view])
+    assert isinstance(hit, Hit)
+    for change in (0, stored // 2, stored - 9):  # magic, a part, the checksum of the payload
+        bad = pages(stored)
+        bad[:] = view
+        bad[change] ^= 1
+        await tier.inner.drop(block_id(1))
+        await tier.inner.put(block_id(1), hit.header, [bad], stored)
+        assert await load(tier, 1) == Miss(MissReason.CORRUPT)
+        assert tier.size(block_id(1)) is None
+    await tier.close()
+
+
+async def test_a_lossy_block_under_an_exact_name_is_a_miss(tmp_path: Path) -> None:
+    tier = await ladder(tmp_path, profiles=profiles(tmp_path / "p"), exact="lossless")
+    await store(tier, 1, LOSSY)
+    stored = tier.inner.size(block_id(1, LOSSY))
+    assert stored is not None
+    view = pages(stored)
+    hit = await tier.inner.get(block_id(1, LOSSY), [view])
+    assert isinstance(hit, Hit)
+    await tier.inner.put(block_id(1), hit.header, [view], stored)
+    assert await load(tier, 1) == Miss(MissReason.CORRUPT)
+    await tier.close()
+
+
+@pytest.mark.parametrize("truncate", [False, True])
+async def test_blocks_shrink_before_any_is_evicted(tmp_path: Path, truncate: bool) -> None:
+    rungs = [rung(CHAINS[0], 1.5), rung(CHAINS[0], 2.5, planes=3), rung(CHAINS[0], 3.5, planes=1)] if truncate else None
+    tier = await ladder(tmp_path, 4 << 20, profiles=profiles(tmp_path / "p", rungs))
+    plain = await ladder(tmp_path / "plain", 4 << 20)
+    count = 110
+    for number in range(count):
+        assert isinstance(await store(tier, number, LOSSY), Stored)
+        await store(plain, number)
+        assert tier.usage().used <= tier.usage().capacity
+        if tier.inner.counters.evicted:
+            # Nothing left before everything else stood on the last rung.
+            assert sum(tier._can_step(block_id(n, LOSSY)) > 0 for n in range(number)) <= 1
+            break
+    kept = sum(tier.size(block_id(n, LOSSY)) is not None for n in range(count))
+    assert kept > 1.5 * sum(plain.size(block_id(n)) is not None for n in range(count))
+    state = tier.describe_state()["codecs"]
+    assert state["stepped_down"] > 20
+    assert state["bytes_freed"] > 1 << 20
+    assert state["lost_stepping"] == 0
+    errors = []
+    for number in range(count):
+        got = await load(tier, number, LOSSY)
+        if isinstance(got, torch.Tensor):
+            errors.append(float((got - payload(number)).float().norm() / payload(number).float().norm()))
+    assert max(errors) < 0.5
+    assert min(errors) < 0.02
+    assert errors[0] > 3 * errors[-1]  # the oldest went down, the newest is fine
+    await tier.close()
+    await plain.close()
+
+
+async def test_exact_blocks_never_step_down(tmp_path: Path) -> None:
+    tier = await ladder(tmp_path, 3 << 20, exact="lossless", profiles=profiles(tmp_path / "p"))
+    for number in range(20):
+        await store(tier, number)
+    for number in range(40):
+        await store(tier, number, LOSSY)
+    for number in range(20):
+        got = await load(tier, number)
+        if isinstance(got, torch.Tensor):
+            assert torch.equal(got, payload(number))
+    await tier.close()
+
+
+async def test_a_pinned_block_stays_where_it_is(tmp_path: Path) -> None:
+    tier = await ladder(tmp_path, 3 << 20, profiles=profiles(tmp_path / "p"))
+    await store(tier, 0, LOSSY)
+    before = tier.inner.size(block_id(0, LOSSY))
+    assert tier.pin(block_id(0, LOSSY), asyncio.get_running_loop().time() + 1000)
+    for number in range(1, 80):
+        await store(tier, number, LOSSY)
+    assert tier.inner.size(block_id(0, LOSSY)) == before
+    assert tier.stepped > 0
+    await tier.close()
+
+
+async def test_a_profile_of_another_model_is_refused(tmp_path: Path) -> None:
+    found = profiles(tmp_path / "p")
+    assert found.check(LOSSY) == ""
+    other = Namespace(model="other", revision="1", dtype="bfloat16", layers=4, kv_heads=2, head_dim=32,
+                      layout="lkthd1", fidelity="lossy:small")  # fmt: skip
+    assert "model" in found.check(other)
+    assert Profiles(None).check(LOSSY)
+    failed = profiles(tmp_path / "q", [rung(CHAINS[1], 3.0, kl=0.5)])
+    assert "passed" in failed.check(LOSSY)
+    with pytest.raises(ConfigError):
+        Ladder(DiskTier(tmp_path / "d", 1 << 20), NAMES.get, exact="fp8")
+
+
+def test_only_known_layouts_are_encoded() -> None:
+    assert form_of(None) is None
+    assert form_of(Namespace(model="m")) is None
+    form = form_of(EXACT)
+    assert form is not None
+    assert (form.whole, form.lossy) == (WHOLE, False)
