@@ -12,6 +12,7 @@ import pytest
 from kit import Answer, Daemon, Engine, engine, numbers
 
 from kvstore.client import chunk_keys
+from kvstore.keys import namespace_digest
 from kvstore.types import Namespace
 from kvstore_connectors.vllm.blend_gate import Verdict
 from kvstore_connectors.vllm.blend_jobs import BlendJob
@@ -197,6 +198,80 @@ def test_requests_that_make_no_sense_are_computed(vllm: Engine, truth: Any, wish
     before = vllm.metrics()
     assert ask(vllm, prompt, wish).tokens == truth(prompt)
     assert grown(vllm, before, "blend_bad_request") == 1
+
+
+def test_prompts_of_one_batch(vllm: Engine, truth: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvstore_connectors.vllm.blend_scheduler.MOST_COMPUTED", 1.0)
+    prompts = [prompt_of(*docs)[0] for docs in (DOCS, DOCS[::-1], DOCS[1:])]
+    wish = {"kv_transfer_params": {"kvstore": {"blend": True, "share": 1.0}}}
+    answers = vllm.ask(*prompts, extra_args=wish)
+    assert [answer.tokens for answer in answers] == [truth(prompt) for prompt in prompts]
+
+
+# -- capture -----------------------------------------------------------------------------------------------------------
+
+
+def captured(vllm: Engine, daemon: Daemon, prompt: list[int], **how: Any) -> list[tuple[int, str]]:
+    with daemon.client() as client:
+        found, _ = client.match(prompt, find=True, namespace=namespace(vllm), **how)
+    return [(one.start, one.capture) for one in found]
+
+
+def test_documents_of_a_prompt_are_captured_where_they_stand(vllm: Engine, daemon: Daemon, truth: Any) -> None:
+    with daemon.client() as client:
+        client.drop(None, namespace=namespace(vllm))
+    prompt, spans = prompt_of(*DOCS)
+    before = vllm.metrics()
+    assert ask(vllm, prompt, {"capture": True, "spans": spans}).tokens == truth(prompt)
+    assert grown(vllm, before, "captured_chunks") == 3
+    assert captured(vllm, daemon, prompt) == [(128, "system"), (278, "live"), (428, "live")]
+    with daemon.client() as client:
+        mine = namespace_digest(namespace(vllm)).hex()
+        (record,) = (one for one in client.stats()["namespaces"] if one["digest"] == mine)
+    # Nine blocks of the prompt, and of each document what no such block is: the first two of the first are two.
+    assert record["blocks"]["host"] == 9 + 1 + 3 + 3
+    again = ask(vllm, prompt, {"capture": True, "spans": spans})
+    assert again.tokens == truth(prompt)
+    assert grown(vllm, before, "captured_chunks") == 3  # all of them are there, made behind these very tokens
+
+
+def test_what_was_captured_there_serves_another_prompt(
+    vllm: Engine, daemon: Daemon, truth: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with daemon.client() as client:
+        client.drop(None, namespace=namespace(vllm))
+    prompt, spans = prompt_of(*DOCS)
+    ask(vllm, prompt, {"capture": True, "spans": spans})
+    monkeypatch.setattr("kvstore_connectors.vllm.blend_scheduler.MOST_COMPUTED", 1.0)
+    other, _ = prompt_of(*DOCS[::-1])
+    before = vllm.metrics()
+    assert ask(vllm, other, {"blend": True, "share": 1.0}).tokens == truth(other)
+    assert grown(vllm, before, "blend_prompts") == 1
+    part = ask(vllm, other, {"blend": True, "share": 0.2})
+    assert part.cached == len(other) - 1
+
+
+def test_an_exact_prompt_in_which_no_variant_fits_brings_a_better_one(vllm: Engine, daemon: Daemon) -> None:
+    prompt, spans = prompt_of(*DOCS[:2])
+    assert captured(vllm, daemon, prompt) == [(128, "isolated"), (278, "isolated")]
+    ask(vllm, prompt, {"capture": True, "spans": spans})
+    assert captured(vllm, daemon, prompt) == [(128, "system"), (278, "live")]
+
+
+def test_who_lacks_the_labels_gets_nothing(vllm: Engine, daemon: Daemon, truth: Any) -> None:
+    with daemon.client() as client:
+        client.drop(None, namespace=namespace(vllm))
+    prompt, spans = prompt_of(*DOCS)
+    ask(vllm, prompt, {"capture": True, "spans": spans, "labels": ["board"]})
+    with daemon.client() as client:  # its exact prefix is no secret: leave only the chunks behind
+        assert captured(vllm, daemon, prompt) == []
+        assert len(captured(vllm, daemon, prompt, labels=["board"])) == 3
+    other, _ = prompt_of(*DOCS[::-1])
+    before = vllm.metrics()
+    assert ask(vllm, other, {"blend": True}).tokens == truth(other)
+    assert grown(vllm, before, "blend_prompts") == 0
+    ask(vllm, prompt_of(DOCS[2], DOCS[1])[0], {"blend": True, "labels": ["board", "staff"]})
+    assert grown(vllm, before, "blend_prompts") == 1
 
 
 # -- faults ------------------------------------------------------------------------------------------------------------
