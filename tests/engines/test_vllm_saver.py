@@ -27,6 +27,9 @@ class FakePages:
     def mark(self) -> Any:
         return "after"
 
+    def reach(self, piece: Any) -> Any:
+        return piece
+
     def hold(self, event: Any) -> None:
         self.held.append(event)
 
@@ -88,6 +91,28 @@ def test_the_engine_waits_on_the_device_for_pages_that_are_being_gathered() -> N
     assert bench.over.wait(WAIT_S)
     assert bench.done == [True, True]
     bench.saver.close()
+
+
+def test_a_job_of_many_blocks_lets_the_engine_in_between() -> None:
+    """What was gathered by then is waited for, what was not is given up."""
+    bench = Bench()
+    take, calls = bench.pages.take, []
+
+    def second_batch(pieces: Any, after: Any) -> Any:
+        calls.append(len(pieces))
+        if len(calls) == 2:
+            bench.saver.guard([0, 70])
+        return take(pieces, after)
+
+    bench.pages.take = second_batch  # type: ignore[method-assign]
+    bench.room.set()
+    bench.pages.arrived.set()
+    bench.submit(*([i] for i in range(80)))
+    assert bench.over.wait(WAIT_S)
+    bench.saver.close()
+    assert bench.pages.held == ["taken"]
+    assert [i for i, done in enumerate(bench.done) if not done] == [70]
+    assert sum(calls) == 79
 
 
 def test_what_the_engine_writes_is_not_known_then_it_may_be_anything() -> None:

@@ -211,15 +211,15 @@ class DevicePages(Pages):
         """See `Pages.load_all`."""
         if after is not None:
             self._in.wait_event(after)
-        self._loads.load([self._host_part(piece) for piece in pieces], self._scatter, self._in)
+        self._loads.load([self.reach(piece) for piece in pieces], self._scatter, self._in)
         self._in.synchronize()
 
     def load(self, payload: Bytes, first: int, engine_ids: Sequence[int], after: Any = None) -> None:
         """See `Pages.load`."""
         self.load_all([Piece([payload], first, engine_ids)], after)
 
-    def take(self, pieces: Sequence[Piece], after: Any = None) -> tuple[torch.cuda.Event, torch.cuda.Event]:
-        """Queue the copying of whole blocks out of the cache.
+    def take(self, parts: Sequence[HostPart], after: Any = None) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        """Queue the copying of whole blocks, made ready by `reach`, out of the cache.
 
         Returns
         -------
@@ -228,14 +228,15 @@ class DevicePages(Pages):
         """
         if after is not None:
             self._out.wait_event(after)
-        return self._saves.store([self._host_part(piece) for piece in pieces], self._gather, self._out)
+        return self._saves.store(parts, self._gather, self._out)
 
     def save(self, engine_ids: Sequence[int], into: Bytes) -> None:
         """See `Pages.save`."""
-        _, arrived = self.take([Piece([into], 0, engine_ids)], self.mark())
+        _, arrived = self.take([self.reach(Piece([into], 0, engine_ids))], self.mark())
         arrived.synchronize()
 
-    def _host_part(self, piece: Piece) -> HostPart:
+    def reach(self, piece: Piece) -> HostPart:
+        """Make a block's memory known to the device; the first time it is met that takes some milliseconds."""
         for part in piece.parts:
             host.register(part)
         pieces = [torch.from_numpy(part) for part in piece.parts]

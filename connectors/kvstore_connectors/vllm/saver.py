@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from kvstore_connectors.vllm.jobs import SaveBlock, SaveJob
     from kvstore_connectors.vllm.transfers import Fill
 
+AT_ONCE = 4
+"""Blocks that are queued in one go: the engine's thread may wait for that, well below a millisecond."""
+
 Store = Callable[["SaveJob", "Fill"], None]
 
 
@@ -29,14 +32,28 @@ class _Open:
 
     __slots__ = ("after", "engine_ids", "job", "overtaken", "taken")
 
+    job: SaveJob
+    after: Any
+
     def __init__(self, job: SaveJob, after: Any) -> None:
         self.job = job
         self.after = after
         self.engine_ids = {one for block in job.blocks for one in block.engine_ids}
         self.overtaken: set[int] = set()
         """Engine blocks that got another use before their turn came."""
-        self.taken: Any = None
-        """Event: the pages are no longer needed. None before they are being gathered."""
+        self.taken: list[tuple[set[int], Any]] = []
+        """Engine blocks that are being gathered, with the event after which they are no longer needed."""
+
+    def used_again(self, fresh: Collection[int] | None) -> list[Any]:
+        """Give up what is still to be gathered of some blocks (None: of all); the events to wait for, of the others."""
+        hit = self.engine_ids if fresh is None else self.engine_ids.intersection(fresh)
+        events = []
+        for ids, event in self.taken:
+            if not hit.isdisjoint(ids):
+                events.append(event)
+                hit = hit - ids
+        self.overtaken |= hit
+        return events
 
 
 class Saver:
@@ -75,11 +92,8 @@ class Saver:
             return
         with self._change:
             for entry in self._open:
-                hit = entry.engine_ids if fresh is None else entry.engine_ids.intersection(fresh)
-                if hit and entry.taken is not None:
-                    self._pages.hold(entry.taken)
-                elif hit:
-                    entry.overtaken |= hit
+                for event in entry.used_again(fresh):
+                    self._pages.hold(event)
 
     def close(self) -> None:
         """End the thread after the job it is at; the others are dropped."""
@@ -105,14 +119,19 @@ class Saver:
 
     def _fill(self, entry: _Open, rooms: Sequence[tuple[SaveBlock, Room]]) -> list[bool]:
         """Gather into the rooms and wait until the bytes are there; whether each block was still whole."""
-        with self._change:
-            whole = [entry.overtaken.isdisjoint(block.engine_ids) for block, _ in rooms]
-            pieces = [
-                Piece(room.parts, 0, block.engine_ids) for (block, room), ok in zip(rooms, whole, strict=True) if ok
-            ]
-            self._tally.add("save_overtaken", len(rooms) - len(pieces))
-            if not pieces:
-                return whole
-            entry.taken, arrived = self._pages.take(pieces, entry.after)
-        arrived.synchronize()
-        return whole
+        done: list[bool] = []
+        arrived = None
+        parts = [self._pages.reach(Piece(room.parts, 0, block.engine_ids)) for block, room in rooms]
+        for start in range(0, len(rooms), AT_ONCE):
+            with self._change:
+                here = range(start, min(start + AT_ONCE, len(rooms)))
+                whole = [entry.overtaken.isdisjoint(rooms[i][0].engine_ids) for i in here]
+                chosen = [i for i, ok in zip(here, whole, strict=True) if ok]
+                if chosen:
+                    taken, arrived = self._pages.take([parts[i] for i in chosen], entry.after)
+                    entry.taken.append(({one for i in chosen for one in rooms[i][0].engine_ids}, taken))
+                done += whole
+        self._tally.add("save_overtaken", done.count(False))
+        if arrived is not None:
+            arrived.synchronize()
+        return done
