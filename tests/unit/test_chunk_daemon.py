@@ -1,4 +1,4 @@
-"""Chunks through a whole daemon: stored, found, reused by who may only, gone with their blocks, back after a restart."""
+"""Chunks through a whole daemon: stored, found, reused by who may, gone with their blocks, back after a restart."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from conftest import MakeDaemon
 from daemons import DaemonProcess, until
 
-from kvstore.client import KVStoreClient, Loaded, Room, chunk_keys, chunk_parts
+from kvstore.client import AsyncKVStoreClient, KVStoreClient, Loaded, Room, chunk_keys, chunk_parts
 from kvstore.errors import InvalidParams
 from kvstore.keys import prefix_keys
 from kvstore.types import Miss, Namespace, TierCode
@@ -121,6 +121,24 @@ def test_a_block_that_is_a_prefix_already_is_not_stored_twice(shared_daemon: Dae
         )
         client.drop([names[0]], namespace=NS)
         assert client.match(chunk, find=True, namespace=NS)[0] == []
+
+
+async def test_the_other_face_of_the_client_matches_too(shared_daemon: DaemonProcess):
+    with shared_daemon.client() as client:
+        put(client, ids(40, 45))
+    async with AsyncKVStoreClient(shared_daemon.socket, namespace=NS) as other:
+        (found,), absent = await other.match(ids(40, 45), spans=[(0, 40)])
+        assert (found.start, found.stop, absent) == (0, 40, [])
+        with pytest.raises(InvalidParams, match="262144"):
+            await other.match(np.zeros(262_145, np.int32))
+
+
+def test_chunks_that_are_empty_or_too_long_are_refused_before_anything_is_sent():
+    for tokens in (ids(0, 1), ids(8193, 1)):
+        with pytest.raises(InvalidParams, match="tokens"):
+            chunk_parts(NS, tokens)
+    with pytest.raises(InvalidParams, match="512 blocks"):
+        chunk_parts(msgspec.structs.replace(NS, block_tokens=8), ids(8000, 1))
 
 
 def test_dropped_blocks_leave_the_index(shared_daemon: DaemonProcess):
