@@ -110,7 +110,7 @@ class Desk:
         return held
 
     def savings_state(self) -> dict[str, Any]:
-        """Tokens served instead of computed, at least how many seconds that saved, and of how many tokens that is known.
+        """Tokens served instead of computed, the seconds that saved at least, and of how many tokens that is known.
 
         Ranks of one engine each hold their part of the same tokens, so each counts for its share.
         """

@@ -106,19 +106,24 @@ class Loads:
         out[1:] = ahead_s + fixed_s + np.cumsum(each)
         return out
 
-    def learn(self, tiers: Sequence[TierCode], forecast_s: float, seconds: float) -> None:
-        """A load of these blocks has ended; `forecast_s` was what `seconds` had said, `ahead_s` left out."""
+    def learn(self, tiers: Sequence[TierCode], forecast_s: float, seconds: float, *, at_least: bool = False) -> None:
+        """A load of these blocks has ended; `forecast_s` was what `seconds` had said, `ahead_s` left out.
+
+        With `at_least` it was given up: it would have taken longer, so nothing gets faster by it.
+        """
         if not tiers:
             return
         lower = [tier for tier in tiers if tier != TierCode.HOST]
         if not lower:
-            self._copy.add((1.0, len(tiers)), seconds)
+            x = (1.0, len(tiers))
+            if not at_least or seconds > self._copy(x):
+                self._copy.add(x, seconds)
             return
         fixed_s, block_s = self._copy.coefficients
         memory_s = fixed_s + block_s * len(tiers)
         if forecast_s - memory_s > 0:
             tier = max(set(lower), key=lower.count)
-            off = max(seconds - memory_s, 0.0) / (forecast_s - memory_s)
+            off = max((seconds - memory_s) / (forecast_s - memory_s), 1.0 if at_least else 0.0)
             before = self._factor.get(tier, 1.0)
             self._factor[tier] = min(max(before * (0.7 + 0.3 * off), 0.5), 4.0)
 
@@ -167,8 +172,7 @@ def choose(load_s: Floats, compute_s: Floats | None, *, measured: bool) -> Choic
         return Choice(blocks, matched, load_s=float(load_s[blocks]) if measured else None)
     total = load_s + compute_s
     if not measured:
-        # The load finds out. It is believed for a part of the time that computing would take, once.
-        deadline = SLACK_S + float(load_s[-1]) + PATIENCE * float(compute_s[0] - compute_s[-1])
+        deadline = float(load_s[-1]) + _patience(compute_s, matched)
         return Choice(matched, matched, other_s=float(total[0]), deadline_s=deadline)
     blocks = int(np.flatnonzero(total <= total.min() * (1 + SAME))[-1])
     if blocks and total[blocks] > total[0] * (1 - MARGIN):
@@ -179,3 +183,15 @@ def choose(load_s: Floats, compute_s: Floats | None, *, measured: bool) -> Choic
     loading = float(load_s[blocks])
     patience = PATIENCE * max(loading, float(total[0] - total[blocks]))
     return Choice(blocks, matched, loading, float(total[blocks]), float(total[0]), loading + SLACK_S + patience)
+
+
+def find_out(compute_s: Floats, blocks: int) -> Choice:
+    """Load the first so many blocks though that seems not worth it, to see whether it still is so."""
+    deadline = _patience(compute_s, blocks)
+    total = deadline + float(compute_s[blocks])
+    return Choice(blocks, len(compute_s) - 1, deadline, total, float(compute_s[0]), deadline)
+
+
+def _patience(compute_s: Floats, blocks: int) -> float:
+    """How long a load that finds out what loads cost is believed: for a part of the time that computing would take."""
+    return SLACK_S + PATIENCE * float(compute_s[0] - compute_s[blocks])

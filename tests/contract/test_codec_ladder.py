@@ -1,4 +1,4 @@
-"""A tier that encodes keeps the contract of tiers; beyond it, exact stays exact, and blocks shrink before any leaves."""
+"""A tier that encodes keeps the contract of tiers; exact stays exact, and blocks shrink before any leaves."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ ahead), to when its output is back. A load takes from when the engine took it up
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,10 +15,14 @@ import numpy as np
 
 from kvstore.types import TierCode
 from kvstore_connectors.base import Tally, log
-from kvstore_connectors.choice import Choice, Loads, Prefill, Speeds, choose
+from kvstore_connectors.choice import Choice, Loads, Prefill, Speeds, choose, find_out
 
 PROBE_S = 10.0
-"""A tier that is not worth loading from is read a little this often, lest its estimate stay what it was for ever."""
+"""A tier that is not worth loading from is looked at this often, lest its estimate stay what it was for ever: a block
+is brought up from a lower one, and from memory one request is loaded all the same, within a deadline."""
+
+MAX_STEPS = 64
+"""Steps that are timed at once; an engine plans a few ahead, and one that was not reported is not waited for."""
 
 
 @dataclass(slots=True)
@@ -69,7 +74,8 @@ class Decisions:
         self._steps: dict[int, tuple[float, list[tuple[int, int]], list[str]]] = {}
         """Of steps that are under way: when planned, what they compute, whose first token they bring."""
         self._last_output = 0.0
-        self._probed = -PROBE_S
+        self._probed = self._from_memory = -math.inf
+        """When a lower tier was last looked at, and when something was last loaded from memory."""
 
     # -- the choice ----------------------------------------------------------------------------------------------------
 
@@ -77,14 +83,20 @@ class Decisions:
         """Split the matched blocks of a prompt of `n_tokens`, of which the engine has the first `n_local`."""
         if self._always:
             return Choice(len(tiers), len(tiers))
-        load_s = self.loads.seconds(tiers, speeds, self.block_bytes, self._ahead_s())
+        ahead_s = self._ahead_s()
+        load_s = self.loads.seconds(tiers, speeds, self.block_bytes, ahead_s)
         measured = all(tier in speeds for tier in set(tiers) - {TierCode.HOST})
         compute_s = None
         if self.prefill.known:
             first = n_local // self._block_tokens
             starts = (first + np.arange(len(tiers) + 1)) * self._block_tokens
             compute_s = self.prefill.seconds(np.clip(starts, n_local, n_tokens - 1), n_tokens)
-        return choose(load_s, compute_s, measured=measured)
+        choice = choose(load_s, compute_s, measured=measured)
+        in_memory = next((at for at, tier in enumerate(tiers) if tier != TierCode.HOST), len(tiers))
+        due = self._clock() - self._from_memory >= PROBE_S
+        if due and in_memory and not choice.blocks and compute_s is not None and not ahead_s:
+            return find_out(compute_s, in_memory)
+        return choice
 
     def _ahead_s(self) -> float:
         """What is left, by forecast, of loads under way: they are done one after the other."""
@@ -104,8 +116,10 @@ class Decisions:
 
     def taken(self, name: str, choice: Choice, tiers: Sequence[TierCode], loading: bool) -> None:
         """The engine goes by a choice."""
-        ahead_s = self._ahead_s()
-        self._open[name] = Open(choice, list(tiers), self._clock(), ahead_s, loading)
+        now, ahead_s = self._clock(), self._ahead_s()
+        self._open[name] = Open(choice, list(tiers), now, ahead_s, loading)
+        if TierCode.HOST in tiers[: choice.blocks]:
+            self._from_memory = now
         kind = "recompute" if not choice.blocks else "load" if choice.blocks == choice.matched else "part"
         self._tally.add(f"choice_{kind}")
         self._tally.add("chosen_recompute_tokens", (choice.matched - choice.blocks) * self._block_tokens)
@@ -120,9 +134,9 @@ class Decisions:
             seconds = self._clock() - one.began - one.ahead_s
             wanted = one.tiers[: one.choice.blocks]
             if one.choice.load_s is not None and wanted:
-                # All that is known is that the rest would have taken longer than what has passed.
-                share = max(blocks, 1) / len(wanted)
-                self.loads.learn(wanted, (one.choice.load_s - one.ahead_s) * share, seconds)
+                came = wanted[: blocks + 1]  # with the one that did not: it is what was waited for
+                forecast = (one.choice.load_s - one.ahead_s) * len(came) / len(wanted)
+                self.loads.learn(came, forecast, seconds, at_least=True)
 
     def loads_ended(self, names: Sequence[str]) -> None:
         """Loads beside the batch have ended, well or not."""
@@ -134,9 +148,9 @@ class Decisions:
             seconds = self._clock() - one.began
             self._tally.add("load_actual_seconds", seconds)
             self._tally.add("load_forecast_seconds", one.choice.load_s or 0.0)
-            if not one.spoiled:
+            if not one.spoiled and seconds > one.ahead_s:  # else nothing but that what was ahead took less than thought
                 forecast = (one.choice.load_s or 0.0) - one.ahead_s
-                self.loads.learn(one.tiers[: one.choice.blocks], forecast, max(seconds - one.ahead_s, 1e-6))
+                self.loads.learn(one.tiers[: one.choice.blocks], forecast, seconds - one.ahead_s)
 
     def planned(self, step: int, spans: Mapping[str, tuple[int, int, int]], pure: bool) -> bool:
         """A step was planned: of each request (first position, tokens, tokens of its prompt). Whether to time it.
@@ -149,6 +163,8 @@ class Decisions:
             return False
         computed = [(start, count) for start, count, _ in spans.values()] if pure else []
         self._steps[step] = (self._clock(), computed, first)
+        if len(self._steps) > MAX_STEPS:
+            del self._steps[min(self._steps)]
         return True
 
     def output(self, timed: Mapping[int, float]) -> None:
