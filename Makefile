@@ -101,7 +101,7 @@ $(VENV)/.ready: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/.ready-test: $(VENV)/.ready
 	@echo "kvstore: installing what the tests need"
-	@$(VENV)/bin/python -m pip install $(PIP_QUIET) -e ".[test,dev,deploy]"
+	@$(VENV)/bin/python -m pip install $(PIP_QUIET) -e ".[test,dev,deploy,trace]"
 	@touch $@
 
 $(VENV)/.ready-site: $(VENV)/.ready
