@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from daemons import TOKEN, Bystander, DaemonProcess, free_port
+from daemons import TOKEN, Bystander, DaemonProcess, MakeDaemon, free_port
 from hypothesis import settings
 
 # The same examples every time, and no time limit on one of them: the machine may be busy.
 settings.register_profile("kvstore", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("kvstore")
-
-MakeDaemon = Callable[..., DaemonProcess]
 
 
 @pytest.fixture

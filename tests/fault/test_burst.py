@@ -14,8 +14,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from conftest import MakeDaemon
-from daemons import NAMESPACE, DaemonProcess, header, is_miss, is_refused, is_right, key, payload, until
+from daemons import NAMESPACE, DaemonProcess, MakeDaemon, header, is_miss, is_refused, is_right, key, payload, until
 
 from kvstore import AsyncKVStoreClient, KVStoreClient
 from kvstore.types import Dropped, DropReason, Exists, MissReason, Stored, TierCode

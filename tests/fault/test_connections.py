@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from conftest import MakeDaemon
 from daemons import (
     NAMESPACE,
     NS,
@@ -22,6 +21,7 @@ from daemons import (
     Bystander,
     Closed,
     DaemonProcess,
+    MakeDaemon,
     Raw,
     Refused,
     free_port,

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import MakeDaemon
-from daemons import NAMESPACE, DaemonProcess, Raw, header, is_miss, is_right, key, payload, process, until
+from daemons import NAMESPACE, DaemonProcess, MakeDaemon, Raw, header, is_miss, is_right, key, payload, process, until
 
 from kvstore import KVStoreClient, Namespace
 from kvstore.errors import DirectoryUnusable, KVStoreError, Unavailable

@@ -9,8 +9,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from conftest import MakeDaemon
-from daemons import DaemonProcess
+from daemons import DaemonProcess, MakeDaemon
 
 torch = pytest.importorskip("torch")
 

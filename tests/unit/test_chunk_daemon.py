@@ -5,8 +5,7 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 import pytest
-from conftest import MakeDaemon
-from daemons import DaemonProcess, until
+from daemons import DaemonProcess, MakeDaemon, until
 
 from kvstore.client import AsyncKVStoreClient, KVStoreClient, Loaded, Room, chunk_keys, chunk_parts
 from kvstore.errors import InvalidParams

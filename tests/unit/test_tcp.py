@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
-from conftest import MakeDaemon
 from daemons import (
     NAMESPACE,
     NS,
@@ -16,6 +15,7 @@ from daemons import (
     TOKEN,
     Bystander,
     DaemonProcess,
+    MakeDaemon,
     Raw,
     free_port,
     header,

@@ -6,8 +6,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
-from conftest import MakeDaemon
-from daemons import NAMESPACE, free_port, key, store
+from daemons import NAMESPACE, MakeDaemon, free_port, key, store
 
 from kvstore import KVStoreClient
 from kvstore.errors import ConfigError, LeaseExpired

@@ -12,8 +12,7 @@ from typing import Any
 import aiohttp
 import pytest
 import pytest_asyncio
-from conftest import MakeDaemon
-from daemons import NAMESPACE, NS, free_port, payload, store, until
+from daemons import NAMESPACE, NS, MakeDaemon, free_port, payload, store, until
 
 from kvstore import KVStoreClient
 from kvstore.chain import TierChain
