@@ -213,6 +213,10 @@ class DaemonProcess:
             self._process.join()
 
 
+MakeDaemon = Callable[..., DaemonProcess]
+"""Makes a daemon that is not started yet; parameters as of `DaemonProcess`."""
+
+
 def _run(settings: dict[str, str], constants: dict[str, Any], log: str, die_at: str, nth: int) -> None:
     """In the new process: be a daemon."""
     from kvstore import config, daemon

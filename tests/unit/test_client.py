@@ -17,8 +17,20 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import pytest
-from conftest import MakeDaemon
-from daemons import NAMESPACE, SMALL, DaemonProcess, header, is_miss, is_right, key, payload, process, store, until
+from daemons import (
+    NAMESPACE,
+    SMALL,
+    DaemonProcess,
+    MakeDaemon,
+    header,
+    is_miss,
+    is_right,
+    key,
+    payload,
+    process,
+    store,
+    until,
+)
 
 from kvstore import AsyncKVStoreClient, KVStoreClient, Namespace
 from kvstore.client.core import Core

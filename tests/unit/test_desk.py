@@ -6,8 +6,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from conftest import MakeDaemon
-from daemons import NAMESPACE, NS, DaemonProcess, payload, store
+from daemons import NAMESPACE, NS, DaemonProcess, MakeDaemon, payload, store
 
 from kvstore import KVStoreClient
 from kvstore.client import operator

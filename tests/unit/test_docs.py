@@ -9,7 +9,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
-from conftest import MakeDaemon
+from daemons import MakeDaemon
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from conftest import MakeDaemon
-from daemons import NAMESPACE, NS, TOKEN, DaemonProcess, key, payload, store
+from daemons import NAMESPACE, NS, TOKEN, DaemonProcess, MakeDaemon, key, payload, store
 
 from kvstore import AsyncKVStoreClient, KVStoreClient
 from kvstore.client import EventStream, Mirror

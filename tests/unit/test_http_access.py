@@ -12,8 +12,7 @@ import aiohttp
 import msgspec
 import pytest
 import pytest_asyncio
-from conftest import MakeDaemon
-from daemons import NAMESPACE, NS, free_port, store
+from daemons import NAMESPACE, NS, MakeDaemon, free_port, store
 
 from kvstore import KVStoreClient
 from kvstore.errors import BY_CODE, ConfigError, RequestError
