@@ -14,6 +14,7 @@ import pytest
 from kit import Daemon, Engine, engine, numbers
 
 from kvstore.errors import ConfigError
+from kvstore_connectors.vllm.pages import HostPages
 from kvstore_connectors.vllm.transfers import Transfers
 
 PROMPT = 700
@@ -135,15 +136,15 @@ def test_struck_while_bytes_are_copied(
 ) -> None:
     """The memory stays mapped, so nothing crashes; but the lease is gone, so nothing of it is used."""
     vllm.ask(numbers(PROMPT, 6))
-    copy_in = Transfers._copy_in
+    copy_in = HostPages.load
 
-    def strike(self: Transfers, *args: Any, **kwargs: Any) -> None:
+    def strike(self: HostPages, *args: Any, **kwargs: Any) -> None:
         running.send(signal.SIGKILL)
         time.sleep(0.05)
         copy_in(self, *args, **kwargs)
 
     before = vllm.metrics()
-    monkeypatch.setattr(Transfers, "_copy_in", strike)
+    monkeypatch.setattr(HostPages, "load", strike)
     assert vllm.ask(numbers(PROMPT, 6))[0].tokens == truth[6]
     after = vllm.metrics()
     assert after["kvstore_recomputed_tokens"] - before["kvstore_recomputed_tokens"] == 640
