@@ -28,7 +28,7 @@ from kvstore.eviction import make_policy
 from kvstore.eviction.base import EvictionPolicy, Item
 
 SHARES = (1, 2, 5, 10, 20)
-POLICIES = ("lhd", "lru", "arc", "mq", "s3-fifo", "gdsf")
+POLICIES = ("lhd", "chooser", "lru", "arc", "mq", "s3-fifo", "gdsf")
 BEST_KNOWN = {
     "mooncake_conversation": {2: 14.1, 5: 22.1, 10: 29.2, 20: 34.5},
     "ragpulse": {1: 48.5, 5: 62.6},

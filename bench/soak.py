@@ -174,7 +174,8 @@ def everything(addresses: list[str], http: str, pid: int, seconds: float, seed: 
     for process in running:
         out, _ = process.communicate(timeout=120)
         seen.update(json.loads(out or "{}"))
-    return {"killed": killed, "scrapes": scrapes, "seen_by_survivors": dict(seen), "private_mib_peak": max(private)}
+    minutes = [round(value, 1) for value in private[::12]]
+    return {"killed": killed, "scrapes": scrapes, "seen_by_survivors": dict(seen), "private_mib_by_minute": minutes}
 
 
 def main() -> None:

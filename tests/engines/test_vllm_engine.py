@@ -206,9 +206,9 @@ def test_reset_with_the_connector_forgets_everything(vllm: Engine, truth: Any) -
 
 def test_block_table_followed_without_the_engines_help(vllm: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM 0.26 does not say a request's block table with each step; what we follow ourselves has to be the same."""
-    from kvstore_connectors.vllm.scheduler import SchedulerSide
+    from kvstore_connectors.vllm.saves import Saves
 
-    told = SchedulerSide._table
+    told = Saves.table
     seen = []
 
     def compare(name: str, tracked: Any, output: Any) -> list[int]:
@@ -216,7 +216,7 @@ def test_block_table_followed_without_the_engines_help(vllm: Engine, monkeypatch
         seen.append((list(ids), list(tracked.engine_ids)))
         return ids
 
-    monkeypatch.setattr(SchedulerSide, "_table", staticmethod(compare))
+    monkeypatch.setattr(Saves, "table", staticmethod(compare))
     vllm.ask(numbers(500, 12), numbers(430, 13), max_tokens=70)
     vllm.ask(numbers(500, 12), numbers(300, 14), max_tokens=70)
     assert len(seen) > 6

@@ -8,10 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
-
-import numpy as np
 
 from kvstore.types import Namespace, TierCode
 from kvstore_connectors.base import Tally, report_defect
@@ -19,9 +16,11 @@ from kvstore_connectors.choice import Choice
 from kvstore_connectors.vllm.blend_jobs import BlendJob
 from kvstore_connectors.vllm.blend_scheduler import Blends
 from kvstore_connectors.vllm.decisions import Decisions
-from kvstore_connectors.vllm.identity import Scope, request_namespace, request_scope
-from kvstore_connectors.vllm.jobs import ConnectorMeta, LoadJob, Report, SaveBlock, SaveJob
+from kvstore_connectors.vllm.identity import request_namespace, request_scope
+from kvstore_connectors.vllm.jobs import ConnectorMeta, LoadJob, Report
 from kvstore_connectors.vllm.lookups import Lookups, Query
+from kvstore_connectors.vllm.saves import Saves
+from kvstore_connectors.vllm.tracked import Tracked
 
 FIRST_WAIT_S = 0.0003
 """Most lookups are answered within this time, so that a request need not wait for another scheduling round."""
@@ -31,57 +30,6 @@ IDLE_WAIT_S = 0.001
 
 ANSWER_LIFE_S = 10.0
 """An answer older than this is asked for again: a request may wait long for its turn."""
-
-
-@dataclass(slots=True)
-class Tracked:
-    """What is known of a request from its arrival to its end.
-
-    Attributes
-    ----------
-    query : Query or None
-        The lookup of its blocks.
-    n_local : int
-        Tokens that the engine had by itself when it last asked.
-    loading : list of int
-        Engine blocks of the last load, to recognise it when blocks are reported as failed.
-    engine_ids : list of int
-        The request's block table.
-    computed : int
-        Tokens that the engine had computed when the last step was planned.
-    saved : int
-        kvstore blocks from the start that need no save.
-    present : int
-        Blocks, bitwise, that the daemon was known to have.
-    given_up : bool
-        A load failed: this request computes for itself.
-    private : bool
-        Its KV may stem from weights that are gone: it is not stored.
-    sources : list of TierCode
-        Where the blocks of the last promise are.
-    choice : Choice or None
-        How much of what the daemon has is loaded, as last decided.
-    matched : list of TierCode
-        Where the blocks are that were decided about.
-    deadline_s : float
-        When the load under way gives up; 0 for the usual time.
-    """
-
-    request: Any
-    scope: Scope
-    query: Query | None = None
-    n_local: int = 0
-    loading: list[int] = field(default_factory=list)
-    engine_ids: list[int] = field(default_factory=list)
-    computed: int = -1
-    saved: int = 0
-    present: int = 0
-    given_up: bool = False
-    private: bool = False
-    sources: list[TierCode] = field(default_factory=list)
-    choice: Choice | None = None
-    deadline_s: float = 0.0
-    matched: list[TierCode] = field(default_factory=list)
 
 
 class SchedulerSide:
@@ -127,6 +75,7 @@ class SchedulerSide:
         self._may_save = may_save
         self._ranks: list[Namespace] = []
         self._requests: dict[str, Tracked] = {}
+        self._saves = Saves(self._requests, engine_block, block_tokens, blends)
         self._promised: dict[str, tuple[int, int]] = {}
         """First token and number of tokens of loads that were promised in this step."""
         self._epoch = ""
@@ -338,7 +287,9 @@ class SchedulerSide:
         if meta.blends or (meta.loads and not self._async):
             self._unconfirmed[self._step] = len(self._ranks)
         try:
-            self._plan_saves(meta, output)
+            self._saves.follow(output)
+            if self._may_save:
+                self._saves.plan(meta, output, hold=bool(self._unconfirmed))
         except Exception:  # the loads have to reach the workers whatever happens here
             meta.saves = []
             report_defect("planning saves")
@@ -383,80 +334,6 @@ class SchedulerSide:
         """A step's output is back; some loads beside the batch have ended."""
         self._decisions.loads_ended(loaded)
         self._decisions.output({} if report is None else report.timed)
-
-    def _follow_tables(self, output: Any) -> None:
-        for new in output.scheduled_new_reqs:
-            tracked = self._requests.get(new.req_id)
-            if tracked is not None:
-                tracked.engine_ids = list(new.block_ids[0])
-        cached = output.scheduled_cached_reqs
-        resumed = getattr(cached, "resumed_req_ids", ())
-        for name, new_ids in zip(cached.req_ids, cached.new_block_ids, strict=True):
-            tracked = self._requests.get(name)
-            if tracked is None or new_ids is None:
-                continue
-            if name in resumed:
-                tracked.engine_ids = list(new_ids[0])
-            else:
-                tracked.engine_ids.extend(new_ids[0])
-
-    def _plan_saves(self, meta: ConnectorMeta, output: Any) -> None:
-        self._follow_tables(output)
-        for name, count in output.num_scheduled_tokens.items():
-            tracked = self._requests.get(name)
-            if tracked is None or tracked.private or not self._may_save:
-                continue
-            self._follow_progress(tracked)
-            # While a synchronous load is not confirmed by every rank, KV computed on top of it may be wrong: on other
-            # ranks too, and for other requests that share its blocks. Nothing is stored until then; it is made up for.
-            if not self._unconfirmed:
-                blocks = self._fresh_blocks(name, tracked, count, output)
-                if blocks:
-                    meta.saves.append(SaveJob(name, tracked.scope, blocks))
-                if self._blends is not None:
-                    table, hashes = self._table(name, tracked, output), tracked.request.block_hashes
-                    meta.captures += self._blends.captures(name, tracked.computed + count, table, hashes)
-
-    def _follow_progress(self, tracked: Tracked) -> None:
-        computed = tracked.request.num_computed_tokens
-        if tracked.computed < 0:
-            tracked.saved = computed // self._block_tokens  # what lies before is the engine's own or was loaded
-        elif computed < tracked.computed:  # resumed, or sent back after a failed load
-            tracked.saved = min(tracked.saved, computed // self._block_tokens)
-        tracked.computed = computed
-
-    def _fresh_blocks(self, name: str, tracked: Tracked, count: int, output: Any) -> list[SaveBlock]:
-        """Blocks that are full after this step and are not known to be stored."""
-        full = min((tracked.computed + count) // self._block_tokens, self._full_hashes(tracked))
-        exact = None if self._blends is None else self._blends.exact_tokens(name)
-        if exact is not None:  # what is behind is approximate: it is nobody else's
-            full = min(full, exact // self._block_tokens)
-        if full <= tracked.saved:
-            return []
-        table = self._table(name, tracked, output)
-        blocks = []
-        for index in range(tracked.saved, full):
-            ids = table[index * self._ratio : (index + 1) * self._ratio]
-            if not tracked.present >> index & 1 and len(ids) == self._ratio:
-                blocks.append(self._save_block(tracked.request, index, ids))
-        tracked.saved = full
-        return blocks
-
-    def _save_block(self, request: Any, index: int, ids: list[int]) -> SaveBlock:
-        size, hashes = self._block_tokens, request.block_hashes
-        tokens = np.array(request.all_token_ids[index * size : (index + 1) * size], dtype="<i4").tobytes()
-        parent = bytes(hashes[index * self._ratio - 1]) if index else b""
-        return SaveBlock(bytes(hashes[(index + 1) * self._ratio - 1]), parent, index * size, tokens, list(ids))
-
-    @staticmethod
-    def _table(name: str, tracked: Tracked, output: Any) -> list[int]:
-        """The request's block table: the engine's word where it gives it (0.32), else what was followed."""
-        state = getattr(output, "kv_connector_block_state", None)
-        if state is not None:
-            known = state.get_block_ids(name)
-            if known is not None:
-                return list(known[0])
-        return tracked.engine_ids
 
     def _rest(self) -> None:
         """Nothing to compute: wait a moment for a lookup instead of spinning."""
