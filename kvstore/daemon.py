@@ -25,11 +25,11 @@ from kvstore.errors import ConfigError, KVStoreError
 from kvstore.eviction import make_policy
 from kvstore.namespaces import describe_namespace, read_description
 from kvstore.obs.snapshot import snapshot
-from kvstore.service import Service
+from kvstore.service import Service, only_exact
 from kvstore.sockets import SocketDir
 from kvstore.tiers.base import Tier
 from kvstore.tiers.host import HostTier
-from kvstore.types import Scope, TierCode
+from kvstore.types import Namespace, Scope, TierCode
 from kvstore.units import format_size
 from kvstore.where import Where
 from kvstore.wire.fds import FdServer
@@ -39,6 +39,7 @@ from kvstore.wire.traffic import Traffic
 if TYPE_CHECKING:
     from kvstore.http import HttpServer
     from kvstore.obs.trace import Tracing
+    from kvstore.profile import Profiles
     from kvstore.remote_events import EventExchange
 
 log = logging.getLogger("kvstore.daemon")
@@ -72,6 +73,7 @@ class Daemon:
         self._exchange: EventExchange | None = None
         self._fds: FdServer | None = None
         self._tracing: Tracing | None = None
+        self._profiles: Profiles | None = None
 
     # -- start ---------------------------------------------------------------------------------------------------------
 
@@ -88,6 +90,10 @@ class Daemon:
         pins = s.limits.pin_percent / 100
         host = HostTier(s.host.bytes, make_policy(s.host.policy), s.host.slab_bytes, s.host.ahead_bytes, pins)
         host.arena.on_low = self._prepare_memory
+        if s.codecs.profiles is not None:
+            from kvstore.profile import Profiles
+
+            self._profiles = await asyncio.to_thread(Profiles, s.codecs.profiles)
         asked = {TierCode.DISK: s.disk.admission, TierCode.REDIS: s.redis.admission}
         twice = [code for code, admission in asked.items() if admission == "second"]
         self.chain = TierChain(host, self._lower_tiers(), parallel=2 * s.disk.threads, twice=twice)
@@ -101,6 +107,7 @@ class Daemon:
             event_ring=s.events.ring,
             chunk_bytes=s.chunks.index_bytes,
             chunk_variants=s.chunks.variants,
+            refuse_fidelity=self._refuse_fidelity,
         )
         self.service.snapshot = self.snapshot
         self._restore_namespaces()
@@ -139,10 +146,24 @@ class Daemon:
             )
             shielded = Breaker(disk, deadline_s=s.disk.deadline_s)
             bound = s.disk.max_bandwidth
-            tiers.append(Throttled(shielded, bound) if bound else shielded)
+            tiers.append(self._ladder(Throttled(shielded, bound) if bound else shielded, s.codecs.disk))
         if s.redis.url:
-            tiers.append(Breaker(self._redis_tier(), deadline_s=4 * s.redis.timeout_s))
+            tiers.append(self._ladder(Breaker(self._redis_tier(), deadline_s=4 * s.redis.timeout_s), s.codecs.redis))
         return tiers
+
+    def _ladder(self, tier: Tier, exact: str) -> Tier:
+        """A tier that keeps blocks encoded as their namespace allows."""
+        from kvstore.ladder import Ladder
+
+        threads = self._settings.codecs.threads
+        return Ladder(tier, self._fields, exact=exact, profiles=self._profiles, threads=threads)
+
+    def _fields(self, scope: Scope) -> Namespace | None:
+        return self.service.namespaces.fields(scope)
+
+    def _refuse_fidelity(self, namespace: Namespace) -> str:
+        """Why a namespace may not have the fidelity it asks for; empty if it may."""
+        return only_exact(namespace) if self._profiles is None else self._profiles.check(namespace)
 
     def _redis_tier(self) -> Tier:
         from kvstore.tiers.redis import RedisTier, read_key
@@ -165,7 +186,11 @@ class Daemon:
         for tier in self.chain.below:
             for scope, text in tier.descriptions().items():
                 namespace = read_description(text)
-                if namespace is not None:
+                if namespace is None:
+                    continue
+                if reason := self._refuse_fidelity(namespace):
+                    log.warning("blocks of %s, %s, cannot be read: %s.", namespace.model, namespace.fidelity, reason)
+                else:
                     self.service.namespaces.introduce(scope.domain, namespace)
         self.service.namespaces.on_new = self._describe
 

@@ -16,7 +16,8 @@
     │   ├── LeaseExpired              KV401
     │   ├── LimitExceeded             KV402
     │   ├── ShuttingDown              KV403
-    │   └── QuotaRefused              KV404  a rule about quotas that cannot be kept, or its file is bad
+    │   ├── QuotaRefused              KV404  a rule about quotas that cannot be kept, or its file is bad
+    │   └── FidelityRefused           KV405  a lossy namespace whose profile is not here, or of another model
     ├── Unavailable                   KV500  the daemon cannot be reached
     │   ├── ConnectionLost            KV501
     │   ├── DeadlineExceeded          KV502
@@ -174,6 +175,15 @@ class QuotaRefused(RequestError):
     code = "KV404"
     default_remedy = "docs/quotas.md tells how rules are written."
     http_status = 400
+
+
+class FidelityRefused(RequestError):
+    """A namespace asks for a fidelity that the daemon has no profile for, or one of another model or revision."""
+
+    code = "KV405"
+    default_remedy = (
+        "Run `kvstore calibrate` on this model and name its folder in codecs.profiles, or use `exact`."
+    )
 
 
 class Unavailable(KVStoreError):

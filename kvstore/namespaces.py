@@ -93,6 +93,11 @@ class NamespaceRegistry:
         return len(self._records)
 
 
+def is_exact(namespace: Namespace) -> bool:
+    """Whether what is handed out of a namespace is, bit by bit, what was stored."""
+    return namespace.fidelity in ("", "exact")
+
+
 def describe_namespace(namespace: Namespace) -> bytes:
     """A namespace as text that a tier keeps beside its blocks, so that a later daemon knows what they are."""
     return msgspec.json.format(msgspec.json.encode(namespace), indent=1)

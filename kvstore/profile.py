@@ -18,6 +18,7 @@ import msgspec
 from kvstore.codecs import Chain, Context, parse
 from kvstore.codecs.basis import Basis, load_basis
 from kvstore.errors import CodecError, ConfigError
+from kvstore.namespaces import is_exact
 from kvstore.rope import Rotary
 from kvstore.types import Namespace
 
@@ -62,6 +63,13 @@ class Rung(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     decode_gib_s: Measured
 
 
+class Identity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A model as namespaces name it."""
+
+    model: str
+    revision: str
+
+
 class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A model's profile.
 
@@ -71,6 +79,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         What ``lossy:NAME`` says.
     model, revision : str
         As in the namespace.
+    also : list of Identity
+        The same model as other connectors name it.
     layers, kv_heads, head_dim : int
         Shape of the model's KV.
     frequencies, interleaved, skipped_layers
@@ -92,6 +102,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     name: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
     model: str
     revision: str
+    also: list[Identity] = []
     layers: int
     kv_heads: int
     head_dim: int
@@ -125,7 +136,12 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     def refuse(self, namespace: Namespace) -> str:
         """Why the profile is not this namespace's; empty if it is."""
-        for what in ("model", "revision", "layers", "kv_heads", "head_dim"):
+        named = Identity(namespace.model, namespace.revision)
+        if named not in (Identity(self.model, self.revision), *self.also):
+            return f"profile {self.name!r} is of another model or revision than {named.model!r}, {named.revision!r}"
+        if namespace.lora:
+            return f"profile {self.name!r} was measured without the adapter {namespace.lora!r}"
+        for what in ("layers", "kv_heads", "head_dim"):
             own, other = getattr(self, what), getattr(namespace, what)
             if own != other:
                 return f"profile {self.name!r} was measured with {what} {own!r}, not {other!r}"
@@ -187,12 +203,14 @@ class Profiles:
     Raises
     ------
     ConfigError
-        A profile in it cannot be used.
+        It is no folder, or a profile in it cannot be used.
     """
 
     def __init__(self, folder: Path | None) -> None:
         self._found: dict[str, tuple[Profile, list[tuple[Rung, Chain]], Context]] = {}
-        for path in sorted(folder.glob("*.json")) if folder is not None and folder.is_dir() else ():
+        if folder is not None and not folder.is_dir():
+            raise ConfigError(f"codecs.profiles: {folder} is no folder.", "`kvstore calibrate` makes one.")
+        for path in sorted(folder.glob("*.json")) if folder is not None else ():
             profile = load_profile(path)
             bases = {}
             if profile.basis:
@@ -205,8 +223,10 @@ class Profiles:
 
     def check(self, namespace: Namespace) -> str:
         """Why a namespace's fidelity is not to be had here; empty if it is. Exact namespaces need no profile."""
-        if not namespace.fidelity.startswith(LOSSY):
+        if is_exact(namespace):
             return ""
+        if not namespace.fidelity.startswith(LOSSY):
+            return f"a fidelity is `exact` or `{LOSSY}PROFILE`"
         name = namespace.fidelity.removeprefix(LOSSY)
         found = self._found.get(name)
         return found[0].refuse(namespace) if found else f"there is no profile {name!r} here"

@@ -27,6 +27,7 @@ from kvstore.desk import Desk
 from kvstore.errors import (
     AccessError,
     AuthenticationFailed,
+    FidelityRefused,
     ForeignHandle,
     HandshakeRequired,
     InvalidParams,
@@ -38,7 +39,7 @@ from kvstore.errors import (
 from kvstore.events import EventLog
 from kvstore.feed import Feed
 from kvstore.leases import Lease, Ledger, Place, Reservation, Session
-from kvstore.namespaces import NamespaceRecord, NamespaceRegistry
+from kvstore.namespaces import NamespaceRecord, NamespaceRegistry, is_exact
 from kvstore.quota_desk import QuotaDesk
 from kvstore.tiers.host import HostBlock
 from kvstore.types import BlockHeader, BlockId, DropReason, Miss, MissReason, Namespace, Scope, Stored, TierCode
@@ -60,6 +61,11 @@ _header = msgspec.msgpack.Decoder(BlockHeader)
 _Offers = deque[tuple[int, m.Offer, BlockHeader]]
 
 
+def only_exact(namespace: Namespace) -> str:
+    """Why a namespace's fidelity is refused where there are no profiles."""
+    return "" if is_exact(namespace) else "no profile is here: codecs.profiles is not set"
+
+
 class Service:
     """The daemon's verbs over a tier chain.
 
@@ -77,6 +83,8 @@ class Service:
         Events kept for subscribers of each trust domain.
     chunk_bytes, chunk_variants : int
         Bytes of the chunk index, and variants of one chunk.
+    refuse_fidelity : callable
+        Why a namespace may not have the fidelity it asks for; empty if it may.
     """
 
     def __init__(
@@ -89,6 +97,7 @@ class Service:
         event_ring: int = 65_536,
         chunk_bytes: int = 64 << 20,
         chunk_variants: int = 5,
+        refuse_fidelity: Callable[[Namespace], str] = only_exact,
     ) -> None:
         self.chain = chain
         self.host = chain.host
@@ -109,6 +118,7 @@ class Service:
         self.hit_tokens = 0
         self.hit: Counter[int] = Counter()
         self._token = token
+        self._refuse_fidelity = refuse_fidelity
         self._max_block_bytes = max_block_bytes
         self._max_ttl_s = max_ttl_s
         self._verbs: dict[str, Callable[[Session, Any], m.Message | Awaitable[m.Message]]] = {
@@ -149,6 +159,8 @@ class Service:
         )
 
     def _introduce(self, domain: str, namespace: Namespace) -> None:
+        if reason := self._refuse_fidelity(namespace):
+            raise FidelityRefused(f"fidelity {namespace.fidelity!r} of {namespace.model!r}: {reason}.")
         self.namespaces.introduce(domain, namespace)
         if len(self.namespaces) > 2 * 4096:
             held = set(self.host.scopes()).union(*(tier.scopes() for tier in self.chain.below))

@@ -186,6 +186,26 @@ class Redis(msgspec.Struct, frozen=True, kw_only=True):
     timeout_s: Annotated[float, Rule("Longest time one command may take.", "2s", duration(0.01, 60))]
 
 
+class Codecs(msgspec.Struct, frozen=True, kw_only=True):
+    """Codecs: how lower tiers keep blocks, and what lossy namespaces may be kept by."""
+
+    disk: Annotated[
+        str,
+        Rule("How the disk tier keeps whole exact blocks: as they are, or smaller without loss.", "raw",
+             choice("raw", "lossless")),
+    ]  # fmt: skip
+    redis: Annotated[str, Rule("The same for the Redis tier.", "raw", choice("raw", "lossless"))]
+    profiles: Annotated[
+        Path | None,
+        Rule(
+            "Folder of the profiles of `kvstore calibrate`; without one no block ever loses precision.",
+            "",
+            path(optional=True),
+        ),
+    ]
+    threads: Annotated[int, Rule("Threads of each tier that encode and decode.", "2", integer(1, 64))]
+
+
 class Chunks(msgspec.Struct, frozen=True, kw_only=True):
     """Chunks: KV that is found by its own tokens and reused anywhere in a prompt."""
 
@@ -282,6 +302,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     host: Host
     disk: Disk
     redis: Redis
+    codecs: Codecs
     chunks: Chunks
     events: Events
     http: Http

@@ -18,6 +18,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 from kvstore.errors import (
     AccessError,
     ConfigError,
+    FidelityRefused,
     InternalError,
     KVStoreError,
     ProtocolError,
@@ -231,6 +232,8 @@ class Link:
             self._tally.add(f"failed_{operation}")
             if is_outage(error):
                 self._breaker.trip(error)
+            elif isinstance(error, FidelityRefused):
+                report_once(str(error))
             else:
                 log.debug("%s failed: %s", operation, error)
         except Exception:  # whatever it is, the engine goes on without us
@@ -249,6 +252,19 @@ class Link:
 
 
 _reported: set[str] = set()
+
+
+def report_once(what: str) -> None:
+    """A warning that is written the first time only."""
+    if what not in _reported:
+        _reported.add(what)
+        log.warning("%s", what)
+
+
+def check_fidelity(fidelity: str) -> None:
+    """Raise `ConfigError` unless a fidelity is one that a namespace may have; if it is to be had, the daemon says."""
+    if fidelity != "exact" and not (fidelity.startswith("lossy:") and len(fidelity) > len("lossy:")):
+        raise ConfigError(f"fidelity: {fidelity!r} is neither 'exact' nor 'lossy:PROFILE'.", "See docs/codecs.md.")
 
 
 def report_defect(where: str) -> None:

@@ -28,7 +28,7 @@ def calibrate(
     texts: Annotated[list[Path], Parameter(help="Text files or folders of them; more than one kind is better.")],
     out_folder: Annotated[Path, Parameter(name="--out", help="Folder for the profile.")] = Path("profiles"),
     name: Annotated[str, Parameter(help="Name of the profile; `lossy:NAME` asks for it.")] = "",
-    revision: Annotated[str, Parameter(help="Revision in the namespace; default: digest of the weights.")] = "",
+    revision: Annotated[str, Parameter(help="Revision in the namespace; by default as the connectors name it.")] = "",
     contexts: Annotated[int, Parameter(help="Contexts that the verdict rests on.")] = 8,
     fit_contexts: Annotated[int, Parameter(help="Contexts that the basis is fitted on; 0: no basis.")] = 24,
     tokens: Annotated[int, Parameter(help="Tokens of a context.")] = 1024,
@@ -44,21 +44,22 @@ def calibrate(
     """Measure the precision ladder on a model, and write the profile that allows its rungs in a daemon."""
     try:
         from kvstore_connectors.transformers.calibrate import Reference, cut, fit, measure
-        from kvstore_connectors.transformers.ladder import load, revision_of
+        from kvstore_connectors.transformers.ladder import identities, load
     except ImportError as error:
         raise ConfigError(f"calibrate: {error}.", "It needs torch and transformers in this environment.") from None
     from kvstore.codecs import Context, parse
-    from kvstore.profile import Profile, Rung, save_profile
+    from kvstore.profile import Identity, Profile, Rung, save_profile
 
     probe, encode = load(model, device)
-    own = revision or revision_of(probe.model)
+    first, *others = [Identity(*each) for each in identities(model)]
+    first, others = (Identity(first.model, revision), []) if revision else (first, others)
     title = name or model.resolve().name.lower()
     halves = _halves(texts, encode)
     bases = []
     if fit_contexts:
         samples = cut(halves[0], fit_contexts, (tokens, tokens), 256, seed=1)
         shape = [(min(span, probe.shape.layers), True)]
-        bases = fit(probe, samples, shape, model=model.resolve().name, revision=own)
+        bases = fit(probe, samples, shape, model=first.model, revision=first.revision)
     chains = {chain: parse(chain) for chain in FIXED}
     for basis in bases:
         chains |= {c: parse(c) for c in (f"prerope|pca(basis={basis.digest},step={step})|zstd" for step in STEPS)}
@@ -74,7 +75,7 @@ def calibrate(
                  found["ratio"], found["encode_gib_s"], found["decode_gib_s"])
         )  # fmt: skip
     profile = Profile(
-        name=title, model=model.resolve().name, revision=own, layers=probe.shape.layers,
+        name=title, model=first.model, revision=first.revision, also=others, layers=probe.shape.layers,
         kv_heads=probe.shape.kv_heads, head_dim=probe.shape.head_dim, frequencies=list(probe.rotary.frequencies),
         interleaved=probe.rotary.interleaved, skipped_layers=sorted(probe.rotary.skipped_layers),
         basis=bases[0].digest if bases else "", most_kl=max_kl, least_top1=min_top1, contexts=len(judged),
@@ -120,7 +121,7 @@ def show(profile: Any, path: Path | None = None, *, json: bool = False) -> None:
         )
     if path is not None:
         print(
-            f"\n{path}: a daemon with --codec-profiles {path.parent} keeps namespaces of fidelity lossy:{profile.name}"
+            f"\n{path}: a daemon with --codecs-profiles {path.parent} keeps namespaces of fidelity lossy:{profile.name}"
         )
 
 

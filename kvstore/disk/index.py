@@ -207,6 +207,27 @@ class Index:
         self._order(block, shape, header)
         self.watcher.stored(TierCode.DISK, block, shape.nbytes, header.parent)
 
+    def exchange(self, block: BlockId, shape: Shape) -> Departure:
+        """Have a block that is here be of another shape, whose bytes were charged before; what leaves for that.
+
+        It keeps its place in the order, its pin and its namespace. Nobody is told: it was here and still is.
+        """
+        space = self.spaces[block.scope]
+        old = space.blocks[block.key]
+        space.blocks[block.key] = shape
+        space.nbytes += shape.cost - old.cost
+        self.order.charge(block.scope, shape.cost)
+        self.order.discharge(block.scope, old.cost)
+        if block in self._pins:
+            self._pinned_bytes += shape.cost - old.cost
+        leaving = Departure([(block, old)])
+        reading = self._reads.pop(block, None)
+        if reading is None:
+            leaving.nbytes = old.cost
+        else:
+            reading.gone, reading.owed = True, old.cost
+        return leaving
+
     def _order(
         self, block: BlockId, shape: Shape, header: BlockHeader = _UNKNOWN, used_at: float | None = None
     ) -> None:

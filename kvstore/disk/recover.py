@@ -53,7 +53,10 @@ def recover(directory: Directory, blocks: BlockFiles, files: Files) -> Recovered
     shapes: dict[str, tuple[Shape, int]] = {}
     for scope, path, at in walk(directory, files, found.foreign):
         space, strange = Space(), []
-        space.nbytes = _take_names(files.list_names(at), space.blocks, shapes, strange)
+        names = files.list_names(at)
+        space.nbytes, doubled = _take_names(names, space.blocks, shapes, strange)
+        for named in _superseded(names) if doubled else ():
+            blocks.remove(BlockId(scope, named[0]), named[1])
         found.foreign += [f"{path}/{name}" for name in strange if name != DESCRIPTION]
         if not space.blocks:
             blocks.remove_namespace(scope)
@@ -100,8 +103,11 @@ def _opened(files: Files, name: str, at: int) -> Iterator[int]:
 
 def _take_names(
     names: list[str], blocks: dict[bytes, Shape], shapes: dict[str, tuple[Shape, int]], strange: list[str]
-) -> int:
-    """Turn file names into blocks; what they cost. Most blocks share a few shapes, so each shape is read once."""
+) -> tuple[int, bool]:
+    """Turn file names into blocks; what they cost, and whether a block was named twice.
+
+    Most blocks share a few shapes, so each shape is read once. Of a block's two files, the later one by name counts.
+    """
     total = count = 0
     for name in names:
         try:
@@ -118,9 +124,21 @@ def _take_names(
             blocks[key] = shape
         total += cost
         count += 1
-    if count != len(blocks):  # two spellings of one key: one is not ours, and the look that follows finds out which
+    doubled = count != len(blocks)
+    if doubled:  # or two spellings of one key: one is not ours, and the look that follows finds out which
         total = sum(shape.cost for shape in blocks.values())
-    return total
+    return total, doubled
+
+
+def _superseded(names: list[str]) -> list[Named]:
+    """The files that `_take_names` passed over: of blocks that were being replaced when the power failed."""
+    last: dict[bytes, Shape] = {}
+    found = []
+    for key, shape in filter(None, map(parse_name, names)):
+        if key in last:
+            found.append((key, last[key]))
+        last[key] = shape
+    return found
 
 
 def by_last_use(

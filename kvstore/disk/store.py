@@ -163,8 +163,12 @@ class Store:
         payload: Sequence[memoryview],
         durable: bool,
         wanted: Callable[[], bool],
+        replaced: Shape | None = None,
     ) -> OSError | None:
-        """Store a block if it still is `wanted` when it is written. Why not, if the kernel or the budget refused."""
+        """Store a block if it still is `wanted` when it is written. Why not, if the kernel or the budget refused.
+
+        One that was here with the shape `replaced` changes to the new one, and its old file leaves.
+        """
         reservation = self.index.reserve(block.scope, shape.cost)
         if reservation is None:
             return OSError(errno.ENOSPC, "not enough blocks may be evicted")
@@ -176,13 +180,27 @@ class Store:
             error = wrote.error or (await self.sync_names(block.scope) if durable else None)
         finally:
             kept = self._kept(shape.cost, wrote)
-            if wrote.error is None:
+            old = None
+            if wrote.error is None and replaced is not None:
+                old = self.index.exchange(block, shape)
+            elif wrote.error is None:
                 self.index.insert(block, shape, header)
             empty = self.index.settle(reservation, kept, wrote.failed)
+        if old is not None:
+            await self._remove_old(old)
         if wrote.error is None and (error is not None or not wanted()):
             await self.remove(self.index.forget([block]))
         await self.remove(empty)
         return error
+
+    async def _remove_old(self, old: Departure) -> None:
+        """Remove the file of a block that has another one now."""
+        failed, _ = await self.thread(self._clear_out, old)
+        for block, shape in failed:
+            self.index.leftovers[f"blocks/{scope_path(block.scope)}/{block_name(block.key, shape)}"] = shape.cost
+            self.index.used += shape.cost - old.nbytes  # a reader pays back what it was not told is still there
+        if not failed:
+            self.index.depart(old)
 
     async def _replace(self, leaving: Departure, write: Callable[[str], None], file_bytes: int = 0) -> _Written:
         """One trip to a thread: remove what leaves, and only then write, over a file of that length if one leaves."""

@@ -104,6 +104,10 @@ class Tier(ABC):
         up to the next multiple of 4096 bytes.
         """
 
+    async def peek(self, block: BlockId, into: Sequence[memoryview]) -> LoadOutcome:
+        """As `get`, but the block is not used by it: neither its place in the order nor the counters change."""
+        return await self.get(block, into)
+
     async def header(self, block: BlockId) -> BlockHeader | None:
         """The header of a block, without its payload; None if it is not here, damaged, or this tier can not tell."""
         return None
@@ -116,6 +120,13 @@ class Tier(ABC):
 
         With `durable` the call returns only after the block would survive a loss of power.
         """
+
+    async def replace(
+        self, block: BlockId, header: BlockHeader, payload: Sequence[memoryview], nbytes: int
+    ) -> Stored | Exists | Dropped:
+        """Put another payload in the place of a block that is here. By default it is absent meanwhile, and then new."""
+        await self.drop(block)
+        return await self.put(block, header, payload, nbytes)
 
     @abstractmethod
     async def drop(self, block: BlockId) -> bool:

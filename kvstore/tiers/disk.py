@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +197,11 @@ class DiskTier(Tier):
             self.counters.misses += 1
         return outcome
 
-    async def _get(self, block: BlockId, into: Sequence[memoryview]) -> LoadOutcome:
+    async def peek(self, block: BlockId, into: Sequence[memoryview]) -> LoadOutcome:
+        """As `get`, but nobody used the block."""
+        return await self._store.to_the_end(self._get(block, into, used=False))
+
+    async def _get(self, block: BlockId, into: Sequence[memoryview], used: bool = True) -> LoadOutcome:
         store = self._store
         if not store.ready:
             return Miss(MissReason.TIER_DOWN)
@@ -208,7 +213,7 @@ class DiskTier(Tier):
         began = time.perf_counter()
         reading = self._index.begin_read(block)
         try:
-            header = await store.reading(store.blocks.read, block, shape, into, self._wants_touch(block))
+            header = await store.reading(store.blocks.read, block, shape, into, used and self._wants_touch(block))
         except CorruptBlock:
             reason = MissReason.CORRUPT
         except (FileNotFoundError, ForeignFile):
@@ -216,8 +221,9 @@ class DiskTier(Tier):
         except OSError:
             return Miss(MissReason.TIER_DOWN)
         else:
-            self.counters.read_s += time.perf_counter() - began
-            self._index.touch([block])
+            if used:
+                self.counters.read_s += time.perf_counter() - began
+                self._index.touch([block])
             return Hit(header, shape.nbytes)
         finally:
             self._index.end_read(block, reading)
@@ -298,9 +304,7 @@ class DiskTier(Tier):
         if too_large or FIXED_COST + NAMESPACE_COST + shape.cost > self._index.capacity:
             return Dropped(DropReason.TOO_LARGE)
 
-        def wanted() -> bool:
-            return block not in self._aborted
-
+        wanted = partial(self._wants, block)
         began = time.perf_counter()
         self._writing.add(block)
         try:
@@ -318,6 +322,44 @@ class DiskTier(Tier):
         finally:
             self._writing.discard(block)
             self._aborted.discard(block)
+
+    async def replace(
+        self, block: BlockId, header: BlockHeader, payload: Sequence[memoryview], nbytes: int
+    ) -> StoreOutcome:
+        """Write a block anew beside its old file and let that one go; it keeps its place in the order.
+
+        Where there is no room for both it is absent for a moment, and new afterwards.
+        """
+        old, new = self._living(block), shape_of(block, header, nbytes)
+        if old is None or self._index.used + new.cost > self._index.capacity:
+            return await super().replace(block, header, payload, nbytes)
+        return await self._store.to_the_end(self._replace(block, header, payload, old, new))
+
+    async def _replace(
+        self, block: BlockId, header: BlockHeader, payload: Sequence[memoryview], old: Shape, new: Shape
+    ) -> StoreOutcome:
+        store = self._store
+        if block in store.busy or not store.ready:
+            return Dropped(DropReason.IN_FLIGHT)
+        if new == old:  # a file of the same name
+            return Exists()
+        reading = self._index.begin_read(block)  # it is not evicted meanwhile
+        self._writing.add(block)
+        try:
+            with store.occupied(Departure([(block, new)])):
+                wanted = partial(self._wants, block)
+                error = await store.write(block, header, new, payload, False, wanted, replaced=old)
+            if error is not None:
+                return Dropped(DropReason.TIER_FULL if error.errno in _FULL else DropReason.IO_ERROR)
+            self.counters.bytes_written += new.nbytes
+            return Stored() if wanted() else Dropped(DropReason.ABORTED)
+        finally:
+            self._index.end_read(block, reading)
+            self._writing.discard(block)
+            self._aborted.discard(block)
+
+    def _wants(self, block: BlockId) -> bool:
+        return block not in self._aborted
 
     async def _keep(self, block: BlockId, durable: bool) -> StoreOutcome:
         """The answer for a block that is here already."""

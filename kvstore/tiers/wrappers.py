@@ -56,6 +56,9 @@ class WrappedTier(Tier):
     async def get(self, block: BlockId, into: Sequence[memoryview]) -> LoadOutcome:
         return await self.inner.get(block, into)
 
+    async def peek(self, block: BlockId, into: Sequence[memoryview]) -> LoadOutcome:
+        return await self.inner.peek(block, into)
+
     async def header(self, block: BlockId) -> BlockHeader | None:
         return await self.inner.header(block)
 
@@ -63,6 +66,11 @@ class WrappedTier(Tier):
         self, block: BlockId, header: BlockHeader, payload: Sequence[memoryview], nbytes: int, *, durable: bool = False
     ) -> StoreOutcome:
         return await self.inner.put(block, header, payload, nbytes, durable=durable)
+
+    async def replace(
+        self, block: BlockId, header: BlockHeader, payload: Sequence[memoryview], nbytes: int
+    ) -> StoreOutcome:
+        return await self.inner.replace(block, header, payload, nbytes)
 
     async def drop(self, block: BlockId) -> bool:
         return await self.inner.drop(block)

@@ -16,7 +16,7 @@ from kvstore.client import KVStoreClient
 from kvstore.errors import ConfigError, InvalidParams
 from kvstore.keys import PrefixChain, hash_salt
 from kvstore.types import BlockHeader, Namespace
-from kvstore_connectors.base import Breaker, Link, Tally, log, shielded
+from kvstore_connectors.base import Breaker, Link, Tally, check_fidelity, log, shielded
 from kvstore_connectors.transformers.history import autocast
 from kvstore_connectors.transformers.identity import model_layout, model_namespace, stamp
 from kvstore_connectors.transformers.prefix import PrefixCache, StoreReport
@@ -72,6 +72,9 @@ class KVStoreCache:
         Blocks are shared only inside one tenant.
     weights : str
         How the weights are told apart: ``full`` reads every byte once, ``sample`` a little of every tensor.
+    fidelity : str
+        ``exact``, or ``lossy:PROFILE``: the daemon's lower tiers may keep blocks by the rungs of a profile that
+        `kvstore calibrate` wrote for this model. Without such a profile the daemon refuses, and nothing is cached.
     timeout_s : float
         Longest time that a daemon which does not answer can cost, once.
     load_deadline_s : float
@@ -102,6 +105,7 @@ class KVStoreCache:
         salt: str | None = None,
         tenant: str = "",
         weights: str = "full",
+        fidelity: str = "exact",
         timeout_s: float = 0.25,
         load_deadline_s: float = 3.0,
     ) -> None:
@@ -109,10 +113,13 @@ class KVStoreCache:
             raise ConfigError(f"block_tokens: {block_tokens} is not positive.", "")
         if weights not in ("full", "sample"):
             raise ConfigError(f"weights: {weights!r} is neither 'full' nor 'sample'.", "")
+        check_fidelity(fidelity)
         self._model = model
         self._base = base_model(model)
         self._decoder = check_model(self._base)
-        self._identity = {"revision": revision, "tenant": tenant, "salt": salt, "weights": weights}
+        self._identity = {
+            "revision": revision, "tenant": tenant, "salt": salt, "weights": weights, "fidelity": fidelity
+        }  # fmt: skip
         self._tally = Tally()
         self._breaker = Breaker("transformers", self._tally)
         self._link = Link(

@@ -89,6 +89,7 @@ def model_namespace(
     salt: str | None = None,
     weights: str = "full",
     adapters: Mapping[str, Any] | None = None,
+    fidelity: str = "exact",
 ) -> Namespace:
     """Namespace of a model as it is in memory now.
 
@@ -107,6 +108,8 @@ def model_namespace(
         ``full`` or ``sample``, see `weights_digest`.
     adapters : mapping, optional
         PEFT's configurations of the adapters, by name.
+    fidelity : str
+        ``exact``, or ``lossy:PROFILE``.
     """
     config = model.config.to_dict()
     quantization = config.pop("quantization_config", None)
@@ -124,6 +127,7 @@ def model_namespace(
         rope=rope_text(model.config),
         attention="full",
         quantization=canonical(quantization) if quantization else "",
+        fidelity=fidelity,
         lora=adapter_identity(decoder, adapters or {}, weights),
         tenant=tenant,
         salt=hash_salt(salt),

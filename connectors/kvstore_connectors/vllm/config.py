@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from kvstore.errors import ConfigError
+from kvstore_connectors.base import check_fidelity
 
 _REMEDY = "It is a key of `kv_connector_extra_config` in --kv-transfer-config."
 
@@ -40,6 +41,8 @@ class ConnectorConfig:
         byte, once per start.
     tenant : str
         Blocks are shared only inside one tenant.
+    fidelity : str
+        ``exact``, or ``lossy:PROFILE``: lower tiers may keep blocks by the rungs of that profile (docs/codecs.md).
     blend_gate : str
         File with the verdict of a probe on this model; without one nothing is blended (docs/chunks.md).
     blend : bool
@@ -64,6 +67,7 @@ class ConnectorConfig:
     async_load: bool = True
     weights_digest: str = "sample"
     tenant: str = ""
+    fidelity: str = "exact"
     blend_gate: str = ""
     blend: bool = False
     blend_share: float = 0.15
@@ -92,6 +96,7 @@ class ConnectorConfig:
             raise ConfigError(f"load: {values['load']!r} is neither 'faster' nor 'always'.", _REMEDY)
         if values.get("weights_digest", "sample") not in ("sample", "full"):
             raise ConfigError(f"weights_digest: {values['weights_digest']!r} is neither 'sample' nor 'full'.", _REMEDY)
+        check_fidelity(values.get("fidelity", "exact"))
         return cls(**values)
 
 

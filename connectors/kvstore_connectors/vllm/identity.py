@@ -46,6 +46,7 @@ def rank_namespace(
     rank: tuple[int, int],
     tenant: str = "",
     weights: str = "sample",
+    fidelity: str = "exact",
 ) -> Namespace:
     """Namespace of one rank of an engine.
 
@@ -59,6 +60,8 @@ def rank_namespace(
     tenant : str
     weights : str
         ``sample`` or ``full``, see `weights_digest`.
+    fidelity : str
+        ``exact``, or ``lossy:PROFILE``.
     """
     model_config, parallel = vllm_config.model_config, vllm_config.parallel_config
     pp_rank, tp_rank = rank
@@ -82,6 +85,7 @@ def rank_namespace(
         tp_size=1 if replicated else parallel.tensor_parallel_size,
         pp_rank=pp_rank,
         pp_size=parallel.pipeline_parallel_size,
+        fidelity=fidelity,
         tenant=tenant,
         engine=f"vllm/{vllm_config.cache_config.prefix_caching_hash_algo}",
     )

@@ -1,0 +1,232 @@
+"""How the blocks of a namespace are encoded: by which chain, into what bytes, and what the next rung down is.
+
+Only whole blocks of a known layout are encoded. How a block lies in a tier can be told from its size alone, so that a
+restart needs no index of its own: raw payloads are whole tokens long, encoded ones never are.
+
+    encoded payload: frame of `kvstore.codecs` | xxh3-64 of the raw payload, exact chains only | a zero, if needed
+
+Nothing here does I/O or waits; all of it may run in threads.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from xxhash import xxh3_64_intdigest
+
+from kvstore.errors import ConfigError, CorruptBlock
+from kvstore.types import BlockHeader, Namespace
+
+if TYPE_CHECKING:
+    from kvstore.codecs import BlockSpec, Chain, Context
+    from kvstore.codecs.frame import Frame
+    from kvstore.profile import Profiles, Rung
+
+CANONICAL = "lkthd1"
+ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+SUM_BYTES = 8
+EXACT = ("raw", "lossless")
+LOSSY = "lossy:"
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What the blocks of a namespace look like.
+
+    Attributes
+    ----------
+    namespace : Namespace
+    token_bytes, whole : int
+        Raw bytes of a token, and of a whole block.
+    """
+
+    namespace: Namespace
+    token_bytes: int
+    whole: int
+
+    @property
+    def lossy(self) -> bool:
+        """Whether blocks may lose precision."""
+        return self.namespace.fidelity.startswith(LOSSY)
+
+    def is_raw(self, nbytes: int) -> bool:
+        """Whether a payload of so many bytes is a raw one."""
+        return nbytes % self.token_bytes == 0
+
+    def spec(self, header: BlockHeader) -> BlockSpec:
+        """Shape of a whole block."""
+        from kvstore.codecs import BlockSpec
+
+        own = self.namespace
+        return BlockSpec(own.layers, own.block_tokens, own.kv_heads, own.head_dim, own.dtype, header.position)
+
+
+def form_of(namespace: Namespace | None) -> Form | None:
+    """The form of a namespace's blocks; None if its layout is not one that codecs know."""
+    if namespace is None or namespace.layout != CANONICAL or namespace.dtype not in ITEM_BYTES:
+        return None
+    elements = 2 * namespace.layers * namespace.kv_heads * namespace.head_dim
+    token = elements * ITEM_BYTES[namespace.dtype]
+    return Form(namespace, token, token * namespace.block_tokens) if token > 1 and namespace.block_tokens > 0 else None
+
+
+def pages(nbytes: int) -> memoryview:
+    """Page-aligned memory, as tiers want it."""
+    return memoryview(mmap.mmap(-1, -(-max(nbytes, 1) // mmap.PAGESIZE) * mmap.PAGESIZE))[:nbytes]
+
+
+class Encoded(NamedTuple):
+    """Bytes of a block, the chain that they are of, and the rung that is."""
+
+    data: memoryview
+    chain: str
+    rung: int = 0
+
+
+class Encoding:
+    """Chains of exact and lossy namespaces.
+
+    Parameters
+    ----------
+    exact : str
+        ``raw`` or ``lossless``: what keeps whole blocks of exact namespaces, and durable blocks of any.
+    profiles : Profiles, optional
+        What lossy namespaces may use.
+    """
+
+    def __init__(self, exact: str, profiles: Profiles | None) -> None:
+        if exact not in EXACT:
+            raise ConfigError(f"exact blocks are kept raw or lossless, not by {exact!r}.")
+        self.exact = exact
+        self._profiles = profiles
+
+    def rungs(self, form: Form) -> tuple[list[tuple[Rung, Chain]], Context]:
+        """Rungs of a lossy namespace, from the largest to the smallest, and what their chains need.
+
+        Raises
+        ------
+        ConfigError
+            There is no profile for it here.
+        """
+        if self._profiles is None:
+            raise ConfigError("no profile is here.", "Start the daemon with the profile that the namespace names.")
+        return self._profiles.rungs(form.namespace)
+
+    def first(self, form: Form, nbytes: int, *, durable: bool) -> Chain | None:
+        """What a new block is encoded by; None if it stays raw. What is durable loses nothing."""
+        if nbytes != form.whole:
+            return None
+        from kvstore.codecs import parse
+
+        if form.lossy and not durable:
+            return self.rungs(form)[0][0][1]
+        return None if self.exact == "raw" else parse(self.exact)
+
+    def encode(self, form: Form, header: BlockHeader, payload: Sequence[memoryview], chain: Chain) -> Encoded | None:
+        """A raw payload, encoded; None if it does not become smaller. Raises `CodecError`."""
+        parts = [np.frombuffer(view, np.uint8) for view in payload]
+        return self._encode(form, header, parts[0] if len(parts) == 1 else np.concatenate(parts), chain)
+
+    def _encode(self, form: Form, header: BlockHeader, raw: np.ndarray, chain: Chain) -> Encoded | None:
+        import torch
+
+        spec, context = form.spec(header), self._context(form, chain)
+        tensor = torch.from_numpy(raw if raw.flags.writeable else raw.copy()).view(spec.torch_dtype).view(spec.shape)
+        out = pages(chain.bound(spec, context) + SUM_BYTES + 1)
+        size = chain.encode(tensor, spec, np.frombuffer(out, np.uint8), context)
+        if not chain.lossy:
+            out[size : size + SUM_BYTES] = xxh3_64_intdigest(raw.data).to_bytes(SUM_BYTES, "little")
+            size += SUM_BYTES
+        data = _never_raw(form, out, size)
+        return None if data is None else Encoded(data, str(chain))
+
+    def decode(self, form: Form, header: BlockHeader, data: memoryview, into: Sequence[memoryview]) -> Frame:
+        """Fill buffers with the raw payload of an encoded one; its header.
+
+        Raises
+        ------
+        CorruptBlock
+            The bytes are not what was encoded, or are of a chain that such a namespace may not have.
+        CodecError, ConfigError
+            Something that is needed is not here.
+        """
+        from kvstore.codecs import read
+
+        encoded = np.frombuffer(data, np.uint8)
+        frame = read(encoded)
+        if len(into) == 1:
+            self._decode(form, header, encoded, frame, np.frombuffer(into[0], np.uint8))
+            return frame
+        raw, at = np.empty(form.whole, np.uint8), 0
+        self._decode(form, header, encoded, frame, raw)
+        for view in into:
+            np.frombuffer(view, np.uint8)[:] = raw[at : at + view.nbytes]
+            at += view.nbytes
+        return frame
+
+    def _decode(self, form: Form, header: BlockHeader, data: np.ndarray, frame: Frame, raw: np.ndarray) -> None:
+        """Fill `raw`, of the size of a whole block."""
+        import torch
+
+        from kvstore.codecs import parse
+
+        chain, spec = parse(frame.chain), form.spec(header)
+        if chain.lossy and not form.lossy:
+            raise CorruptBlock(f"a block of an exact namespace was encoded by {frame.chain}.")
+        out = torch.from_numpy(raw).view(spec.torch_dtype).view(spec.shape)
+        chain.decode(data, spec, out, self._context(form, chain), planes=_planes(frame, data.size))
+        if not chain.lossy:
+            end = frame.nbytes(frame.planes)
+            if int.from_bytes(data[end : end + SUM_BYTES].tobytes(), "little") != xxh3_64_intdigest(raw.data):
+                raise CorruptBlock("a decoded block is not what was encoded.")
+
+    def _context(self, form: Form, chain: Chain) -> Context:
+        from kvstore.codecs import Context
+
+        return self.rungs(form)[1] if chain.lossy else Context()
+
+    def lower(self, form: Form, header: BlockHeader, data: memoryview) -> Encoded | None:
+        """An encoded block on the next rung down; None if there is none, or it was stored to lose nothing.
+
+        Where the next rung is a prefix of the block's planes, stepping down is cutting off.
+        """
+        from kvstore.codecs import parse, read
+
+        encoded = np.frombuffer(data, np.uint8)
+        frame, rungs = read(encoded), self.rungs(form)[0]
+        if not parse(frame.chain).lossy:
+            return None
+        own = _planes(frame, encoded.size)
+        standing = [i for i, (r, chain) in enumerate(rungs) if str(chain) == frame.chain and r.planes in (own, 0)]
+        raw: np.ndarray | None = None
+        for number in range((standing[-1] if standing else -1) + 1, len(rungs)):
+            rung, chain = rungs[number]
+            if str(chain) == frame.chain and rung.planes:
+                size = frame.nbytes(rung.planes)
+                out = pages(size + 1)
+                out[:size] = data[:size]
+                cut = _never_raw(form, out, size)
+                found = None if cut is None else Encoded(cut, frame.chain)
+            else:
+                if raw is None:
+                    raw = np.empty(form.whole, np.uint8)
+                    self._decode(form, header, encoded, frame, raw)
+                found = self._encode(form, header, raw, chain)
+            if found is not None and found.data.nbytes < data.nbytes:
+                return found._replace(rung=number)
+        return None
+
+
+def _planes(frame: Frame, nbytes: int) -> int:
+    """How many whole planes of a frame so many bytes hold."""
+    return sum(frame.nbytes(planes) <= nbytes for planes in range(1, frame.planes + 1))
+
+
+def _never_raw(form: Form, out: memoryview, size: int) -> memoryview | None:
+    """The bytes of an encoded payload, one longer if they could be a raw one; None if they save nothing."""
+    size += form.is_raw(size)
+    return out[:size] if size < form.whole else None

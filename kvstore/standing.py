@@ -1,0 +1,93 @@
+"""Which blocks of a tier are encoded, by which chain, how large they are and were, and which may step down."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from itertools import islice
+from sys import intern
+
+from kvstore.types import BlockId, Gone, TierCode
+from kvstore.watcher import Watcher
+
+UNREAD = "found at start"
+"""Chain of a block whose header nobody has read since the daemon started."""
+
+
+class Standing(Watcher):
+    """Sums by chain, kept up to date as blocks come and go.
+
+    A tier that tells of departures (`Tier.watch`) is never counted wrong; of one that others share, what leaves is
+    noticed when it is looked for.
+    """
+
+    def __init__(self) -> None:
+        self._sizes: dict[BlockId, tuple[str, int, int]] = {}
+        self._may_step: dict[BlockId, int] = {}
+        self._sums: dict[str, Counter[str]] = {}
+
+    def set(self, block: BlockId, chain: str, stored: int, logical: int, rung: int | None) -> None:
+        """A block stands so from now on; on no rung if it may not step down."""
+        self.forget(block)
+        name = intern(chain)
+        self._sizes[block] = name, stored, logical
+        self._sums.setdefault(name, Counter()).update(blocks=1, stored_bytes=stored, logical_bytes=logical)
+        if rung is not None:
+            self._may_step[block] = rung
+
+    def seen(self, block: BlockId, chain: str) -> None:
+        """The chain of a block was read."""
+        known = self._sizes.get(block)
+        if known is not None and known[0] is not chain:
+            self.set(block, chain, known[1], known[2], self._may_step.get(block))
+
+    def stay(self, block: BlockId) -> None:
+        """A block can step down no further."""
+        self._may_step.pop(block, None)
+
+    def forget(self, block: BlockId) -> None:
+        """A block is not here, or not encoded."""
+        self._may_step.pop(block, None)
+        known = self._sizes.pop(block, None)
+        if known is not None:
+            chain, stored, logical = known
+            self._sums[chain].update(blocks=-1, stored_bytes=-stored, logical_bytes=-logical)
+
+    def removed(self, tier: TierCode, block: BlockId, reason: Gone) -> None:
+        """A block left the tier."""
+        del tier, reason
+        self.forget(block)
+
+    def stepping(
+        self, least_valuable: Iterable[BlockId], free: Callable[[BlockId], bool], look: int, most: int
+    ) -> list[BlockId]:
+        """Blocks to step down next: of the first `look` to leave, or if none of those may, of those here longest.
+
+        Those on the highest rung go first: loss grows faster with each rung, so all take one before any takes two.
+
+        Parameters
+        ----------
+        least_valuable : iterable of BlockId
+            The order of eviction.
+        free : callable
+            Whether a block may be changed now.
+        look, most : int
+            How many are looked at, and how many are chosen.
+        """
+        if not self._may_step:
+            return []
+        chosen = [block for block in islice(least_valuable, look) if block in self._may_step and free(block)]
+        chosen = chosen or [block for block in islice(self._may_step, look) if free(block)]
+        return sorted(chosen, key=self._may_step.__getitem__)[:most]
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    @property
+    def can_step(self) -> int:
+        """How many blocks have a rung below them, as far as is known."""
+        return len(self._may_step)
+
+    def by_chain(self) -> dict[str, dict[str, int]]:
+        """Blocks, stored and logical bytes by chain."""
+        return {chain: dict(counts) for chain, counts in self._sums.items() if counts["blocks"] > 0}
