@@ -268,14 +268,16 @@ class RedisTier(Tier):
     async def _ask(self, reply: Any) -> Any:
         """What a command answers, once a connection is free for it; each may take the time limit."""
         try:
-            await asyncio.wait_for(self._free.acquire(), self._timeout_s)
+            async with asyncio.timeout(self._timeout_s):
+                await self._free.acquire()
         except BaseException as error:
             reply.close()
             if isinstance(error, TimeoutError):
                 raise Exhausted(f"no connection was free for {self._timeout_s:g} s") from None
             raise
         try:
-            return await asyncio.wait_for(reply, self._timeout_s)
+            async with asyncio.timeout(self._timeout_s):
+                return await reply
         finally:
             self._free.release()
 
@@ -356,36 +358,53 @@ class RedisTier(Tier):
         return Hit(found.header, place.nbytes)
 
     async def _read(self, block: BlockId, place: ix.Place, into: Sequence[memoryview]) -> rec.Record:
-        """Read and verify a block."""
-        member = self._member(block)
-        value = await self._ask(self._client.getrange(self._names.record(member), 0, rec.MAX_RECORD))
+        """Read and verify a block. The record, which says what the parts must be, travels with the first of them."""
+        member, known = self._member(block), self._known(block)
+        parts = self._names.parts(member, place)
+        record: asyncio.Future[rec.Record] = asyncio.get_running_loop().create_future()
+
+        async def lane(numbers: range) -> None:
+            for first in range(0, max(1, len(numbers)), 4):  # what is read at once is bounded, whatever is there
+                some = numbers[first : first + 4]
+                leads = not (first or numbers.start)
+                pipe = self._client.pipeline(**self._plain)
+                if leads:
+                    pipe.getrange(self._names.record(member), 0, rec.MAX_RECORD)
+                for number in some:
+                    pipe.getrange(parts[number], 0, rec.PART_BYTES + rec.SEAL_BYTES)
+                values = await self._ask(pipe.execute())
+                if leads:
+                    record.set_result(self._believed(known, place, values.pop(0)))
+                self._unpack(known, await record, dict(zip(some, values, strict=True)), into)
+
+        async def leading(numbers: range) -> None:
+            try:
+                await lane(numbers)
+            finally:
+                record.cancel()  # if it did not come, the others do not wait for it
+
+        lanes = [range(at, len(parts), self._lanes) for at in range(max(1, min(self._lanes, len(parts))))]
+        await _all([leading(lanes[0]), *map(lane, lanes[1:])])
+        return record.result()
+
+    def _believed(self, block: BlockId, place: ix.Place, value: bytes) -> rec.Record:
+        """A record, if it is that of the write which the index names."""
         if not value:
             raise _Gone
-        known = self._known(block)
-        record = rec.decode(known, value, self._seal)
+        record = rec.decode(block, value, self._seal)
         if record.write != place.write:
             raise _Gone
         if record.nbytes != place.nbytes:
             raise CorruptBlock("redis: a record's length is not the one that the index names.")
-        keys = self._names.parts(member, place)
-        lanes = [range(lane, len(keys), self._lanes) for lane in range(min(self._lanes, len(keys)))]
-        await _all(self._read_lane(known, record, keys, lane, into) for lane in lanes)
         return record
 
-    async def _read_lane(
-        self, block: BlockId, record: rec.Record, keys: list[str], lane: range, into: Sequence[memoryview]
-    ) -> None:
-        most = rec.PART_BYTES + rec.SEAL_BYTES
-        for first in range(0, len(lane), 4):  # what is read at once is bounded, whatever the server has there
-            numbers = lane[first : first + 4]
-            pipe = self._client.pipeline(**self._plain)
-            for number in numbers:
-                pipe.getrange(keys[number], 0, most)
-            for number, value in zip(numbers, await self._ask(pipe.execute()), strict=True):
-                if not value:
-                    raise _Gone
-                part = rec.open_part(block, record, number, value, self._seal)
-                rec.scatter(part, number * rec.PART_BYTES, into)
+    def _unpack(self, block: BlockId, record: rec.Record, values: dict[int, bytes], into: Sequence[memoryview]) -> None:
+        """Verify some parts, by number, and copy them to where they belong."""
+        for number, value in values.items():
+            if not value:
+                raise _Gone
+            part = rec.open_part(block, record, number, value, self._seal)
+            rec.scatter(part, number * rec.PART_BYTES, into)
 
     def _known(self, block: BlockId) -> BlockId:
         """A block as its record names it: with the name that its domain has in Redis."""
@@ -459,10 +478,10 @@ class RedisTier(Tier):
                 return Exists() if reply[0] == b"exists" else Dropped(DropReason.TIER_FULL)
             self._mirror.add(block, place)
             await self._unlink(reply[1:], evicted=True)
-            keys = self._names.parts(member, place)
-            lanes = [range(lane, len(keys), self._lanes) for lane in range(min(self._lanes, len(keys)))]
-            await _all(self._write_lane(keys, parts, lane) for lane in lanes)
-            await self._ask(self._client.set(self._names.record(member), record, ex=self._ttl_s))
+            values = dict(zip(self._names.parts(member, place), parts, strict=True)) | {
+                self._names.record(member): record
+            }
+            await _all(self._write_lane(list(values.items())[at :: self._lanes]) for at in range(self._lanes))
             if not await self._script(ix.COMMIT, member, place.pack()) or not self._writing[block]:
                 await self._remove([block], place)
                 return Dropped(DropReason.ABORTED)
@@ -474,11 +493,11 @@ class RedisTier(Tier):
             return Dropped(DropReason.NOT_DURABLE)
         return Stored()
 
-    async def _write_lane(self, keys: list[str], parts: Sequence[memoryview | bytes], lane: range) -> None:
-        for first in range(0, len(lane), 4):
+    async def _write_lane(self, values: Sequence[tuple[str, memoryview | bytes]]) -> None:
+        for first in range(0, len(values), 4):
             pipe = self._client.pipeline(**self._plain)
-            for number in lane[first : first + 4]:
-                pipe.set(keys[number], cast("bytes", parts[number]), ex=self._ttl_s)
+            for name, value in values[first : first + 4]:
+                pipe.set(name, cast("bytes", value), ex=self._ttl_s)
             await self._ask(pipe.execute())
 
     async def _synced_to_disk(self) -> bool:
