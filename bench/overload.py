@@ -3,6 +3,8 @@
 A writer in a process of its own offers new blocks at a fixed rate and never waits. Beside it two kinds of load run at a
 fixed pace, first with the writer silent (idle), then under it: *hot* blocks that stay in host memory, and *cold* ones
 that come from disk each time (a set larger than host memory, pinned on disk so that the flood does not evict it).
+Last they run beside a process that copies as many bytes a second within its own memory as the writer had handed over:
+what that costs is the machine's, not the daemon's.
 Memory is sampled as what the kernel charges the daemon for shared pages, disk as the blocks its directory occupies,
 both against the budget.
 
@@ -35,6 +37,7 @@ PACE_S = 0.05
 NAMESPACE = Namespace(model="bench")
 TARGET = 4.0
 """Stores offered, as a multiple of what the disk took when it was asked alone."""
+SITUATIONS = ("idle", "beside_copies", "loaded")
 
 
 def fill(kv: KVStoreClient, keys: list[bytes], wait_s: float) -> int:
@@ -80,6 +83,19 @@ def write_for(address: str, rate: float, seconds: float) -> dict[str, Any]:
             offered += per_call
         took = time.perf_counter() - began
     return {"offered": offered, "outcomes": dict(outcomes), "offered_mib_s": offered * BLOCK / MIB / took}
+
+
+def copy_for(rate: float, seconds: float) -> dict[str, Any]:
+    """Copy blocks within own memory at a rate. Runs in a process of its own."""
+    source, target = touched(8 * BLOCK), touched(8 * BLOCK)
+    began, copied = time.perf_counter(), 0
+    while (now := time.perf_counter() - began) < seconds:
+        if copied > rate * now:
+            time.sleep(copied / rate - now)
+            continue
+        target[:] = source
+        copied += target.nbytes
+    return {"copied_mib_s": copied / MIB / seconds}
 
 
 class Sampler(threading.Thread):
@@ -152,14 +168,19 @@ def loads(kv: KVStoreClient, hot: list[bytes], cold: list[bytes], seconds: float
     }
 
 
-def with_writer(address: str, rate: float, seconds: float, work: Callable[[], Any]) -> tuple[dict[str, Any], Any]:
-    """Run `work` beside a writer process; what became of the writer's blocks, and what `work` returned."""
-    command = [sys.executable, __file__, "--writer", address, str(rate), "--seconds", str(seconds)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
-        time.sleep(0.2)
+def beside(role: list[str], seconds: float, work: Callable[[], Any]) -> tuple[dict[str, Any], Any]:
+    """Run `work` beside a process of this file in some role; what that says of itself, and what `work` returned."""
+    command = [sys.executable, __file__, *role, "--seconds", str(seconds)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        time.sleep(0.5)
         result = work()
-        out, _ = writer.communicate(timeout=seconds + 120)
+        out, _ = other.communicate(timeout=seconds + 120)
     return json.loads(out), result
+
+
+def ratio(one: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
+    """How much longer the slowest percent takes."""
+    return {name: one["p99_ms"][name] / other["p99_ms"][name] for name in ("hot", "cold")}
 
 
 def main() -> None:
@@ -168,9 +189,13 @@ def main() -> None:
     parser.add_argument("--idle-seconds", type=float, default=60, help="how long loads are measured idle (default 60)")
     parser.add_argument("--host-mib", type=int, default=1024, help="budget of the host tier (default 1024)")
     parser.add_argument("--writer", nargs=2, metavar=("ADDRESS", "RATE"), help="be the writer (used by the bench)")
+    parser.add_argument("--copier", type=float, metavar="RATE", help="be the copier (used by the bench)")
     args = parser.parse_args()
     if args.writer:
         print(json.dumps(write_for(args.writer[0], float(args.writer[1]), args.seconds)))
+        return
+    if args.copier:
+        print(json.dumps(copy_for(args.copier, args.seconds)))
         return
     host, disk = args.host_mib * MIB, 6 * args.host_mib * MIB
     with tempfile.TemporaryDirectory(prefix="kvb-") as place:
@@ -180,16 +205,15 @@ def main() -> None:
             KVStoreClient(address, namespace=NAMESPACE, timeout_s=60) as kv,
         ):
             results = measure(kv, address, Path(place) / "disk", {"host": host, "disk": disk}, args)
-    rows = [
-        (f"{name} loads", f"{results['idle']['p50_ms'][name]:.2f} / {results['idle']['p99_ms'][name]:.2f}",
-         f"{results['loaded']['p50_ms'][name]:.2f} / {results['loaded']['p99_ms'][name]:.2f}",
-         f"{results['p99_ratio'][name]:.2f}")
-        for name in ("hot", "cold")
-    ]  # fmt: skip
-    rows.append(("host, peak of budget", "", f"{results['peak_share']['host']:.3f}", ""))
-    rows.append(("disk, peak of budget", "", f"{results['peak_share']['disk']:.3f}", ""))
-    rows.append(("samples over budget", "", f"{results['over_budget']} of {results['samples']}", ""))
-    finish(args, "overload", results, ("", "idle p50 / p99 ms", "loaded p50 / p99 ms", "p99 ratio"), rows)
+    rows: list[tuple[object, ...]] = []
+    for name in ("hot", "cold"):
+        ms = [f"{results[s]['p50_ms'][name]:.2f} / {results[s]['p99_ms'][name]:.2f}" for s in SITUATIONS]
+        ratios = f"{results['p99_ratio'][name]:.2f}, {results['p99_ratio_to_copies'][name]:.2f}"
+        rows.append((f"{name} loads, p50 / p99 ms", *ms, ratios))
+    rows.append(("host, peak of budget", "", "", f"{results['peak_share']['host']:.3f}", ""))
+    rows.append(("disk, peak of budget", "", "", f"{results['peak_share']['disk']:.3f}", ""))
+    rows.append(("samples over budget", "", "", f"{results['over_budget']} of {results['samples']}", ""))
+    finish(args, "overload", results, ("", "idle", "beside copies", "overload", "p99 to idle, to copies"), rows)
 
 
 def measure(kv: KVStoreClient, address: str, disk: Path, budgets: dict[str, int], args: Any) -> dict[str, Any]:
@@ -208,9 +232,12 @@ def measure(kv: KVStoreClient, address: str, disk: Path, budgets: dict[str, int]
     drained(kv)
     loads(kv, hot, cold, 5)
     idle = loads(kv, hot, cold, args.idle_seconds)
-    flood, loaded = with_writer(
-        address, TARGET * rate, args.seconds, lambda: loads(kv, hot, cold, max(1.0, args.seconds - 5))
-    )
+    writer = ["--writer", address, str(TARGET * rate)]
+    flood, loaded = beside(writer, args.seconds, lambda: loads(kv, hot, cold, max(1.0, args.seconds - 5)))
+    handed = flood["outcomes"].get("stored", 0) * BLOCK / args.seconds
+    drained(kv)
+    short = args.idle_seconds
+    copier, copying = beside(["--copier", str(handed)], short, lambda: loads(kv, hot, cold, max(1.0, short - 5)))
     stats = kv.stats()
     sampler.stop()
     return {
@@ -221,8 +248,11 @@ def measure(kv: KVStoreClient, address: str, disk: Path, budgets: dict[str, int]
         "dropped_as_counted_by_the_daemon": stats["not_stored"],
         "seconds": args.seconds,
         "idle": idle,
+        "copier": copier,
+        "beside_copies": copying,
         "loaded": loaded,
-        "p99_ratio": {name: loaded["p99_ms"][name] / idle["p99_ms"][name] for name in ("hot", "cold")},
+        "p99_ratio": ratio(loaded, idle),
+        "p99_ratio_to_copies": ratio(loaded, copying),
         "samples": sampler.samples,
         "over_budget": sampler.over_budget,
         "peak": sampler.peak,
