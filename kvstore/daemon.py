@@ -317,7 +317,8 @@ class Daemon:
     def snapshot(self) -> dict[str, Any]:
         """Everything there is to show."""
         shared = {} if self._exchange is None else {"event_exchange": self._exchange.state()}
-        return snapshot(self.service, self.traffic, self.started, self.ready) | shared
+        profiles = [] if self._profiles is None else self._profiles.state()
+        return snapshot(self.service, self.traffic, self.started, self.ready) | shared | {"profiles": profiles}
 
     def readiness(self) -> tuple[bool, str]:
         """Whether work can be done, and a sentence."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from kvstore.chain import TierChain
 from kvstore.errors import ConfigError, RequestError
 from kvstore.eviction import names
+from kvstore.obs.blends import Blends
 from kvstore.obs.departures import Departures
 from kvstore.obs.reuse import ReuseSampler
 from kvstore.obs.savings import Savings
@@ -38,6 +39,7 @@ class Desk:
         self.reuse = ReuseSampler()
         self.departures = Departures()
         self.savings = Savings()
+        self.blends = Blends()
 
     def offered(self, scope: Scope, key: bytes, nbytes: int) -> None:
         """Note that an engine offers a block, which it had to compute."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 
@@ -221,6 +221,10 @@ class Profiles:
     def __len__(self) -> int:
         return len(self._found)
 
+    def state(self) -> list[dict[str, Any]]:
+        """For the snapshot: each profile, its thresholds, and its rungs with what the gate says of them."""
+        return [_shown(profile) for profile, _, _ in self._found.values()]
+
     def check(self, namespace: Namespace) -> str:
         """Why a namespace's fidelity is not to be had here; empty if it is. Exact namespaces need no profile."""
         if is_exact(namespace):
@@ -243,6 +247,13 @@ class Profiles:
             raise ConfigError(f"{reason}.", "Run `kvstore calibrate` for this model, or use fidelity `exact`.")
         _, chains, context = self._found[namespace.fidelity.removeprefix(LOSSY)]
         return chains, context
+
+
+def _shown(profile: Profile) -> dict[str, Any]:
+    passed = profile.passed
+    rungs = [msgspec.structs.asdict(rung) | {"passed": rung in passed} for rung in profile.rungs]
+    names = ("name", "model", "revision", "most_kl", "least_top1", "contexts", "tokens")
+    return {name: getattr(profile, name) for name in names} | {"rungs": rungs}
 
 
 def _basis_of(profile: Profile, folder: Path) -> Basis:

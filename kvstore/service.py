@@ -457,6 +457,11 @@ class Service:
             self.quotas.remove(p.remove)
         return m.QuotaReply(self.quotas.rules, self.quotas.state())
 
+    def report(self, session: Session, p: m.Report) -> m.Empty:
+        """Note what an engine says that it put together from chunks."""
+        self.desk.blends.add(self.namespaces.find(session.domain, p.ns).scope, p)
+        return m.Empty()
+
     def explain(self, session: Session, p: m.Explain) -> m.ExplainReply:
         """Where each block of a prompt is, and why the others are not here."""
         seen = self.desk.explain(Scope(session.domain, p.ns), m.split_keys(p.keys))

@@ -6,6 +6,7 @@ from kvstore.client.chunks import ChunkPart, chunk_keys, chunk_parts
 from kvstore.client.events import Event, Mirror, Position
 from kvstore.client.handles import AsyncReservation, Lease, Reservation
 from kvstore.client.plans import AsyncPlanRun, PlanRun
+from kvstore.client.reports import Verdict, report_blend
 from kvstore.client.streams import AsyncEventStream, EventStream
 from kvstore.client.sync import KVStoreClient
 
@@ -26,6 +27,8 @@ __all__ = [
     "Position",
     "Reservation",
     "Room",
+    "Verdict",
     "chunk_keys",
     "chunk_parts",
+    "report_blend",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvstore.http import now, tables
+from kvstore.http.quality import quality
 from kvstore.http.view import RECENT_S, View, shown_text, tier_names
 from kvstore.obs import Snapshot, part
 from kvstore.obs.history import History
@@ -24,6 +25,6 @@ def build(snapshot: Snapshot, history: History, ready: tuple[bool, str], leases:
     tables.quotas(view, snapshot)
     tables.verbs(view, snapshot)
     tables.leases(view, leases)
-    tables.quality(view, snapshot)
+    quality(view, snapshot, tiers)
     tables.trouble(view, snapshot, tiers)
     return view

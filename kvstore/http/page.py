@@ -58,9 +58,29 @@ TABLES: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "Every namespace is exact: what is handed out is, bit by bit, what was stored.",
         ("Model", "Digest", "Fidelity", "#Bytes", "#Served"),
     ),
+    "gates": (
+        "What was measured of lossy chains, and which may run",
+        "No profile is here, so no block ever loses precision. `kvstore calibrate` makes one.",
+        ("Profile", "Model", "Rung", "#Smaller", "#KL, mean", "#KL, up to", "#Same first choice", "Gate"),
+    ),
+    "codecs": (
+        "What is encoded now",
+        "No tier holds an encoded block: all are kept as they came.",
+        ("Tier", "Chain", "#Blocks", "#Raw", "#Kept as", "#Smaller", "#KL, at most"),
+    ),
+    "ladder": (
+        "Steps down the ladder, since start",
+        "No block was encoded, so none could become smaller instead of leaving.",
+        ("Tier", "#Encoded", "#May step down", "#Stepped down", "#Bytes freed", "#Lost", "#Time in codecs"),
+    ),
+    "blends": (
+        "Prompts put together from chunks, as engines report them",
+        "No engine has reported a blended prompt.",
+        ("Model", "Rank", "#Prompts", "#Tokens", "#Computed", "#Reused", "Its gate"),
+    ),
     "chunks": (
         "Chunks that can be reused at another place of a prompt",
-        "No engine has stored a chunk: nothing is blended.",
+        "No engine has stored a chunk.",
         ("#Contents", "#Variants", "#Stored", "#Replaced", "#Forgotten", "#Refused"),
     ),
     "verbs": (

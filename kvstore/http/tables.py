@@ -1,4 +1,4 @@
-"""The tables of the dashboard: namespaces, quotas, verbs, leases, quality and trouble."""
+"""The tables of the dashboard: namespaces, quotas, verbs, leases and trouble."""
 
 from __future__ import annotations
 
@@ -114,25 +114,6 @@ def leases(view: View, held: Sequence[HeldLease]) -> None:
         ]
         for each in held[:MAX_ROWS]
     ]
-
-
-def quality(view: View, snapshot: Snapshot) -> None:
-    """What may differ from exact KV: lossy namespaces, and chunks that are reused elsewhere."""
-    view.rows["fidelity"] = [
-        [
-            shown_text(each.get("model") or "unnamed"),
-            shown_text(each.get("digest", ""))[:12],
-            shown_text(each.get("fidelity")),
-            format_size(sum(numbers(each, "bytes").values())),
-            whole(sum(numbers(each, "hit").values())),
-        ]
-        for each in namespaces(snapshot)
-        if each.get("fidelity", "exact") != "exact"
-    ][:MAX_ROWS]
-    chunks = part(snapshot, "chunks")
-    known = count(chunks, "chunks") > 0 or count(chunks, "stored") > 0
-    names = ("chunks", "variants", "stored", "replaced", "forgotten", "refused")
-    view.rows["chunks"] = [[whole(count(chunks, name)) for name in names]] if known else []
 
 
 def trouble(view: View, snapshot: Snapshot, tiers: list[str]) -> None:

@@ -38,7 +38,12 @@ def numbers(tree: Any, *path: str) -> dict[str, float]:
     return {str(key): value for key in found if (value := number(found, key)) is not None}
 
 
+def listed(tree: Any, name: str) -> list[Mapping[str, Any]]:
+    """The mappings in a list of that name, whatever else was in it left out."""
+    found = part(tree).get(name)
+    return [each for each in found if isinstance(each, Mapping)] if isinstance(found, (list, tuple)) else []
+
+
 def namespaces(snapshot: Snapshot) -> list[Mapping[str, Any]]:
-    """The namespaces of a snapshot, whatever else was in the list left out."""
-    listed = snapshot.get("namespaces")
-    return [each for each in listed if isinstance(each, Mapping)] if isinstance(listed, (list, tuple)) else []
+    """The namespaces of a snapshot."""
+    return listed(snapshot, "namespaces")

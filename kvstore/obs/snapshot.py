@@ -44,6 +44,7 @@ def snapshot(service: Service, traffic: Traffic, started: float, ready: bool) ->
         "policies": service.desk.policies(),
         "reuse": service.desk.reuse_state(),
         "saved": service.desk.savings_state(),
+        "blends": service.desk.blends.state(service.namespaces.fields),
         "requests": {
             verb: {"count": s.count, "errors": s.errors, "seconds": s.seconds, "buckets": s.below()}
             for verb, s in traffic.verbs.items()

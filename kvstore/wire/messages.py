@@ -36,6 +36,9 @@ Handle = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Indexes = Annotated[list[Annotated[int, Meta(ge=0, le=MAX_KEYS)]], Meta(max_length=MAX_KEYS)]
 Span = tuple[Annotated[int, Meta(ge=0, le=MAX_MATCH_TOKENS)], Annotated[int, Meta(ge=0, le=MAX_MATCH_TOKENS)]]
 Seconds = Annotated[float, Meta(ge=0.0, le=86_400.0)]
+Count = Annotated[int, Meta(ge=0, le=1 << 53)]
+Share = Annotated[float, Meta(ge=0.0, le=1.0)]
+Measured = Annotated[float, Meta(ge=0.0, le=1e6)]
 
 
 class Message(Struct, array_like=True, forbid_unknown_fields=True, gc=False):
@@ -335,6 +338,31 @@ class QuotaReply(Message):
     tiers: dict[str, Any]
 
 
+class Verdict(Message):
+    """What a probe measured of blending on an engine's model: the gate's figures and its thresholds."""
+
+    share: Share
+    selector: Label
+    prompts: Count
+    kl: Measured
+    top1: Share
+    most_kl: Measured
+    least_top1: Share
+
+
+class Report(Message):
+    """What an engine put together from chunks since its last report: prompts, their tokens, and how many were computed.
+
+    Without any it only tells the verdict by which it may.
+    """
+
+    ns: Digest
+    prompts: Count = 0
+    tokens: Count = 0
+    computed: Count = 0
+    verdict: Verdict | None = None
+
+
 class Explain(Message):
     """Where each block of a prompt is, and why the others are nowhere. Changes nothing."""
 
@@ -441,6 +469,7 @@ METHODS: dict[str, tuple[type[Message], type[Message]]] = {
     "drop": (Drop, CountReply),
     "stats": (Stats, StatsReply),
     "quota": (Quota, QuotaReply),
+    "report": (Report, Empty),
     "explain": (Explain, ExplainReply),
     "leases": (Leases, LeasesReply),
     "policy": (Policy, PolicyReply),

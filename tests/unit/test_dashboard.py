@@ -175,6 +175,54 @@ async def test_a_busy_daemon_is_shown_without_javascript(client: aiohttp.ClientS
     assert parsed.cells["config"][:3] == ["listen.token", "********", "KVSTORE_TOKEN"]
 
 
+RUNG = {"chain": "kv4", "planes": 0, "kl": 0.004, "kl_upper": 0.006, "top1": 0.97, "ratio": 3.9, "passed": True}
+PROBE = {"share": 0.15, "selector": "auto", "prompts": 8, "kl": 0.05, "top1": 0.97, "most_kl": 0.1, "least_top1": 0.9}
+
+
+async def test_quality_shows_what_was_measured_and_what_runs(client: aiohttp.ClientSession, source: FakeSource):
+    source.state["profiles"] = [
+        {
+            "name": "small",
+            "model": "m",
+            "most_kl": 0.012,
+            "least_top1": 0.95,
+            "rungs": [
+                RUNG,
+                RUNG | {"planes": 2, "kl": 0.03, "kl_upper": 0.04, "passed": False},
+                RUNG | {"chain": "fp8", "top1": 0.5, "passed": False},
+            ],
+        }
+    ]
+    held = {
+        "kv4": {"blocks": 3, "stored_bytes": 1024, "logical_bytes": 4096},
+        "byteplanes|zstd": {"blocks": 1, "stored_bytes": 512, "logical_bytes": 1024},
+        "gone": {"blocks": 1, "stored_bytes": 0, "logical_bytes": 1024},
+    }
+    codecs = {"held": held, "since_start": {"kv4": {"blocks": 5}}, "stepped_down": 2, "bytes_freed": 2048, "busy_s": 1}
+    source.state["tiers"]["disk"] = {"capacity": 9, "used": 9, "codecs": codecs}
+    source.state["blends"] = [
+        {"model": "m", "prompts": 4, "tokens": 2000, "computed": 300, "verdict": PROBE},
+        {"model": "m", "tp_rank": 1, "tp_size": 2, "verdict": PROBE | {"kl": 0.2}},
+        {"model": "n", "prompts": 1, "tokens": 10, "computed": 10},
+    ]
+    _, parsed = await page(client)
+    gates = parsed.cells["gates"]
+    assert gates[:8] == ["small", "m", "kv4", "3.90 ×", "0.0040", "0.0060", "97 %", "passed"]
+    assert gates[10] == "kv4, 2 of its planes"
+    assert gates[15] == "refused: KL may be above 0.012"
+    assert gates[23] == "refused: the first choice stays in less than 95 %"
+    assert parsed.cells["codecs"][:7] == ["disk", "kv4", "3", "4 KiB", "1 KiB", "4.00 ×", "0.0040"]
+    assert parsed.cells["codecs"][13] == "none"
+    assert parsed.cells["codecs"][19:21] == [NOTHING, NOTHING]
+    assert parsed.cells["ladder"] == ["disk", "5", "0", "2", "2 KiB", "0", "1 s"]
+    blends = parsed.cells["blends"]
+    assert blends[:6] == ["m", NOTHING, "4", "2,000", "15 %", "85 %"]
+    assert blends[6].startswith("passed: KL 0.0500 (at most 0.1), same first choice 97 % (at least 90 %)")
+    assert blends[8] == "1 of 2"
+    assert blends[13].startswith("failed: KL 0.2000")
+    assert blends[20] == "not told by this engine"
+
+
 async def test_names_from_clients_stay_text(client: aiohttp.ClientSession, source: FakeSource):
     source.state |= BUSY
     text, parsed = await page(client)
@@ -253,7 +301,9 @@ async def test_pictures_are_drawn_by_the_server(client: aiohttp.ClientSession, s
 async def test_what_nothing_reports_yet_says_so(client: aiohttp.ClientSession):
     _, parsed = await page(client)
     assert parsed.cells["fidelity"] == ["Every namespace is exact: what is handed out is, bit by bit, what was stored."]
-    assert parsed.cells["chunks"] == ["No engine has stored a chunk: nothing is blended."]
+    assert parsed.cells["chunks"] == ["No engine has stored a chunk."]
+    assert parsed.cells["blends"] == ["No engine has reported a blended prompt."]
+    assert parsed.cells["gates"][0].startswith("No profile is here")
     assert parsed.cells["leases"] == ["Nobody reads at this moment."]
 
 

@@ -9,13 +9,15 @@ import pytest
 from daemons import NAMESPACE, NS, DaemonProcess, MakeDaemon, payload, store
 
 from kvstore import KVStoreClient
-from kvstore.client import operator
+from kvstore.client import Verdict, operator, report_blend
 from kvstore.errors import AccessError, ConfigError, InternalError, RequestError
 from kvstore.eviction import make_policy, names
 from kvstore.eviction.partitions import Partitions
 from kvstore.keys import prefix_keys
+from kvstore.obs.blends import MOST, Blends
 from kvstore.obs.departures import Departures
 from kvstore.types import BlockHeader, BlockId, Gone, Scope, TierCode
+from kvstore.wire.messages import Report
 from kvstore.wire.traffic import BOUNDS_S, Traffic
 
 KEYS = prefix_keys(NAMESPACE, range(256 * 6))
@@ -57,6 +59,31 @@ def test_an_evicted_block_says_so(client: KVStoreClient):
         client.put(key, payload(key, MIB))
     reasons = {block["reason"] for block in operator.explain(client, NS, chain)}
     assert reasons == {"", "evicted"}
+
+
+def test_what_an_engine_blended_is_summed_and_shown(client: KVStoreClient):
+    told = Verdict(0.15, "auto", 8, 0.05, 0.97, 0.1, 0.9)
+    report_blend(client, NAMESPACE, verdict=told)
+    report_blend(client, NAMESPACE, prompts=1, tokens=1000, computed=150)
+    report_blend(client, NAMESPACE, prompts=2, tokens=500, computed=600)
+    (seen,) = client.stats()["blends"]
+    assert (seen["model"], seen["digest"]) == (NAMESPACE.model, NS.hex())
+    assert (seen["prompts"], seen["tokens"], seen["computed"]) == (3, 1500, 750)
+    assert seen["verdict"]["kl"] == 0.05
+    # Figures that the daemon does not take are not told, and cost the caller nothing.
+    report_blend(client, NAMESPACE, prompts=1, verdict=Verdict(2.0, "auto", 8, -1.0, 0.97, 0.1, 0.9))
+    assert client.stats()["blends"][0]["prompts"] == 3
+
+
+def test_reports_of_many_namespaces_are_bounded():
+    blends = Blends()
+    scopes = [Scope("uid-1", number.to_bytes(32, "big")) for number in range(MOST + 2)]
+    for scope in scopes:
+        blends.add(scope, Report(scope.ns, prompts=1 << 53))
+    blends.add(scopes[-1], Report(scopes[-1].ns, prompts=1 << 53))
+    state = blends.state(lambda scope: None)
+    assert [each["digest"] for each in state] == [scope.ns.hex() for scope in scopes[2:]]
+    assert state[-1]["prompts"] == 1 << 53
 
 
 def test_leases_are_listed_while_they_last(client: KVStoreClient):

@@ -32,6 +32,7 @@ plain = st.recursive(
 digests = st.binary(min_size=DIGEST_BYTES, max_size=DIGEST_BYTES)
 keys = st.lists(digests, max_size=4).map(b"".join)
 seconds = st.floats(0, 86_400)
+shares = st.floats(0, 1)
 handles = st.integers(0, (1 << 63) - 1)
 small = st.integers(0, m.MAX_KEYS)
 texts = st.text(max_size=20)
@@ -42,6 +43,8 @@ offers = st.builds(m.Offer, digests, st.integers(1, 1 << 32), st.binary(max_size
 grants = st.builds(m.Grant, small, counts, small, extents, st.binary(max_size=30))
 refusals = st.builds(m.Refusal, small, texts)
 rules = st.builds(QuotaRule, name=st.just("a.b-1"), tenant=st.text(max_size=5), priority=st.integers(-100, 100))
+
+verdicts = st.builds(m.Verdict, shares, st.text(min_size=1, max_size=9), counts, seconds, shares, seconds, shares)
 
 PARAMS: dict[str, st.SearchStrategy[m.Message]] = {
     "hello": st.builds(m.Hello, small, texts, st.lists(namespaces, max_size=2), texts),
@@ -65,6 +68,7 @@ PARAMS: dict[str, st.SearchStrategy[m.Message]] = {
     ),
     "events": st.builds(m.Events, st.binary(max_size=16), handles, handles, seconds, st.integers(1, m.MAX_KEYS)),
     "quota": st.builds(m.Quota, st.none() | rules, st.text(max_size=8)),
+    "report": st.builds(m.Report, digests, counts, counts, counts, st.none() | verdicts),
     "explain": st.builds(m.Explain, digests, keys),
     "leases": st.builds(m.Leases),
     "policy": st.builds(m.Policy, st.text(max_size=8), st.text(max_size=8)),
@@ -112,7 +116,7 @@ RESULTS: dict[str, st.SearchStrategy[m.Message]] = {
         st.lists(st.builds(m.Event, counts, texts, digests, small, keys, st.lists(counts, max_size=3)), max_size=2),
     ),
     **{name: st.builds(m.CountReply, counts) for name in ("prefetch", "pin", "unpin", "drop")},
-    **{name: st.builds(m.Empty) for name in ("release", "abort", "fetch", "fill")},
+    **{name: st.builds(m.Empty) for name in ("release", "abort", "fetch", "fill", "report")},
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from kvstore.obs import metrics
+from kvstore.obs import metrics, readings
 from kvstore.obs.history import History, series
 
 SNAPSHOT: dict[str, Any] = {
@@ -31,10 +31,21 @@ SNAPSHOT: dict[str, Any] = {
             "dropped": {"io_error": 2},
             "bytes_read": 77,
             "breaker": {"state": "half-open", "failures": 5},
+            "codecs": {"held": {"kv4": {"blocks": 1, "stored_bytes": 25, "logical_bytes": 100}}},
         },
     },
     "namespaces": [
         {"digest": "ab" * 32, "domain": "uid:1", "model": "m", "blocks": {"host": 7}, "asked": 9, "hit": {"host": 4}}
+    ],
+    "profiles": [{"name": "p", "rungs": [{"passed": True}, {"passed": False}, {}]}],
+    "blends": [
+        {
+            "digest": "ab" * 32,
+            "domain": "uid:1",
+            "tokens": 100,
+            "computed": 15,
+            "verdict": {"prompts": 3, "kl": 0.5, "most_kl": 0.1, "top1": 1.0, "least_top1": 0.5},
+        }
     ],
     "requests": {"lookup": {"count": 10, "errors": 1, "seconds": 0.5, "buckets": [[0.01, 4], [0.1, 9]]}},
 }
@@ -55,6 +66,11 @@ def test_values_are_those_of_the_snapshot():
     got = exposed(SNAPSHOT)
     for key, value in {
         ("kvstore_build_info", (("version", "1.2.3"),)): 1,
+        ("kvstore_codec_stored_bytes", (("chain", "kv4"), ("tier", "disk"))): 25,
+        ("kvstore_profile_rungs", (("gate", "passed"), ("profile", "p"))): 1,
+        ("kvstore_profile_rungs", (("gate", "refused"), ("profile", "p"))): 2,
+        ("kvstore_blended_computed_tokens_total", (("domain", "uid:1"), ("ns", "abababababab"))): 15,
+        ("kvstore_blend_gate_passed", (("domain", "uid:1"), ("ns", "abababababab"))): 0,
         ("kvstore_ready", ()): 1,
         ("kvstore_hit_blocks_total", (("tier", "disk"),)): 10,
         ("kvstore_missed_blocks_total", (("reason", "absent"),)): 50,
@@ -105,12 +121,12 @@ def spaces(number: int) -> dict[str, Any]:
 
 def test_namespaces_are_told_apart_up_to_a_limit_and_summed_above():
     name = "kvstore_namespace_asked_blocks_total"
-    few = [value for (each, _), value in exposed(spaces(metrics.MAX_NAMESPACES)).items() if each == name]
-    assert few == [2] * metrics.MAX_NAMESPACES
-    got = exposed(spaces(metrics.MAX_NAMESPACES + 1))
+    few = [value for (each, _), value in exposed(spaces(readings.MAX_NAMESPACES)).items() if each == name]
+    assert few == [2] * readings.MAX_NAMESPACES
+    got = exposed(spaces(readings.MAX_NAMESPACES + 1))
     everyone = (("domain", "all"), ("ns", "all"))
     assert [(key, v) for key, v in got.items() if key[0] == name] == [
-        ((name, everyone), 2 * (metrics.MAX_NAMESPACES + 1))
+        ((name, everyone), 2 * (readings.MAX_NAMESPACES + 1))
     ]
     assert not any(each == "kvstore_namespace_info" for each, _ in got)
 
@@ -127,7 +143,7 @@ def test_hostile_label_values_cannot_break_the_format():
     model = 'a"\n\\{} 1\nkvstore_fake 1' + "x" * 500
     got = exposed({"namespaces": [{"digest": "d", "model": model}]})
     labels = next(dict(labels) for name, labels in got if name == "kvstore_namespace_info")
-    assert labels["model"] == model[: metrics.MAX_LABEL]
+    assert labels["model"] == model[: readings.MAX_LABEL]
     assert not any(name == "kvstore_fake" for name, _ in got)
 
 

@@ -89,6 +89,11 @@ class Gate:
             self._look()
         return self._reason if self._verdict is None else why_closed(self._verdict, namespace, share)
 
+    def verdict(self) -> Verdict | None:
+        """What the file says now; None if there is none, or it is no verdict."""
+        self._look()
+        return self._verdict
+
     def _look(self) -> None:
         try:
             stamp = Path(self._path).stat().st_mtime_ns

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from kvstore.client import Room, chunk_keys, chunk_parts
+from kvstore.client import Room, Verdict, chunk_keys, chunk_parts, report_blend
 from kvstore.errors import InternalError
 from kvstore.keys import derived_key, namespace_digest
 from kvstore.types import ChunkInfo, Miss, Namespace, Stored
@@ -31,6 +31,7 @@ from kvstore_connectors.vllm.transfers import TTL_S, contiguous, fill_room
 
 if TYPE_CHECKING:
     from kvstore.rope import Rotary
+    from kvstore_connectors.vllm.blend_gate import Gate
     from kvstore_connectors.vllm.blend_model import EngineModel
 
 MAX_BYTES = 4 << 30
@@ -65,6 +66,8 @@ class Blender:
         Without it chunks are captured, but nothing is blended.
     rotation : Rotary, optional
         The model's, together with it.
+    gate : Gate, optional
+        Whose verdict the daemon is told, for its dashboard.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class Blender:
         load_deadline_s: float,
         model: EngineModel | None = None,
         rotation: Rotary | None = None,
+        gate: Gate | None = None,
     ) -> None:
         self._rows = rows
         self._namespace = namespace
@@ -82,6 +86,7 @@ class Blender:
         self._deadline_s = load_deadline_s
         self._model = model
         self._rotation = rotation
+        self._gate = gate
         self._token_bytes = 2 * rows.layers * rows.shape[0] * rows.shape[1] * rows.dtype.itemsize
 
     # -- blending ------------------------------------------------------------------------------------------------------
@@ -108,9 +113,17 @@ class Blender:
             self._tally.add("recomputed_tokens", len(job.tokens) // 4 - job.begin)
             return set(missing or job.table[job.exact // self._rows.engine_block :])
         with torch.inference_mode():
-            self._repair(model, job, *gathered)
+            computed = self._repair(model, job, *gathered)
         self._tally.add("blend_seconds", time.monotonic() - begun)
+        self.report(link, prompts=1, tokens=len(job.tokens) // 4 - job.exact, computed=computed)
         return set()
+
+    def report(self, link: Link, **counts: int) -> None:
+        """Tell the daemon what was blended, and by which verdict."""
+        found = None if self._gate is None else self._gate.verdict()
+        verdict = None if found is None else Verdict(*(getattr(found, name) for name in Verdict.__struct_fields__))
+        namespace = self._namespace
+        link.run("report", lambda client: report_blend(client, namespace, verdict=verdict, **counts))
 
     def _load_exact(self, job: BlendJob, load: Callable[[LoadJob], set[int]]) -> list[int]:
         """Load the blocks in front of the first chunk; the engine blocks from the first that could not be had on."""
@@ -143,7 +156,8 @@ class Blender:
         ids = torch.from_numpy(np.frombuffer(job.tokens, dtype="<i4").astype(np.int64)).to(rows.device)
         return Prompt(ids, tuple(spans), exact=job.exact), cache
 
-    def _repair(self, model: EngineModel, job: BlendJob, prompt: Prompt, cache: list[LayerKV]) -> None:
+    def _repair(self, model: EngineModel, job: BlendJob, prompt: Prompt, cache: list[LayerKV]) -> int:
+        """Compute the tokens that need it and write the prompt into the engine's cache; how many were computed."""
         work = Work(model, prompt, cache)
         for _ in work.repair(selector_for(job.selector, prompt), job.share):
             pass
@@ -153,6 +167,7 @@ class Blender:
         self._tally.add("blended_tokens", len(prompt.ids) - job.exact)
         self._tally.add("blend_computed_tokens", computed)
         self._tally.add("blend_reused_tokens", len(prompt.ids) - job.exact - computed)
+        return computed
 
     # -- chunks --------------------------------------------------------------------------------------------------------
 

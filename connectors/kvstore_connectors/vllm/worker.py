@@ -14,6 +14,7 @@ from kvstore.errors import ConfigError
 from kvstore.types import Namespace
 from kvstore_connectors.base import Breaker, Link, Tally, report_defect
 from kvstore_connectors.blend.rope import movable
+from kvstore_connectors.vllm.blend_gate import Gate
 from kvstore_connectors.vllm.blend_jobs import BlendJob
 from kvstore_connectors.vllm.blend_model import EngineModel, find_model
 from kvstore_connectors.vllm.blend_rows import Rows
@@ -162,6 +163,7 @@ class WorkerSide:
             rank=rank,
             tenant=self._config.tenant,
             weights=self._config.weights_digest,
+            fidelity=self._config.fidelity,
         )
         self._pages = pages
         transfers = Transfers(pages, self._namespace, self.tally, self._config.load_deadline_ms / 1e3)
@@ -172,6 +174,8 @@ class WorkerSide:
         if isinstance(pages, DevicePages):
             self._saver = Saver(pages, self._store, self.tally)
         self._breaker.start(START_WAIT_S)
+        if self._blender is not None and self._config.blend_gate:
+            self._blender.report(self._load_link)
 
     def _make_blender(
         self, layers: list[PageViews], caches: dict[str, Any], pages: Pages, page_tokens: int
@@ -192,7 +196,8 @@ class WorkerSide:
         model = EngineModel(find_model())
         if model.layers != len(layers):
             raise ConfigError(f"blend_gate: {len(layers)} layers keep KV, {model.layers} are the model's.", _REMEDY)
-        return Blender(rows, self._namespace, self.tally, deadline_s, model, movable(config))
+        gate = Gate(self._config.blend_gate)
+        return Blender(rows, self._namespace, self.tally, deadline_s, model, movable(config), gate)
 
     def _writes(self, caches: dict[str, Any]) -> list[tuple[WriteOp, torch.Tensor]]:
         """Each layer's own write operation and its cache, in the order of `_learn`."""
