@@ -27,6 +27,10 @@ _LEVELS = 8
 _LEVEL = tuple(0 if n < 1 else n - 1 if n < 4 else min(_LEVELS - 1, n.bit_length()) for n in range(1 << _LEVELS))
 """Level of a number of uses: each of the first three, then powers of two."""
 _CLASSES = 3 * _LEVELS
+_END = tuple(3 * level + 2 for level in _LEVEL)
+_INNER = tuple(3 * level for level in _LEVEL)
+"""Class of a block by its number of uses: at the end of a prompt, and within one."""
+_MOST = len(_LEVEL) - 1
 _LEARN_EVERY = 512
 
 
@@ -50,10 +54,11 @@ class _Entry(Generic[Item]):
     def classify(self) -> int:
         """Its class: the number of uses by powers of two, and what kind of place it has in prompts."""
         count = self.count
-        level = _LEVEL[count] if count < len(_LEVEL) else _LEVELS - 1
+        if count > _MOST:
+            count = _MOST
         if not self.parted:
-            return 3 * level + 2
-        return 3 * level + (1 if count == 1 and self.behind else 0)
+            return _END[count]
+        return 1 if count == 1 and self.behind else _INNER[count]
 
 
 class LHD(EvictionPolicy[Item], Generic[Item]):
@@ -146,7 +151,7 @@ class LHD(EvictionPolicy[Item], Generic[Item]):
             self._orphans[item] = entry.children
         elif entry.ticket:
             self._displace(entry)
-            self._trim(self._queues[entry.group])
+            self._first(self._queues[entry.group])
         if evicted:
             self._remember(item, entry)
         if entry.parent is not None:
@@ -158,10 +163,9 @@ class LHD(EvictionPolicy[Item], Generic[Item]):
         walks: dict[int, InOrder[Item]] = {}
         heads: list[tuple[float, float, int, Item]] = []
         for group, queue in enumerate(self._queues):
-            self._trim(queue)
-            if queue:
+            if queue and (entry := self._first(queue)) is not None:
                 stamp, _, item = queue[0]
-                heads.append((self._density(self._held[item]), stamp, group, item))
+                heads.append((self._density(entry), stamp, group, item))
         heapq.heapify(heads)
         while heads:
             _, _, group, item = heapq.heappop(heads)
@@ -230,22 +234,29 @@ class LHD(EvictionPolicy[Item], Generic[Item]):
         entry = self._held.get(place[2])
         return entry is not None and entry.ticket == place[1]
 
-    def _trim(self, queue: list[Place[Item]]) -> None:
-        while queue and not self._valid(queue[0]):
+    def _first(self, queue: list[Place[Item]]) -> _Entry[Item] | None:
+        """The block whose place is first, once places in front of it that do not count any more are gone."""
+        held = self._held
+        while queue:
+            _, ticket, item = queue[0]
+            entry = held.get(item)
+            if entry is not None and entry.ticket == ticket:
+                return entry
             heapq.heappop(queue)
+        return None
 
     # -- learning ------------------------------------------------------------------------------------------------------
 
     def _remember(self, item: Item, entry: _Entry[Item]) -> None:
-        wanted = GHOSTS_PER_ITEM * len(self._held)
-        mark, ghosts = hash(item), self._ghosts
-        if mark % self._stride:
+        mark, ghosts, stride = hash(item), self._ghosts, self._stride
+        if mark % stride:
             return
         ghosts[mark] = (entry.group, entry.time, entry.count)
-        while len(ghosts) > max(64, wanted // self._stride):
+        most = max(64, GHOSTS_PER_ITEM * len(self._held) // stride)
+        while len(ghosts) > most:
             _, (group, time, _) = ghosts.popitem(last=False)
-            self._fates.faded(group, self._clock - time, self._stride)
-            self._faded += self._stride
+            self._fates.faded(group, self._clock - time, stride)
+            self._faded += stride
         if len(ghosts) > MAX_GHOSTS:
             self._stride *= 2
             self._ghosts = OrderedDict((m, ghost) for m, ghost in ghosts.items() if not m % self._stride)
