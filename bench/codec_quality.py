@@ -24,9 +24,10 @@ import torch
 from common import arguments, finish
 from transformers import AutoModelForCausalLM
 
-from kvstore.codecs import Chain, Context, importance, parse
+from kvstore.codecs import Chain, Context, parse
 from kvstore.codecs.basis import Basis
 from kvstore_connectors.transformers.calibrate import Reference, cut, fit, measure
+from kvstore_connectors.transformers.codec_eval import mean_attention, pca
 from kvstore_connectors.transformers.probe import Probe
 
 FORMS = ((1, False), (5, False), (5, True))
@@ -47,23 +48,6 @@ def started(path: str, device: str) -> Probe:
     """A model in float32, so that nothing but the codec differs."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
     return Probe(model.to(device))
-
-
-def mean_attention(reference: Reference) -> torch.Tensor:
-    """Importance of each token of a context: attention by visibility, over all layers and heads."""
-    probe, block = reference.probe, reference.block
-    keys = block[:, 0].float()
-    positions = torch.arange(block.shape[2], device=keys.device)
-    total = torch.zeros(block.shape[2], device=keys.device)
-    for layer, queries in enumerate(probe.queries(reference.sample.tokens)):
-        lse = importance.log_sum_exp(queries, keys[layer], positions)
-        total += importance.attention_mean(queries, keys[layer], lse, positions).mean(0)
-    return total
-
-
-def pca(basis: Basis, step: int) -> str:
-    """The chain of a basis and a step."""
-    return f"prerope|pca(basis={basis.digest},step={step})|zstd"
 
 
 def choose(probe: Probe, bases: list[Basis], half: texts.Documents, threads: int, contexts: int) -> dict[str, Any]:
@@ -134,7 +118,7 @@ def main() -> None:
     results["contexts"] = [(r.sample.kind, len(r.sample.tokens)) for r in references]
     chains = {label: parse(name) for label, name in names.items()}
     costs = measure(references, chains, context, importance=mean_attention, threads=args.threads)
-    results["chains"] = {label: cost.summary() for label, cost in costs.items()}
+    results["chains"] = {label: cost.summary(costs["raw"]) for label, cost in costs.items()}
     results["by_context"] = {label: cost.kl for label, cost in costs.items()}
     done("chains")
     for stage, run in {

@@ -9,6 +9,7 @@ kept of everything beats all of a little.
 from __future__ import annotations
 
 import asyncio
+import importlib
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -86,6 +87,12 @@ class Ladder(WrappedTier):
         self.passed: dict[str, Counter[str]] = {}
         self.stepped = self.lost = self.stepped_bytes = self.undecodable = 0
         self.busy_s = 0.0
+
+    async def start(self) -> None:
+        """Recover what is there; load the codecs now if they will be needed, not while somebody waits."""
+        await self.inner.start()
+        if self._encoding.exact != "raw":
+            await asyncio.to_thread(importlib.import_module, "kvstore.codecs")
 
     def _form(self, scope: Scope) -> Form | None:
         if scope not in self._forms:

@@ -125,9 +125,13 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     @property
     def passed(self) -> list[Rung]:
-        """The rungs that may run, from the largest to the smallest."""
-        found = [r for r in self.rungs if r.kl_upper <= self.most_kl and r.top1 >= self.least_top1 and r.ratio > 1]
-        return sorted(found, key=lambda rung: rung.ratio)
+        """The rungs that may run, from the largest to the smallest; without those that a smaller one outdoes."""
+        good = [r for r in self.rungs if r.kl_upper <= self.most_kl and r.top1 >= self.least_top1 and r.ratio > 1]
+        found: list[Rung] = []
+        for rung in sorted(good, key=lambda rung: (-rung.ratio, rung.kl)):
+            if not found or rung.kl < found[-1].kl:
+                found.append(rung)
+        return found[::-1]
 
     @property
     def rotary(self) -> Rotary:

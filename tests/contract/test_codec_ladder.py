@@ -63,7 +63,7 @@ async def load(tier: Tier, number: int, namespace: Namespace = EXACT) -> torch.T
 
 
 def rung(chain: str, ratio: float, planes: int = 0, kl: float = 0.001) -> Rung:
-    return Rung(chain, planes, kl, kl, 0.99, 0.0, ratio, 1.0, 1.0)
+    return Rung(chain, planes, kl * ratio, kl * ratio, 0.99, 0.0, ratio, 1.0, 1.0)
 
 
 def profiles(folder: Path, rungs: list[Rung] | None = None) -> Profiles:

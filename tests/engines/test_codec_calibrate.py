@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM
 from kvstore.codecs import Context, importance, parse
 from kvstore.errors import ConfigError
 from kvstore.profile import Profiles, load_profile
-from kvstore.types import Namespace
+from kvstore_connectors.transformers import KVStoreCache
 from kvstore_connectors.transformers.calibrate import Reference, Sample, code, cut, fit, measure
 from kvstore_connectors.transformers.probe import Probe
+from kvstore_connectors.weights import weights_digest
 
 
 @pytest.fixture(scope="module")
@@ -98,15 +99,22 @@ def test_the_profile_is_for_this_model_only(tmp_path: Path, capsys: pytest.Captu
     assert "passed" in capsys.readouterr().out
     assert (tmp_path / "p.svg").read_text().startswith("<svg")
     profile, profiles = load_profile(path), Profiles(path.parent)
-    own = Namespace(model=profile.model, revision=profile.revision, dtype="bfloat16", layers=3, kv_heads=2, head_dim=16,
-                    layout="lkthd1", fidelity="lossy:tiny")  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(models.tiny_llama(layers=3, heads=4, kv_heads=2, head_dim=16))
+    with KVStoreCache(model, address=str(tmp_path / "none"), fidelity="lossy:tiny") as kv:
+        own = kv.namespace  # as the connector names the model: nothing was told to either of them
+    assert (own.model, own.revision) == (profile.model, profile.revision)
+    digest = weights_digest(models.tiny_llama(layers=3, heads=4, kv_heads=2, head_dim=16))
+    assert f"sample:{digest}" in [each.revision for each in profile.also]  # as vLLM names the directory
     assert profiles.check(own) == ""
     rungs, context = profiles.rungs(own)
-    assert len(rungs) == len(profile.passed) > 8
+    assert len(rungs) == len(profile.passed) > 2
+    kl = [rung.kl for rung, _ in rungs]
+    assert kl == sorted(kl)  # each rung is smaller than the one before, and none does better at less
     assert any("pca" in rung.chain for rung, _ in rungs)
     assert profile.basis in context.bases
     assert profiles.check(msgspec.structs.replace(own, fidelity="exact")) == ""
-    for change in ({"model": "x"}, {"revision": "y"}, {"layers": 4}, {"head_dim": 8}, {"fidelity": "lossy:other"}):
+    others = {"model": "x", "revision": "y", "layers": 4, "head_dim": 8, "lora": "a", "fidelity": "lossy:other"}
+    for change in ({field: value} for field, value in others.items()):
         assert profiles.check(msgspec.structs.replace(own, **change))
         with pytest.raises(ConfigError):
             profiles.rungs(msgspec.structs.replace(own, **change))

@@ -184,21 +184,31 @@ class Cost:
         """How many times smaller than raw."""
         return self.raw / max(self.stored, 1)
 
-    def summary(self) -> dict[str, float]:
-        """Means, the half width of a 95 % confidence interval of the divergence, the ratio, GiB of raw KV a second."""
-        spread = 1.96 * stdev(self.kl) / math.sqrt(len(self.kl)) if len(self.kl) > 1 else math.inf
+    def summary(self, exact: Cost | None = None) -> dict[str, float]:
+        """Means with half widths of 95 % confidence intervals over contexts, the ratio, GiB of raw KV a second.
+
+        With the cost of raw blocks, ``nll`` is the rise above theirs, context by context.
+        """
         gib = self.raw / 2**30
+        nll = self.nll if exact is None else [own - raw for own, raw in zip(self.nll, exact.nll, strict=True)]
         return {
             "kl": mean(self.kl),
-            "kl_interval": spread,
+            "kl_interval": half_width(self.kl),
             "kl_worst": max(self.kl),
             "top1": mean(self.top1),
-            "nll": mean(self.nll),
+            "top1_interval": half_width(self.top1),
+            "nll": mean(nll),
+            "nll_interval": half_width(nll),
             "ratio": self.ratio,
             "encode_gib_s": gib / self.encode_s if self.encode_s else 0.0,
             "decode_gib_s": gib / self.decode_s if self.decode_s else 0.0,
             "contexts": len(self.kl),
         }
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Half of the 95 % confidence interval of a mean; without bounds for a single value."""
+    return 1.96 * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
 
 
 class Reference:

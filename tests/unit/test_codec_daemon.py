@@ -1,0 +1,237 @@
+"""The ladder in a real daemon: blocks shrink before any leaves, survive a restart, and nothing is lossy unasked."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from daemons import DaemonProcess, MakeDaemon, until
+
+from kvstore import KVStoreClient, Namespace
+from kvstore.codecs import BlockSpec, frame
+from kvstore.encoding import pages
+from kvstore.errors import ConfigError, FidelityRefused
+from kvstore.keys import namespace_digest
+from kvstore.obs import metrics
+from kvstore.profile import Identity, Profile, Rung, save_profile
+from kvstore.tiers.disk import DiskTier
+from kvstore.types import BlockHeader, BlockId, Hit, Miss, Scope, Stored, TierCode
+
+EXACT = Namespace(model="m", revision="1", dtype="bfloat16", layers=4, kv_heads=2, head_dim=32, layout="lkthd1",
+                  block_tokens=64)  # fmt: skip
+LOSSY = msgspec.structs.replace(EXACT, fidelity="lossy:small")
+WHOLE = 2 * 2 * 4 * 64 * 2 * 32
+CHAINS = ("prerope|kv4(k=8,v=8)", "prerope|kv4", "prerope|kv4(k=2,v=2)")
+ROOM = 4 << 20
+
+
+def payload(number: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(number)
+    return torch.randn(4, 2, 64, 2, 32, generator=generator).to(torch.bfloat16)
+
+
+def error(number: int, got: Any) -> float:
+    """Relative error of a block that was read."""
+    found = torch.frombuffer(bytearray(got.data), dtype=torch.bfloat16).view(4, 2, 64, 2, 32).float()
+    true = payload(number).float()
+    return float((found - true).norm() / true.norm())
+
+
+def key(number: int) -> bytes:
+    return number.to_bytes(32, "little")
+
+
+def put(client: KVStoreClient, number: int, *, durable: bool = False) -> object:
+    raw = payload(number).view(-1).view(torch.uint8).numpy().tobytes()
+    return client.put(key(number), raw, BlockHeader(position=64 * number), durable=durable)
+
+
+def profile(folder: Path, revision: str = "1") -> str:
+    """A profile with figures made up: what they say is not what is tested here."""
+    rungs = [Rung(chain, 0, 0.001 * i, 0.001 * i, 0.99, 0.0, 2.0 + i, 1.0, 1.0) for i, chain in enumerate(CHAINS)]
+    save_profile(
+        Profile(name="small", model="another name", revision="", also=[Identity("m", revision)], layers=4, kv_heads=2,
+                head_dim=32, frequencies=[10_000.0 ** (-i / 32) for i in range(0, 32, 2)], rungs=rungs), folder
+    )  # fmt: skip
+    return str(folder)
+
+
+def disk(daemon: DaemonProcess) -> dict[str, Any]:
+    return daemon.stats()["tiers"]["disk"]
+
+
+def settled(daemon: DaemonProcess) -> dict[str, Any]:
+    """The disk tier once everything is written."""
+    until(lambda: daemon.stats()["queue"]["blocks"] == 0, "the queue to be empty")
+    return disk(daemon)
+
+
+async def altered(root: Path, changes: dict[int, Any]) -> None:
+    """Replace stored bytes of blocks behind the daemon's back, as the disk tier would store them."""
+    tier = DiskTier(root, ROOM)
+    await tier.start()
+    for number, change in changes.items():
+        scope = next(scope for scope in tier.scopes() if scope.ns == namespace_digest(LOSSY))
+        block = BlockId(scope, key(number))
+        stored = tier.size(block)
+        assert stored is not None
+        view = pages(stored)
+        hit = await tier.get(block, [view])
+        assert isinstance(hit, Hit)
+        data = change(view)
+        await tier.drop(block)
+        assert isinstance(await tier.put(block, hit.header, [data], data.nbytes), Stored)
+    await tier.close()
+
+
+def flipped(view: memoryview) -> memoryview:
+    view[view.nbytes // 2] ^= 1
+    return view
+
+
+def of_a_codec_to_come(_: memoryview) -> memoryview:
+    spec = BlockSpec(4, 64, 2, 32, position=64)
+    label = frame.head(spec, "hyperplanes(bits=1)", ("",), 1, 1)
+    view = pages(frame.head_nbytes(label, 1, 1) + 9)
+    frame.seal_head(np.frombuffer(view, np.uint8), label, np.array([[9]]), np.array([[0]], np.uint64))
+    return view
+
+
+def test_blocks_shrink_before_any_leaves_and_are_found_again(make_daemon: MakeDaemon, workdir: Path) -> None:
+    settings = {"disk.bytes": str(ROOM), "host.bytes": "1MiB", "codecs.profiles": profile(workdir / "profiles")}
+    daemon = make_daemon(settings).start()
+    count = 120
+    with daemon.client(namespace=LOSSY) as client:
+        assert isinstance(put(client, 0, durable=True), Stored)
+        for number in range(1, count):
+            until(lambda number=number: isinstance(put(client, number), Stored), "room in memory")
+        now = settled(daemon)
+        assert now["evicted"] == 0
+        assert now["blocks"] == count  # raw, they are twice the tier
+        assert now["used"] <= now["capacity"] == ROOM
+        codecs = now["codecs"]
+        assert codecs["stepped_down"] > 10
+        assert codecs["lost_stepping"] == 0
+        lossy = [counts for chain, counts in codecs["held"].items() if "kv4" in chain]
+        assert len(lossy) == 2
+        assert sum(counts["blocks"] for counts in lossy) == count - 1  # all but the durable one
+        assert sum(counts["logical_bytes"] for counts in lossy) == WHOLE * (count - 1)
+        assert 2 * sum(counts["stored_bytes"] for counts in lossy) < WHOLE * count
+        text = metrics.expose(daemon.stats()).decode()
+        assert 'kvstore_codec_stored_bytes{chain="prerope|kv4(k=4,v=4,group=64,sinks=4)",tier="disk"}' in text
+        errors = [error(number, client.get(key(number))) for number in range(count)]
+    assert errors[0] == 0.0  # durable: as it was stored
+    assert errors[-1] < 0.01 < max(errors) < 0.2
+    assert daemon.stop() == 0
+
+    asyncio.run(altered(daemon.disk, {1: flipped, 2: of_a_codec_to_come}))
+    daemon.start()
+    with daemon.client(namespace=LOSSY) as client:
+        assert list(client.lookup([key(n) for n in range(count)])) == [TierCode.DISK] * count
+        assert error(0, client.get(key(0))) == 0.0
+        assert error(30, client.get(key(30))) == errors[30]
+        for number in (1, 2):
+            assert isinstance(client.get(key(number)), Miss)
+        after = disk(daemon)
+        assert after["corrupt"] == 1
+        assert after["codecs"]["undecodable"] == 1
+        assert after["blocks"] == count - 2
+        assert after["codecs"]["held"]["found at start"]["blocks"] > 0
+        for number in range(count, count + 60):  # what was found steps on
+            until(lambda number=number: isinstance(put(client, number), Stored), "room in memory")
+        assert settled(daemon)["codecs"]["stepped_down"] > 10
+        assert error(0, client.get(key(0))) == 0.0
+    assert daemon.stop() == 0
+
+
+def test_without_a_profile_nothing_is_ever_lossy(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon({"disk.bytes": str(ROOM), "host.bytes": "1MiB", "codecs.disk": "lossless"}).start()
+    with daemon.client(namespace=LOSSY) as client, pytest.raises(FidelityRefused, match="no profile"):
+        put(client, 0)
+    with daemon.client(namespace=EXACT) as client:
+        for number in range(100):
+            until(lambda number=number: isinstance(put(client, number), Stored), "room in memory")
+        now = settled(daemon)
+        assert now["evicted"] > 0
+        assert now["codecs"]["stepped_down"] == now["codecs"]["can_step"] == 0
+        assert list(now["codecs"]["held"]) == ["byteplanes|zstd(level=1)"]
+        held = now["codecs"]["held"]["byteplanes|zstd(level=1)"]
+        assert held["blocks"] == now["blocks"] > 70  # raw, 60 fit
+        found = [error(number, got) for number in range(100) if (got := client.get(key(number)))]
+        assert len(found) > 70
+        assert set(found) == {0.0}
+
+
+def test_a_profile_of_another_revision_is_refused(make_daemon: MakeDaemon, workdir: Path) -> None:
+    daemon = make_daemon({"codecs.profiles": profile(workdir / "profiles", revision="2")}).start()
+    for other in (LOSSY, msgspec.structs.replace(LOSSY, revision="2", lora="a"),
+                  msgspec.structs.replace(LOSSY, revision="2", kv_heads=1),
+                  msgspec.structs.replace(LOSSY, fidelity="lossy:x")):  # fmt: skip
+        with daemon.client(namespace=other) as client, pytest.raises(FidelityRefused):
+            client.lookup([key(0)])
+    with daemon.client(namespace=msgspec.structs.replace(LOSSY, revision="2")) as client:
+        assert list(client.lookup([key(0)])) == []
+    assert daemon.stop() == 0
+
+
+def test_blocks_of_a_profile_that_is_gone_cannot_be_named(make_daemon: MakeDaemon, workdir: Path) -> None:
+    folder = profile(workdir / "profiles")
+    daemon = make_daemon({"disk.bytes": str(ROOM), "codecs.profiles": folder}).start()
+    with daemon.client(namespace=LOSSY) as client:
+        put(client, 0, durable=True)
+        put(client, 1)
+        settled(daemon)
+    assert daemon.stop() == 0
+    del daemon.settings["codecs.profiles"]
+    daemon.start()
+    with daemon.client(namespace=LOSSY) as client, pytest.raises(FidelityRefused):
+        client.get(key(1))
+    assert daemon.stop() == 0
+    daemon.settings["codecs.profiles"] = folder
+    daemon.start()
+    with daemon.client(namespace=LOSSY) as client:
+        assert error(1, client.get(key(1))) < 0.01
+
+
+def test_a_folder_that_is_none_is_said_at_start(workdir: Path) -> None:
+    from kvstore.profile import Profiles
+
+    with pytest.raises(ConfigError, match=r"codecs\.profiles"):
+        Profiles(workdir / "nowhere")
+
+
+async def test_a_block_that_is_replaced_keeps_its_place_and_its_budget(tmp_path: Path) -> None:
+    tier = DiskTier(tmp_path, 1 << 20, policy="lru")
+    await tier.start()
+    scope = Scope("u0", bytes(32))
+    view = pages(60_000)
+    view[:] = bytes(60_000)
+    for number in range(4):
+        await tier.put(BlockId(scope, key(number)), BlockHeader(), [view], 60_000)
+    first = BlockId(scope, key(0))
+    before = tier.counters.hits
+    assert isinstance(await tier.peek(first, [pages(60_000)]), Hit)
+    assert tier.counters.hits == before
+    used = tier.usage().used
+    assert isinstance(await tier.replace(first, BlockHeader(), [view[:20_000]], 20_000), Stored)
+    assert tier.size(first) == 20_000
+    assert tier.usage().used == used - 40_960 == tier._index.total()
+    assert tier.order is not None
+    assert next(block for block, _ in tier.order.victims(None, 0, lambda _: 1)) == first
+    assert await tier.check() == []
+    # The power fails between the new file and the end of the old: the next start keeps one.
+    (folder,) = (tmp_path / "blocks" / "u0").iterdir()
+    (file,) = folder.glob(f"{first.key.hex()}-*")
+    await tier.close()
+    (folder / file.name.replace("-4e20.kv", "-ea60.kv")).write_bytes(file.read_bytes())
+    again = DiskTier(tmp_path, 1 << 20)
+    await again.start()
+    assert again.usage().blocks == 4
+    assert len(list(folder.glob("*.kv"))) == 4
+    assert again.usage().used == again._index.total()
+    await again.close()
