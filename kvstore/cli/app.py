@@ -12,6 +12,7 @@ from kvstore.cli.check import check
 from kvstore.cli.completion import completion
 from kvstore.cli.configuration import config_show
 from kvstore.cli.doctor import doctor
+from kvstore.cli.eval import evaluate
 from kvstore.cli.explain import explain
 from kvstore.cli.operate import drop, leases, policy
 from kvstore.cli.plan import make_plan
@@ -49,6 +50,7 @@ app.command(policy)
 app.command(drop)
 app.command(build)
 app.command(calibrate)
+app.command(evaluate, name="eval")
 app.command(make_plan, name="plan")
 app.command(doctor)
 app.command(bench)

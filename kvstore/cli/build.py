@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -52,13 +51,13 @@ def build(
         builder = Builder(loaded, namespaces, client, system=front, device=device)
         last = None
         for last in builder.build(chunks, pack_tokens):
-            _show(f"{last.done}/{last.total} chunks, {last.computed} tokens computed, {last.seconds:.1f} s")
+            out.progress(f"{last.done}/{last.total} chunks, {last.computed} tokens computed, {last.seconds:.1f} s")
         verdict = None
         if probe is not None:
             verdict = measure(loaded, movable(config), builder, namespaces[0], front, chunks, share=share,
-                              told=lambda done: _show(f"probe: {done} prompts"))  # fmt: skip
+                              told=lambda done: out.progress(f"probe: {done} prompts"))  # fmt: skip
             probe.write_bytes(msgspec.json.format(msgspec.json.encode(verdict)) + b"\n")
-    _show("")
+    out.progress("")
     if last is not None and json:
         out.print_json({**last._asdict(), "verdict": None if verdict is None else msgspec.structs.asdict(verdict)})
     elif last is not None:
@@ -67,9 +66,3 @@ def build(
     if verdict is not None and not json:
         print(f"probe: KL {verdict.kl:.4f} (at most {verdict.most_kl}), same first choice {verdict.top1:.1%} "
               f"(at least {verdict.least_top1:.0%}): {'passed' if verdict.passed else 'failed'}")  # fmt: skip
-
-
-def _show(text: str) -> None:
-    """A line of progress on a terminal's stderr."""
-    if sys.stderr.isatty():
-        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)

@@ -30,6 +30,12 @@ def print_json(value: Any) -> None:
     sys.stdout.write(raw.decode() + "\n")
 
 
+def progress(text: str) -> None:
+    """A line of progress on a terminal's stderr, in place of the last one."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+
+
 def clean(text: object) -> str:
     """One line of printable characters: what clients sent must not steer the operator's terminal."""
     return "".join(char if char.isprintable() else "?" for char in str(text).replace("\n", " ").strip())
