@@ -166,7 +166,8 @@ class Daemon:
         return only_exact(namespace) if self._profiles is None else self._profiles.check(namespace)
 
     def _redis_tier(self) -> Tier:
-        from kvstore.tiers.redis import RedisTier, read_key
+        from kvstore.remote.link import read_key
+        from kvstore.tiers.redis import RedisTier
 
         s = self._settings.redis
         return RedisTier(
@@ -243,8 +244,8 @@ class Daemon:
         """Publish events where the other daemons see them, and follow theirs; say who has what of a prompt."""
         s, domain = self._settings, f"uid-{os.getuid()}"
         if s.redis.url and s.events.share:
+            from kvstore.remote.link import read_key
             from kvstore.remote_events import EventExchange
-            from kvstore.tiers.redis import read_key
 
             self._exchange = EventExchange(
                 s.redis.url.reveal(),

@@ -1,1 +1,3 @@
-"""Blocks in Redis: how one is written (`record`), and which are there (`index`). The tier is `kvstore.tiers.redis`."""
+"""Blocks in Redis: the way there (`link`), how a block is written (`record`, `values`), and which there are (`index`,
+`follower`, `uses`). The tier is `kvstore.tiers.redis`.
+"""

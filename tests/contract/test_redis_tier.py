@@ -39,7 +39,7 @@ class TestRedisTier(TierSuite):
 
     async def make(self, capacity: int, place: Path) -> Tier:
         self.prefix = self.places.setdefault(place, f"t{next(_numbers)}")
-        return RedisTier(self.server.url, capacity, prefix=self.prefix, key=self.key)
+        return RedisTier(self.server.url, capacity, prefix=self.prefix, key=self.key, timeout_s=20)  # busy machines
 
     async def damage(self, tier: Tier, block: BlockId) -> None:
         record = Names(self.prefix).record(member_of(block, block.scope.domain))

@@ -16,9 +16,10 @@ from daemons import NAMESPACE, DaemonProcess, header, is_right, key, payload
 
 from kvstore import KVStoreClient
 from kvstore.errors import ConfigError
+from kvstore.remote.link import read_key
 from kvstore.testing.tier_suite import block_of, load, pages, store
 from kvstore.testing.valkey import ValkeyServer
-from kvstore.tiers.redis import RedisTier, read_key
+from kvstore.tiers.redis import RedisTier
 from kvstore.types import Dropped, DropReason, Miss, MissReason, Stored, TierCode
 
 MIB = 1 << 20

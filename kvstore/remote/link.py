@@ -1,0 +1,182 @@
+"""The way to a Redis server: some connections, a time limit on each command, and a name for each kind of failure."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Coroutine, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import redis.asyncio as redis
+from redis.asyncio.cluster import RedisCluster
+from redis.backoff import NoBackoff
+from redis.exceptions import (
+    AuthenticationError,
+    AuthorizationError,
+    InvalidResponse,
+    NoPermissionError,
+    OutOfMemoryError,
+    RedisError,
+    ResponseError,
+)
+from redis.retry import Retry
+
+from kvstore.errors import ConfigError
+
+T = TypeVar("T")
+_LIES = (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError)
+"""What a reply of another shape than was asked for ends in: no server of ours."""
+FAILURES = (RedisError, OSError, TimeoutError, asyncio.TimeoutError, *_LIES)
+"""What a command can end in that is the server's fault, or the network's."""
+
+
+class Exhausted(RedisError):
+    """All connections were busy for as long as a command may take."""
+
+
+class Link:
+    """Connections to a server or a cluster.
+
+    Parameters
+    ----------
+    url : str
+        ``redis://``, ``rediss://`` or ``unix://``, with user and password if there are any.
+    cluster : bool
+        Whether it is a cluster.
+    lanes : int
+        Connections over which the values of one block travel.
+    timeout_s : float
+        Longest time one command may take, and longest wait for a connection.
+
+    Raises
+    ------
+    ConfigError
+        If the URL cannot be used.
+    """
+
+    def __init__(self, url: str, cluster: bool, lanes: int, timeout_s: float) -> None:
+        self.lanes = lanes
+        self.timeout_s = timeout_s
+        self.client = _make_client(url, cluster, 2 * lanes + 4, timeout_s)
+        self.error = "not started"
+        self.failures: dict[str, int] = {}
+        self._free = asyncio.Semaphore(2 * lanes + 3)  # and one connection follows the log
+
+    @property
+    def is_cluster(self) -> bool:
+        """Whether the keys are spread over several servers."""
+        return isinstance(self.client, RedisCluster)
+
+    def pipeline(self) -> Any:
+        """Commands that travel together, without a transaction."""
+        how: dict[str, Any] = {} if self.is_cluster else {"transaction": False}
+        return self.client.pipeline(**how)
+
+    async def ask(self, reply: Any) -> Any:
+        """What a command answers, once a connection is free for it; each may take the time limit."""
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                await self._free.acquire()
+        except BaseException as error:
+            reply.close()
+            if isinstance(error, TimeoutError):
+                raise Exhausted(f"no connection was free for {self.timeout_s:g} s") from None
+            raise
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                return await reply
+        finally:
+            self._free.release()
+
+    def note(self, error: BaseException) -> None:
+        """Count a failure by its kind and keep what it says."""
+        kind, words = kind_of(error)
+        self.failures[kind] = self.failures.get(kind, 0) + 1
+        self.error = f"{words}: {error}"
+
+    async def quietly(self, work: Coroutine[Any, Any, T]) -> T | None:
+        """The result of some work; a failure of it is noted, and then there is none."""
+        try:
+            return await work
+        except FAILURES as error:
+            self.note(error)
+            return None
+
+    async def synced_to_disk(self, counter: str) -> bool:
+        """Whether everything written so far is in the server's append-only file and synced.
+
+        The server waits for what its connection has written, so a write to `counter`, a number, goes before; the file
+        has one order for all. Blocks of a cluster are on other nodes than the index: there nothing is promised.
+        """
+        if self.is_cluster:
+            return False
+        pipe = self.pipeline()
+        pipe.incrby(counter, 0)
+        pipe.execute_command("WAITAOF", 1, 0, int(self.timeout_s * 900))
+        try:
+            return int((await self.ask(pipe.execute()))[1][0]) >= 1
+        except FAILURES:
+            return False
+
+    async def close(self) -> None:
+        """Disconnect."""
+        with contextlib.suppress(*FAILURES):
+            await self.client.aclose()
+
+
+def kind_of(error: BaseException) -> tuple[str, str]:
+    """Kind of a failure, and how it is said."""
+    if isinstance(error, Exhausted):
+        return "exhausted", "all connections are busy"
+    if isinstance(error, AuthenticationError | AuthorizationError | NoPermissionError):
+        return "denied", "refused"
+    if isinstance(error, TimeoutError | redis.TimeoutError):
+        return "slow", "does not answer in time"
+    if isinstance(error, OutOfMemoryError) or (isinstance(error, ResponseError) and "OOM" in str(error)):
+        return "full", "has no memory left"
+    if isinstance(error, (InvalidResponse, *_LIES)):
+        return "garbage", "answers what was not asked"
+    if isinstance(error, ResponseError):
+        return "error", "answers with an error"
+    return "refused", "cannot be reached"
+
+
+def _make_client(url: str, cluster: bool, connections: int, timeout_s: float) -> redis.Redis | RedisCluster:
+    limits = {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s, "max_connections": connections}
+    try:
+        if cluster:
+            return RedisCluster.from_url(url, retry=Retry(NoBackoff(), 1), **limits)
+        pool = redis.BlockingConnectionPool.from_url(url, retry=Retry(NoBackoff(), 0), timeout=timeout_s, **limits)
+        return redis.Redis(connection_pool=pool)
+    except (ValueError, RedisError) as error:
+        raise ConfigError(f"redis.url: {error}.", "Write redis://host:6379, rediss://… or unix:///path.") from None
+
+
+def read_key(file: Path) -> bytes:
+    """The key in a file of 64 hex digits.
+
+    Raises
+    ------
+    ConfigError
+        If it cannot be read or is anything else.
+    """
+    try:
+        key = bytes.fromhex(file.read_text("ascii"))
+    except OSError as error:
+        raise ConfigError(f"redis.key_file: {file}: {error.strerror or error}.") from None
+    except ValueError:
+        key = b""
+    if len(key) != 32:
+        raise ConfigError(
+            f"redis.key_file: {file} does not hold 64 hex digits.", "Make one with `openssl rand -hex 32`."
+        )
+    return key
+
+
+async def all_of(works: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Run some work at the same time; if one fails the others end first, and then that error is raised."""
+    done = await asyncio.gather(*works, return_exceptions=True)
+    for error in done:
+        if error is not None:
+            raise error
