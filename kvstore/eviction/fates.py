@@ -17,8 +17,8 @@ _BUCKETS_HELD = 64
 """Parts of the time in which as many blocks are used as are held; a part is the width of the first buckets."""
 _FORGET = 0.9975
 """What has been counted is aged by this each time the estimates are made anew: half of it is 277 times old."""
-_ASSUMED = 0.05
-"""Uses that are assumed of each bucket before any is seen, in a class all of whose lives end with one."""
+_FALL = 4
+"""How steeply what is to come is believed to fall behind the oldest age that was reached: by this power of the age."""
 _ENOUGH = 20.0
 """Lives that a class must have seen; those with fewer take the mean of the others."""
 
@@ -115,21 +115,22 @@ class Fates:
         """Hits to come per block and use, for each age.
 
         From the oldest age down: of those that reached a bucket some were used in it, some faded, some are in it now
-        and stand for half a bucket, and the others went on to the next. A little is assumed of every age, so that an
-        age nobody has reached says that a use takes longer, not that none will come: when a flood begins, all blocks
-        get older between two uses.
+        and stand for half a bucket, and the others went on to the next. An age that nobody has reached says that a use
+        takes longer, not that none will come: when a flood begins, all blocks get older between two uses.
         """
-        used = sum(uses)
-        assumed = _ASSUMED * used / (used + sum(ends) + sum(unended))
         density = [0.0] * _AGES
+        oldest = -1
         reached = to_come = room = 0.0
         for bucket in range(_AGES - 1, -1, -1):
-            reached += assumed + uses[bucket] + ends[bucket] + unended[bucket]
+            reached += uses[bucket] + ends[bucket] + unended[bucket]
             if not reached:
                 continue
+            oldest = max(oldest, bucket)
             at_risk = reached - 0.5 * unended[bucket]
-            use, gone = (assumed + uses[bucket]) / at_risk, (assumed + uses[bucket] + ends[bucket]) / at_risk
+            use, gone = uses[bucket] / at_risk, (uses[bucket] + ends[bucket]) / at_risk
             to_come = use + (1.0 - gone) * to_come
             room = _WIDTHS[bucket] * (1.0 - 0.5 * gone) + (1.0 - gone) * room
             density[bucket] = (to_come * reached + 0.02) / ((room * reached + 0.5) * self._unit + 1.0)
+        for bucket in range(oldest + 1, _AGES if oldest >= 0 else 0):
+            density[bucket] = density[oldest] * ((_MIDDLES[oldest] + 1) / (_MIDDLES[bucket] + 1)) ** _FALL
         return density
