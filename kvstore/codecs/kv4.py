@@ -23,6 +23,7 @@ import torch
 from kvstore.codecs import hadamard, quant
 from kvstore.codecs.base import BlockCoder, BlockSpec, Bytes, Context
 from kvstore.codecs.raw import as_bytes, from_bytes
+from kvstore.codecs.scratch import scratch
 from kvstore.errors import CannotEncode, CorruptBlock
 
 BASE_BITS = 2
@@ -129,7 +130,7 @@ class KV4(BlockCoder):
         self._keys(k, low, scale, len(keys), out[:, 0, sinks:].view(spec.layers, rows, spec.channels))
         v = torch.from_numpy(quant.unpack(values, codes)).view(spec.layers, rows, *spec.shape[3:])
         low, scale = _numbers(v_low, v_scale, (*v.shape[:3], 1))
-        out[:, 1, sinks:] = unrotated(v, low, scale, self.v, len(values), spec.torch_dtype)
+        unrotated(v, low, scale, self.v, len(values), out[:, 1, sinks:])
 
     def _keys(self, codes: torch.Tensor, low: torch.Tensor, scale: torch.Tensor, known: int, out: torch.Tensor) -> None:
         layers, rows, channels = codes.shape
@@ -160,24 +161,28 @@ class KV4(BlockCoder):
 
 
 def unrotated(
-    codes: torch.Tensor, low: torch.Tensor, scale: torch.Tensor, bits: int, known: int, dtype: torch.dtype
-) -> torch.Tensor:
-    """Values of rotated codes, rotated back; ``codes`` is changed.
+    codes: torch.Tensor, low: torch.Tensor, scale: torch.Tensor, bits: int, known: int, out: torch.Tensor
+) -> None:
+    """Values of rotated codes, rotated back, into ``out``; ``codes`` is changed.
 
     A constant over a head becomes one element by the rotation, so only codes around zero are rotated. They are
     integers of at most 8 bits, which bfloat16 has exactly: blocks that are bfloat16 anyway are rotated in it, at
     twice the speed.
     """
     size = hadamard.size_of(codes.shape[-1])
-    kind = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    kind = torch.bfloat16 if out.dtype == torch.bfloat16 else torch.float32
     half = 1 << (known - 1)
-    signed = codes.sub_(half).view(torch.int8).to(kind)
-    found = (signed.view(-1, size) @ hadamard.signs(size, kind)).view(codes.shape)
-    step = scale.float() * float(1 << (bits - known))
-    middle = low.float() + step * half + (step - scale.float()) / 2
-    found = found.mul_((step * size**-0.5).to(kind))
-    found[..., ::size] += (middle * size**0.5).to(kind)
-    return found
+    rows = (codes.numel() // size, size)
+    signed = scratch("signed", rows, kind).copy_(codes.sub_(half).view(torch.int8).view(rows))
+    found = torch.mm(signed, hadamard.signs(size, kind), out=scratch("turned", rows, kind)).view(codes.shape)
+    scale = scale.float()
+    step = scale * float(1 << (bits - known))
+    middle = torch.add(low.float(), step, alpha=half).add_(step.sub(scale), alpha=0.5)
+    target = out if out.dtype == kind else found
+    torch.mul(found, (step * size**-0.5).to(kind), out=target)
+    target[..., ::size] += (middle * size**0.5).to(kind)
+    if target is not out:
+        out.copy_(target)
 
 
 def _by_group(keys: torch.Tensor, bits: int, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
