@@ -11,6 +11,9 @@ from kvstore.cli import blend_plot, codec_plot, out
 from kvstore.cli.flags import Json
 from kvstore.errors import ConfigError, InvalidParams
 
+KL_LIMIT = 0.012
+"""Divergence marked in the plot of codecs: the gate of `kvstore calibrate`, unless it is told otherwise."""
+
 CaptureName = Literal["isolated", "system", "live"]
 
 
@@ -79,13 +82,14 @@ def _codecs(model: Path, texts: list[Path] | None, contexts: int, device: str, p
     if not texts:
         raise InvalidParams("eval --codecs: there are no texts.", "Name text files or folders with --texts.")
     try:
+        from kvstore_connectors.transformers.codec_eval import CHAINS
         from kvstore_connectors.transformers.codec_eval import evaluate as measure
     except ImportError as error:
         raise ConfigError(f"eval: {error}.", "It needs torch and transformers in this environment.") from None
-    found = measure(model, texts, contexts=contexts, device=device)
+    found = measure(model, texts, contexts=contexts, device=device, chains=("lossless", *CHAINS), weighed=True)
     name = model.resolve().name
     if plot is not None:
-        plot.write_text(codec_plot.svg(found.rows, name, 0.0))
+        plot.write_text(codec_plot.svg(found.rows, name, KL_LIMIT))
     if json:
         out.print_json({"model": name, **found.to_json()})
         return

@@ -20,7 +20,6 @@ from kvstore.codecs.base import Bytes
 from kvstore.codecs.scratch import scratch
 from kvstore.errors import CannotEncode, CorruptBlock
 
-
 _ONE = np.uint64(1)
 _MAGNITUDE, _INFINITY = np.uint16(0x7FFF), 0x7C00
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import model as models
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from kvstore.codecs import Context, importance, parse
 from kvstore.errors import ConfigError
 from kvstore.profile import Profiles, load_profile
-from kvstore_connectors.transformers import KVStoreCache
+from kvstore_connectors.transformers import KVStoreCache, codec_eval
 from kvstore_connectors.transformers.calibrate import Reference, Sample, code, cut, fit, measure
 from kvstore_connectors.transformers.probe import Probe
 from kvstore_connectors.weights import weights_digest
@@ -130,3 +131,27 @@ def test_a_profile_that_was_edited_is_refused(tmp_path: Path) -> None:
         load_profile(path)
     with pytest.raises(ConfigError):
         Profiles(path.parent)
+
+
+def test_eval_shows_each_chain_with_its_intervals(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvstore.cli.main import run
+
+    small = partial(codec_eval.evaluate, fit_contexts=3, tokens=256, span=2)
+    monkeypatch.setattr(codec_eval, "evaluate", small)
+    path = models.tiny_llama(layers=3, heads=4, kv_heads=2, head_dim=16)
+    text = tmp_path / "text.txt"
+    text.write_text("The keeper of the lighthouse wrote down each ship that passed, and the colour of the sea. " * 150)
+    flags = ["--codecs", f"--texts={text}", "--prompts=2", f"--plot={tmp_path / 'p.svg'}", "--json"]
+    assert run(["eval", str(path), *flags]) == 0
+    found = json.loads(capsys.readouterr().out)
+    rows = {row["chain"]: row for row in found["chains"]}
+    assert rows["lossless"]["kl"] == rows["lossless"]["nll"] == 0.0
+    assert rows["lossless"]["ratio"] > 1
+    assert rows["prerope|kv4"]["kl"] < rows["prerope|kv4(k=2,v=2)"]["kl"]
+    assert rows["prerope|kv4"]["ratio"] < rows["prerope|kv4(k=2,v=2)"]["ratio"]
+    assert sum("pca" in chain for chain in rows) == 4
+    assert sum("mikv" in chain for chain in rows) == 2
+    assert all(row["kl_interval"] >= 0 and row["top1_interval"] >= 0 for row in rows.values())
+    assert (tmp_path / "p.svg").read_text().count("<circle") >= 8
