@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import importlib.util
 import json
 import logging
 import os
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from kvstore.obs.trace import Tracing
     from kvstore.profile import Profiles
     from kvstore.remote_events import EventExchange
+    from kvstore.settings import Codecs
 
 log = logging.getLogger("kvstore.daemon")
 
@@ -90,6 +92,7 @@ class Daemon:
         pins = s.limits.pin_percent / 100
         host = HostTier(s.host.bytes, make_policy(s.host.policy), s.host.slab_bytes, s.host.ahead_bytes, pins)
         host.arena.on_low = self._prepare_memory
+        check_codecs(s.codecs)
         if s.codecs.profiles is not None:
             from kvstore.profile import Profiles
 
@@ -402,6 +405,17 @@ class Daemon:
         lines.append('             "kv_load_failure_policy":"recompute"}\'')
         lines.append("Ctrl-C to stop.")
         return "\n".join(lines)
+
+
+def check_codecs(asked: Codecs) -> None:
+    """Codecs need torch, which small images leave out; blocks that stay raw need nothing."""
+    wanted = [name for name in ("disk", "redis") if getattr(asked, name) != "raw"]
+    wanted += ["profiles"] if asked.profiles is not None else []
+    if wanted and importlib.util.find_spec("torch") is None:
+        raise ConfigError(
+            f"codecs.{wanted[0]}: codecs need torch, which is not installed here.",
+            "`pip install torch`, or keep blocks raw and name no profiles.",
+        )
 
 
 async def _main(loaded: Loaded) -> int:

@@ -116,6 +116,109 @@ ROWS: dict[str, list[Panel]] = {
             [(f"sum by (tier, rule) (kvstore_quota_bytes{{{HERE}}})", "{{tier}} {{rule}}")],
         ),
     ],
+    "Precision": [
+        (
+            "Encoded blocks by chain",
+            "What a tier holds encoded. Lossy chains only where an operator allowed them and the gate passed.",
+            "bytes",
+            [(f"sum by (tier, chain) (kvstore_codec_stored_bytes{{{HERE}}})", "{{tier}} {{chain}}")],
+        ),
+        (
+            "Smaller by",
+            "Bytes as engines have them, over bytes as they are kept.",
+            "short",
+            [
+                (
+                    (f"sum by (tier) (kvstore_codec_logical_bytes{{{HERE}}}) "
+                    f"/ sum by (tier) (kvstore_codec_stored_bytes{{{HERE}}})"),
+                    "{{tier}}",
+                )
+            ],
+        ),
+        (
+            "Steps down the ladder, and evictions",
+            "Blocks a second that became smaller, and that left.",
+            "short",
+            [
+                (rate("kvstore_codec_steps_total", "tier"), "{{tier}} stepped down"),
+                (rate("kvstore_tier_events_total", "tier", ', event="evicted"'), "{{tier}} evicted"),
+            ],
+        ),
+        (
+            "Lost or undecodable",
+            "Blocks a second that were lost on the way down, or are of a chain or profile that is not here.",
+            "short",
+            [
+                (rate("kvstore_codec_lost_blocks_total", "tier"), "{{tier}} lost"),
+                (rate("kvstore_codec_undecodable_blocks_total", "tier"), "{{tier}} undecodable"),
+            ],
+        ),
+    ],
+    "Chunks and blending": [
+        (
+            "Chunks that can be found",
+            "Contents, and their variants, each computed in another context.",
+            "short",
+            [
+                (f"sum by (instance) (kvstore_chunks{{{HERE}}})", "{{instance}} chunks"),
+                (f"sum by (instance) (kvstore_chunk_variants{{{HERE}}})", "{{instance}} variants"),
+            ],
+        ),
+        (
+            "Blended tokens",
+            "Tokens a second of prompts that engines put together from chunks: computed, and taken as they are.",
+            "short",
+            [
+                (f"sum(rate(kvstore_blended_computed_tokens_total{{{HERE}}}{RATE}))", "computed"),
+                (
+                    (f"sum(rate(kvstore_blended_tokens_total{{{HERE}}}{RATE})) "
+                    f"- sum(rate(kvstore_blended_computed_tokens_total{{{HERE}}}{RATE}))"),
+                    "reused",
+                ),
+            ],
+        ),
+        (
+            "Gates",
+            "Namespaces whose probe passed (1) or failed (0), and rungs of profiles by what the gate says.",
+            "short",
+            [
+                (f"min by (domain, ns) (kvstore_blend_gate_passed{{{HERE}}})", "blend {{domain}} {{ns}}"),
+                (f"max by (profile, gate) (kvstore_profile_rungs{{{HERE}}})", "{{profile}} {{gate}}"),
+            ],
+        ),
+    ],
+    "vLLM": [
+        (
+            "Load or recompute",
+            "What vLLM's connector decided, prompts a second.",
+            "short",
+            [(f"sum(rate(vllm:kvstore_choice_{way}_total{RATE}))", way) for way in ("load", "part", "recompute")],
+        ),
+        (
+            "Gained and regretted",
+            "Seconds a second by which first tokens came sooner, or later, than the other choice promised.",
+            "s",
+            [
+                (f"sum(rate(vllm:kvstore_gained_seconds_total{RATE}))", "gained"),
+                (f"sum(rate(vllm:kvstore_regret_seconds_total{RATE}))", "regretted"),
+            ],
+        ),
+        (
+            "Tokens promised, by tier",
+            "Tokens a second that the daemon had for vLLM's prompts.",
+            "short",
+            [(f"sum(rate(vllm:kvstore_hit_tokens_{tier}_total{RATE}))", tier) for tier in ("host", "disk", "redis")],
+        ),
+        (
+            "Without the daemon",
+            "Outages seen by vLLM, and loads of which a part had to be computed after all.",
+            "short",
+            [
+                (f"sum(rate(vllm:kvstore_outages_total{RATE}))", "outages"),
+                (f"sum(rate(vllm:kvstore_load_failures_total{RATE}))", "loads failed"),
+            ],
+        ),
+    ],
     "Trouble": [
         ("Errors", "Sent to clients, by code: docs/errors.md.", "short",
          [(rate("kvstore_errors_total", "code"), "{{code}}")]),

@@ -10,8 +10,7 @@ from pathlib import Path
 from kvstore import errors
 from kvstore.cli.flags import default_text
 from kvstore.cli.protocol import protocol_page
-from kvstore.cli.reference import cli_page, http_page
-from kvstore.obs import metrics
+from kvstore.cli.reference import cli_page, http_page, metrics_page
 from kvstore.settings import GROUPS, RULES, env_names, flag_names, written_as
 
 _NOTE = "<!-- Made by `python -m kvstore.cli.docs`; change the code, not this page. -->"
@@ -105,7 +104,7 @@ PAGES = {
     "cli.md": cli_page,
     "errors.md": errors_page,
     "http.md": http_page,
-    "metrics.md": metrics.markdown,
+    "metrics.md": metrics_page,
     "protocol.md": protocol_page,
     "settings.md": settings_page,
 }

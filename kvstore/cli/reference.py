@@ -1,10 +1,15 @@
-"""Pages of the reference that are made from code: the command line, HTTP, and the dependencies with their reasons."""
+"""Pages of the reference that are made from code: the command line, HTTP, metrics."""
 
 from __future__ import annotations
 
+import ast
 import inspect
 from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
+
+from kvstore.obs import metrics
 
 _NOTE = "<!-- Made by `python -m kvstore.cli.docs`; change the code, not this page. -->"
 
@@ -47,6 +52,33 @@ def _flags(command: Any) -> Iterator[str]:
         yield f"| {names} | {text} | {shown} |"
     if shortened:
         yield "| the flags of [every setting](settings.md) | | |"
+
+
+def metrics_page() -> str:
+    """docs/metrics.md: the daemon's metrics, and what its connector adds to those of vLLM."""
+    lines = [
+        metrics.markdown(),
+        "## In vLLM",
+        "",
+        "vLLM's own `/metrics` has these beside its own, one for each engine, where the connector is in use.",
+        "",
+        "| metric | meaning |",
+        "|---|---|",
+        *(f"| `vllm:kvstore_{name}_total` | {text} |" for name, text in engine_counters().items()),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def engine_counters() -> dict[str, str]:
+    """Counters that vLLM shows, with what they mean; read, not imported, since that module needs vLLM."""
+    found = find_spec("kvstore_connectors")
+    places = [] if found is None else found.submodule_search_locations or []
+    for file in (Path(place) / "vllm" / "stats.py" for place in places):
+        for node in ast.parse(file.read_text("utf-8")).body:
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == "COUNTERS":
+                return ast.literal_eval(node.value) if node.value is not None else {}
+    return {}
 
 
 def http_page() -> str:

@@ -1,8 +1,8 @@
 """The Prometheus metrics: one table, read from the daemon's snapshot when somebody scrapes.
 
 `TABLE` is the whole truth. `/metrics` and `docs/metrics.md` are made from it; nothing is counted here. Ratios are not
-exported: divide rates in PromQL, where the window is the reader's choice. Write `docs/metrics.md` anew with
-``python -m kvstore.obs.metrics > docs/metrics.md``.
+exported: divide rates in PromQL, where the window is the reader's choice. ``python -m kvstore.cli.docs`` writes the page
+anew.
 """
 
 from __future__ import annotations
@@ -246,7 +246,7 @@ def _family(row: Row, snapshot: Snapshot) -> Metric:
 
 
 def markdown() -> str:
-    """The text of ``docs/metrics.md``."""
+    """The daemon's part of ``docs/metrics.md``."""
     lines = [
         "# Metrics",
         "",
@@ -272,7 +272,3 @@ def markdown() -> str:
 
 NAME = re.compile(r"kvstore_[a-z]+(_[a-z]+)*")
 """What a metric may be called."""
-
-
-if __name__ == "__main__":
-    print(markdown(), end="")

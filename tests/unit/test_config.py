@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import tomllib
 from pathlib import Path
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from kvstore import machine
 from kvstore.config import Loaded, find_file, load
+from kvstore.daemon import check_codecs
 from kvstore.errors import ConfigError
 from kvstore.rules import Secret, is_loopback, show_size, split_address
 from kvstore.settings import GROUPS, RULES, env_names, flag_names, written_as
@@ -87,6 +89,9 @@ def test_each_setting_can_be_given_by_flag_environment_and_file(key: str, tmp_pa
         "events.name": "me",
         "trace.endpoint": "http://127.0.0.1:4318",
         "trace.ratio": "0.5",
+        "codecs.disk": "lossless",
+        "codecs.redis": "lossless",
+        "codecs.profiles": str(tmp_path),
     }
     text = odd.get(key) or {"SIZE": "64MiB", "DURATION": "1500ms", "N": "3"}[written_as(key)]
     group, _, name = key.rpartition(".")
@@ -236,6 +241,16 @@ def test_any_text_is_taken_or_refused_with_a_config_error(key: str, text: str) -
 
 
 # -- tokens and addresses ----------------------------------------------------------------------------------------------
+
+
+def test_codecs_are_refused_at_start_where_torch_is_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    codecs = load({"codecs.redis": "lossless"}, env={}).settings.codecs
+    check_codecs(codecs)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    check_codecs(load({}, env={}).settings.codecs)
+    for refused in (codecs, load({"codecs.profiles": str(tmp_path)}, env={}).settings.codecs):
+        with pytest.raises(ConfigError, match="torch"):
+            check_codecs(refused)
 
 
 def test_tcp_needs_a_token() -> None:

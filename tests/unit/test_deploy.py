@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from daemons import free_port
 
+from kvstore.cli.reference import engine_counters
 from kvstore.config import load
 from kvstore.obs.metrics import TABLE
 from kvstore.settings import RULES, env_names
@@ -166,7 +167,8 @@ def selectors(query: str) -> set[str]:
     plain = query.replace("$__rate_interval", "1m").replace("$instance", ".*")
     parser.parse(plain)
     bare = re.sub(r'"[^"]*"|{[^}]*}', " ", plain)
-    return {name for name in re.findall(r"[a-z_:][a-z0-9_:]*", bare) if name.startswith("kvstore_") or name == "up"}
+    known = ("kvstore_", "vllm:kvstore_")
+    return {name for name in re.findall(r"[a-z_:][a-z0-9_:]*", bare) if name.startswith(known) or name == "up"}
 
 
 def labels_of(query: str) -> set[str]:
@@ -191,7 +193,7 @@ QUERIES = [
 def test_every_query_asks_for_series_and_labels_that_there_are(query: str):
     names = selectors(query)
     assert names
-    assert names <= SERIES | {"up"}
+    assert names <= SERIES | {f"vllm:kvstore_{name}_total" for name in engine_counters()} | {"up"}
     known = {label for row in TABLE for label in row.reading.labels} | {"instance", "job", "le"}
     assert labels_of(query) <= known
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -65,6 +66,13 @@ def test_snippets_run(make_daemon: MakeDaemon, page: str, i: int, text: str):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "Stored()" in done.stdout
+
+
+def test_every_dependency_is_justified():
+    asked = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["dependencies"]
+    wanted = {re.split(r"[^\w-]", line)[0] for line in asked}
+    listed = set(re.findall(r"^\| `([\w-]+)`", (DOCS / "dependencies.md").read_text("utf-8"), re.M))
+    assert listed == wanted
 
 
 def test_pictures_are_described():

@@ -50,6 +50,7 @@ def test_codes_are_stable() -> None:
         "KV402": "LimitExceeded",
         "KV403": "ShuttingDown",
         "KV404": "QuotaRefused",
+        "KV405": "FidelityRefused",
         "KV500": "Unavailable",
         "KV501": "ConnectionLost",
         "KV502": "DeadlineExceeded",

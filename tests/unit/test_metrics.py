@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from kvstore.cli.reference import engine_counters, metrics_page
 from kvstore.obs import metrics, readings
 from kvstore.obs.history import History, series
 
@@ -159,7 +160,13 @@ def test_names_follow_the_conventions():
 
 def test_the_docs_are_current():
     docs = Path(__file__).parents[2] / "docs" / "metrics.md"
-    assert docs.read_text("utf-8") == metrics.markdown(), "python -m kvstore.obs.metrics > docs/metrics.md"
+    assert docs.read_text("utf-8") == metrics_page(), "python -m kvstore.cli.docs"
+
+
+def test_what_vllm_shows_is_in_the_docs():
+    counters = engine_counters()
+    assert "choice_recompute" in counters
+    assert all(f"`vllm:kvstore_{name}_total`" in metrics_page() for name in counters)
 
 
 # -- history -----------------------------------------------------------------------------------------------------------
