@@ -1,8 +1,8 @@
 """The Prometheus metrics: one table, read from the daemon's snapshot when somebody scrapes.
 
 `TABLE` is the whole truth. `/metrics` and `docs/metrics.md` are made from it; nothing is counted here. Ratios are not
-exported: divide rates in PromQL, where the window is the reader's choice. ``python -m kvstore.cli.docs`` writes the page
-anew.
+exported: divide rates in PromQL, where the window is the reader's choice. ``python -m kvstore.cli.docs`` writes the
+page anew.
 """
 
 from __future__ import annotations
