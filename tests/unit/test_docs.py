@@ -75,6 +75,13 @@ def test_every_dependency_is_justified():
     assert listed == wanted
 
 
+def test_every_paper_that_the_code_names_is_among_the_methods():
+    files = [file for place in ("kvstore", "connectors", "gpu") for file in (ROOT / place).rglob("*.py")]
+    named = {paper for file in files for paper in re.findall(r"\b2[0-9]{3}\.[0-9]{5}\b", file.read_text("utf-8"))}
+    assert len(named) > 10
+    assert named - set(re.findall(r"\b2[0-9]{3}\.[0-9]{5}\b", (DOCS / "methods.md").read_text("utf-8"))) == set()
+
+
 def test_pictures_are_described():
     for page in DOCS.glob("*.md"):
         assert not re.findall(r"!\[\]\(", page.read_text("utf-8")), page.name
