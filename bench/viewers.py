@@ -10,11 +10,13 @@ with none. Wanted are 1 % of a core, and a p99 within 10 %. The time of the page
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
+import selectors
 import socket
-import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from multiprocessing.synchronize import Event
 from statistics import median
 
 import numpy as np
@@ -28,32 +30,36 @@ IDLE_S = 4.0
 LOOKUPS = 400
 
 
+def watch(port: int, number: int, opened: Event, ending: Event) -> None:
+    """So many browsers that read the stream, in a process of their own as browsers are."""
+    with contextlib.ExitStack() as stack, selectors.DefaultSelector() as waiting:
+        for _ in range(number):
+            one = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+            one.sendall(b"GET /v1/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            one.setblocking(False)
+            waiting.register(one, selectors.EVENT_READ)
+        opened.set()
+        while not ending.is_set():
+            for key, _ in waiting.select(0.1):
+                with contextlib.suppress(BlockingIOError):
+                    key.fileobj.recv(1 << 20)  # type: ignore[union-attr]
+
+
 @contextlib.contextmanager
 def viewers(port: int, number: int) -> Iterator[None]:
-    """So many browsers that read the stream."""
-    ending = threading.Event()
-    opened = [socket.create_connection(("127.0.0.1", port)) for _ in range(number)]
-    for each in opened:
-        each.sendall(b"GET /v1/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        each.setblocking(False)
-
-    def drain() -> None:
-        while not ending.wait(0.05):
-            for each in opened:
-                with contextlib.suppress(OSError):
-                    while each.recv(1 << 20):
-                        pass
-
-    reader = threading.Thread(target=drain)
-    reader.start()
+    """The time while so many watch."""
+    context = multiprocessing.get_context("spawn")
+    opened, ending = context.Event(), context.Event()
+    process = context.Process(target=watch, args=(port, number, opened, ending))
+    process.start()
     try:
+        if not opened.wait(20):
+            raise RuntimeError("the viewers did not connect")
         time.sleep(1.2)
         yield
     finally:
         ending.set()
-        reader.join()
-        for each in opened:
-            each.close()
+        process.join()
         time.sleep(0.3)
 
 

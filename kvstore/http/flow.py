@@ -50,6 +50,10 @@ def draw(view: View, snapshot: Snapshot, recent: Span, tiers: list[str]) -> None
         _vessel(view, tier, states.get(tier, {}), (_COLUMNS[2], _top(row)), _BOX_H)
         both = recent.rate(f"written.{tier}"), recent.rate(f"read.{tier}")
         _arrows(view, tier, _COLUMNS[1] + _BOX_W, _COLUMNS[2], _top(row), both)
+    ways = [("engines", "host", "flow_engines_out"), ("host", "engines", "flow_engines_in")]
+    for tier in below:
+        ways += [("host", tier, f"flow_{tier}_out"), (tier, "host", f"flow_{tier}_in")]
+    view.rows["flows"] = [[start, end, view.text[rate]] for start, end, rate in ways]
     view.text["flow_about"] = "; ".join(
         [f"engines store {bytes_per_second(stored)} and load {bytes_per_second(recent.rate('read.host'))}"]
         + [f"{tier}: {view.text[f'flow_{tier}_out']} written, {view.text[f'flow_{tier}_in']} read" for tier in below]

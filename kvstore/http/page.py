@@ -22,6 +22,7 @@ Setting = tuple[str, str, str]
 
 # Columns of a table: a title, and `#` before it where the cells are numbers. `{tiers}` stands for one column a tier.
 TABLES: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "flows": ("What flows now", "Nothing flows.", ("From", "To", "#Now")),
     "minutes": (
         "Hit rate by minute",
         "Nothing was wanted in the last 15 minutes.",
