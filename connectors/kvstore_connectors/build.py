@@ -184,20 +184,37 @@ class Builder:
         heads = int(kv[0].keys.shape[1]) // len(self._namespaces)
         for rank, namespace in enumerate(self._namespaces):
             mine = slice(rank * heads, (rank + 1) * heads)
-            stacked = torch.stack([torch.stack([one.keys[:, mine], one.values[:, mine]]) for one in kv])
-            stacked = stacked.to("cpu", self._dtype)
-            parts = self._parts(namespace, chunk)
-            token_bytes = stacked[:, :, 0].nbytes
-            offers = [(part.key, (part.stop - part.start) * token_bytes, part.header) for part in parts]
-            with self._client.reserve(offers, namespace=namespace, wait_s=5.0) as reservation:
-                rooms = [room for room in reservation.blocks if isinstance(room, Room)]
-                for room in rooms:
-                    part = parts[room.index]
-                    room.write(_as_bytes(stacked[:, :, part.start : part.stop]))
-                outcomes: list[Any] = reservation.commit([room.index for room in rooms])
-            refused = [one for one in [*reservation.blocks, *outcomes] if not isinstance(one, Room | Stored | Exists)]
-            if refused:
-                raise StorageError(f"build: a chunk was not stored ({refused[0]}).", "Give the daemon more memory.")
+            share = [LayerKV(one.keys[:, mine].to(self._dtype), one.values[:, mine].to(self._dtype)) for one in kv]
+            store_chunk(self._client, namespace, self._parts(namespace, chunk), share)
+
+
+def store_chunk(client: KVStoreClient, namespace: Namespace, parts: Sequence[ChunkPart], kv: Sequence[LayerKV]) -> None:
+    """Store a chunk's blocks, those that are not there yet.
+
+    Parameters
+    ----------
+    parts : sequence of ChunkPart
+        As `chunk_parts` gives them.
+    kv : sequence of LayerKV
+        Of the chunk's tokens, in the namespace's dtype.
+
+    Raises
+    ------
+    StorageError
+        If the daemon has no room.
+    """
+    stacked = torch.stack([torch.stack([one.keys, one.values]) for one in kv]).cpu()
+    token_bytes = stacked[:, :, 0].nbytes
+    offers = [(part.key, (part.stop - part.start) * token_bytes, part.header) for part in parts]
+    with client.reserve(offers, namespace=namespace, wait_s=5.0) as reservation:
+        rooms = [room for room in reservation.blocks if isinstance(room, Room)]
+        for room in rooms:
+            part = parts[room.index]
+            room.write(_as_bytes(stacked[:, :, part.start : part.stop]))
+        outcomes: list[Any] = reservation.commit([room.index for room in rooms])
+    refused = [one for one in [*reservation.blocks, *outcomes] if not isinstance(one, Room | Stored | Exists)]
+    if refused:
+        raise StorageError(f"build: a chunk was not stored ({refused[0]}).", "Give the daemon more memory.")
 
 
 def _as_bytes(tensor: torch.Tensor) -> np.ndarray:

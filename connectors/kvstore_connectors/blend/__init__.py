@@ -34,8 +34,8 @@ What is recomputed sees true causal positions. When all of a prompt is recompute
 
 from kvstore_connectors.blend.prompt import Cache, Capture, LayerKV, Prompt, Span
 from kvstore_connectors.blend.rope import movable, move
-from kvstore_connectors.blend.selectors.planner import planner, selector_named
+from kvstore_connectors.blend.selectors.planner import planner, selector_for, selector_named
 from kvstore_connectors.blend.work import Selector, Work
 
 __all__ = ["Cache", "Capture", "LayerKV", "Prompt", "Selector", "Span", "Work", "movable", "move", "planner"]
-__all__ += ["selector_named"]
+__all__ += ["selector_for", "selector_named"]

@@ -7,6 +7,7 @@ out = kv.generate(**inputs, max_new_tokens=64)
 """
 
 from kvstore_connectors.transformers.cache import KVStoreCache, Summary
+from kvstore_connectors.transformers.chunks import Blend, Chunks
 from kvstore_connectors.transformers.prefix import PrefixCache, StoreReport
 
-__all__ = ["KVStoreCache", "PrefixCache", "StoreReport", "Summary"]
+__all__ = ["Blend", "Chunks", "KVStoreCache", "PrefixCache", "StoreReport", "Summary"]

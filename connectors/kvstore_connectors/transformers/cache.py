@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import inspect
 import threading
 import time
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import msgspec
 import torch
 
 from kvstore.client import KVStoreClient
-from kvstore.errors import ConfigError, InvalidParams
+from kvstore.errors import ConfigError
 from kvstore.keys import PrefixChain, hash_salt
 from kvstore.types import BlockHeader, Namespace
 from kvstore_connectors.base import Breaker, Link, Tally, check_fidelity, log, shielded
 from kvstore_connectors.transformers.history import autocast
+from kvstore_connectors.transformers.hooks import watch
 from kvstore_connectors.transformers.identity import model_layout, model_namespace, stamp
 from kvstore_connectors.transformers.prefix import PrefixCache, StoreReport
 from kvstore_connectors.transformers.support import (
@@ -135,7 +136,7 @@ class KVStoreCache:
         self._named = threading.Lock()
         self._refused: set[str] = set()
         self.refresh()
-        handles = _watch(self._decoder, weakref.ref(self))
+        handles = watch(self._decoder, weakref.ref(self))
         self._end = weakref.finalize(self, _end, handles, self._breaker, self._link)
         self._breaker.start(max(0.0, begun + FIRST_CONTACT_S - time.monotonic()))
 
@@ -152,6 +153,13 @@ class KVStoreCache:
         InvalidParams
             If the prompts are padded.
         """
+        return self.serve(inputs, kwargs, partial(self.load, salt=salt))
+
+    def serve(self, inputs: torch.Tensor | None, kwargs: dict[str, Any], load: Callable[..., PrefixCache]) -> Any:
+        """`model.generate` with the cache that `load(ids, attention_mask, copies=)` gives; without it, if it is no use.
+
+        For `generate`, here and of `Chunks`.
+        """
         given = {} if inputs is None else {"inputs": inputs}
         if kwargs.get("past_key_values", self) is None:
             del kwargs["past_key_values"]
@@ -160,7 +168,7 @@ class KVStoreCache:
         if ids is None or not _serves(config, kwargs):
             return self._model.generate(**given, **kwargs)
         copies = max(_option("num_beams", config, kwargs) or 1, _option("num_return_sequences", config, kwargs) or 1)
-        past = self.load(ids, kwargs.get("attention_mask"), salt=salt, copies=copies)
+        past = load(ids, kwargs.get("attention_mask"), copies=copies)
         out = self._model.generate(**given, **kwargs, past_key_values=past)
         self.last = Summary(past.prompt_tokens, past.loaded_tokens, past.store())
         return out
@@ -190,7 +198,7 @@ class KVStoreCache:
         """
         rows = token_rows(input_ids)
         check_padding(rows, attention_mask, getattr(self._base, "generation_config", None))
-        namespace = self._namespace(salt)
+        namespace = self.namespace_now(salt)
         past = PrefixCache(self, self._base.config, namespace, self._stamp, rows)
         self._fill(past, rows)
         if copies > 1:
@@ -236,10 +244,32 @@ class KVStoreCache:
             )
             self._stamp = mark
 
+    @shielded()
+    def namespace_now(self, salt: str | None = None) -> Namespace | None:
+        """Identity of the model as it is at this moment, with a prompt's own salt; None if it has none."""
+        if stamp(self._decoder) != self._stamp:
+            self.refresh()
+        return self._named_now if salt is None else msgspec.structs.replace(self._named_now, salt=hash_salt(salt))
+
     @property
     def namespace(self) -> Namespace:
         """Identity of the KV that the model makes, without a prompt's own salt."""
         return self._named_now
+
+    @property
+    def model(self) -> Any:
+        """The transformers model, without a PEFT wrapper."""
+        return self._base
+
+    @property
+    def link(self) -> Link:
+        """The way to the daemon; it never raises."""
+        return self._link
+
+    @property
+    def tally(self) -> Tally:
+        """Where events are counted."""
+        return self._tally
 
     @property
     def decoder(self) -> Any:
@@ -265,13 +295,6 @@ class KVStoreCache:
         self.close()
 
     # -- inside --------------------------------------------------------------------------------------------------------
-
-    @shielded()
-    def _namespace(self, salt: str | None) -> Namespace | None:
-        """Identity of the model as it is now, None if it has none."""
-        if stamp(self._decoder) != self._stamp:
-            self.refresh()
-        return self._named_now if salt is None else msgspec.structs.replace(self._named_now, salt=hash_salt(salt))
 
     @shielded()
     def _fill(self, past: PrefixCache, rows: Rows) -> None:
@@ -326,61 +349,6 @@ def _serves(config: Any, kwargs: dict[str, Any]) -> bool:
 def _option(name: str, config: Any, kwargs: dict[str, Any]) -> Any:
     """An option of `generate`, wherever it is set."""
     return kwargs[name] if name in kwargs else getattr(config, name, None)
-
-
-# -- hooks -------------------------------------------------------------------------------------------------------------
-
-
-def _watch(decoder: Any, keeper: weakref.ref[KVStoreCache]) -> list[Any]:
-    """Let the caches of a keeper see what goes through the decoder; the handles that end it.
-
-    The hooks hold the keeper weakly: a model must not keep every connector alive that it ever had.
-    """
-    names = list(inspect.signature(decoder.forward).parameters)
-    if "past_key_values" not in names:
-        raise ConfigError(f"transformers: {type(decoder).__name__} takes no past_key_values.", "")
-
-    def inputs_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        return {**dict(zip(names, args, strict=False)), **kwargs}
-
-    def mine(module: Any, inputs: dict[str, Any]) -> PrefixCache | None:
-        past, owner = inputs.get("past_key_values"), keeper()
-        # A copy of a model comes with copies of its hooks, but is not the model that the KV is stored for.
-        if owner is None or module is not owner.decoder or not isinstance(past, PrefixCache):
-            return None
-        return past if past.keeper is owner else None
-
-    def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs = inputs_of(args, kwargs)
-        past = mine(module, inputs)
-        if past is not None:
-            _report_all_but_misuse(lambda: past.before_forward(inputs, module.training))
-
-    def after(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> None:
-        past = mine(module, inputs_of(args, kwargs))
-        if past is not None:
-            _report_all_but_misuse(past.after_forward)
-
-    return [
-        decoder.register_forward_pre_hook(before, with_kwargs=True),
-        decoder.register_forward_hook(after, with_kwargs=True),
-    ]
-
-
-def _report_all_but_misuse(work: Callable[[], None]) -> None:
-    """Run a hook; a defect of ours is written down, KV of another prompt ends the call."""
-    misuse: list[InvalidParams] = []
-
-    @shielded()
-    def run() -> None:
-        try:
-            work()
-        except InvalidParams as error:
-            misuse.append(error)
-
-    run()
-    if misuse:
-        raise misuse[0]
 
 
 def _end(handles: list[Any], breaker: Breaker, link: Link) -> None:

@@ -69,10 +69,11 @@ class PrefixCache(DynamicCache):
         self._history = History(prompt[:, :0])
         self._witness = Witness()
         self._unused = True
+        self._tainted = ""
 
     def store(self) -> StoreReport:
         """Store the full blocks that are not stored yet. Never raises."""
-        return self._keeper.store(self)
+        return StoreReport(refused=self._tainted) if self._tainted else self._keeper.store(self)
 
     def __enter__(self) -> PrefixCache:
         return self
@@ -85,7 +86,7 @@ class PrefixCache(DynamicCache):
         """A copy that goes on independently; both may be stored."""
         twin = PrefixCache(self._keeper, self._config, self.namespace, self.mark, self._prompt)
         twin.layers = copy.deepcopy(self.layers, memo)
-        twin.loaded_tokens, twin._unused = self.loaded_tokens, self._unused
+        twin.loaded_tokens, twin._unused, twin._tainted = self.loaded_tokens, self._unused, self._tainted
         self._check_untouched()
         twin._history = self._history.copy()
         twin._witness = Witness(twin.layers)
@@ -113,6 +114,11 @@ class PrefixCache(DynamicCache):
         self.loaded_tokens = tokens
         self._history = History(self._prompt[:, :tokens])
         self._witness = Witness(self.layers)
+
+    def taint(self, reason: str) -> None:
+        """Nothing of this cache is stored from now on, nor of its copies: its KV is not what its tokens alone make."""
+        self._tainted = reason
+        self.namespace = None
 
     def before_forward(self, inputs: Mapping[str, Any], training: bool) -> None:
         """The model is about to run with this cache.

@@ -7,27 +7,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from kvstore.client import Room, Verdict, chunk_keys, chunk_parts, report_blend
+from kvstore.client import Room, Verdict, chunk_parts, report_blend
 from kvstore.errors import InternalError
 from kvstore.keys import derived_key, namespace_digest
-from kvstore.types import ChunkInfo, Miss, Namespace, Stored
+from kvstore.types import Namespace, Stored
 from kvstore_connectors.base import Link, Tally, report_defect
-from kvstore_connectors.blend.prompt import Capture, LayerKV, Prompt, Span
-from kvstore_connectors.blend.rope import move
-from kvstore_connectors.blend.selectors.planner import planner, selector_named
-from kvstore_connectors.blend.work import Selector, Work
-from kvstore_connectors.vllm.blend_jobs import BlendJob, BlendSpan, CaptureJob
+from kvstore_connectors.blend.prompt import LayerKV, Prompt, Span
+from kvstore_connectors.blend.selectors.planner import selector_for
+from kvstore_connectors.blend.work import Work
+from kvstore_connectors.chunk_loads import Described, Wanted, describe, load_chunks
+from kvstore_connectors.vllm.blend_jobs import BlendJob, CaptureJob
 from kvstore_connectors.vllm.blend_rows import Rows
 from kvstore_connectors.vllm.identity import request_namespace
 from kvstore_connectors.vllm.jobs import LoadJob
-from kvstore_connectors.vllm.transfers import TTL_S, contiguous, fill_room
+from kvstore_connectors.vllm.transfers import TTL_S, fill_room
 
 if TYPE_CHECKING:
     from kvstore.rope import Rotary
@@ -36,19 +35,6 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 4 << 30
 """Memory that one prompt's KV may take while it is blended; longer prompts are computed."""
-
-HEADERS_AT_ONCE = 24
-BLOCKS_AT_ONCE = 16
-"""Blocks leased in one call: with their headers, and for their bytes."""
-
-
-@dataclass(frozen=True)
-class Description:
-    """A chunk of a prompt: the span it fills, and what its header says."""
-
-    span: BlendSpan
-    key: bytes
-    info: ChunkInfo
 
 
 class Blender:
@@ -173,89 +159,19 @@ class Blender:
 
     def _load_chunks(self, client: Any, job: BlendJob, cache: list[LayerKV]) -> list[Span] | None:
         """Copy all chunks of a prompt into its cache; None if one of them can not be had as it should be."""
+        if self._rotation is None:
+            raise InternalError("a chunk was to be placed without the model's rotation.")
         namespace = request_namespace(self._namespace, job.scope)
         deadline = time.monotonic() + self._deadline_s
         described = self._describe(client, job, namespace)
         if described is None:
             return None
-        pieces: list[tuple[bytes, Description, int]] = []
-        for one in described:
-            keys = chunk_keys(one.key, one.info)
-            pieces += [(key, one, place * namespace.block_tokens) for place, key in enumerate(keys)]
-        for at in range(0, len(pieces), BLOCKS_AT_ONCE):
-            some = pieces[at : at + BLOCKS_AT_ONCE]
-            wait_s = max(deadline - time.monotonic(), 0.0)
-            with client.lease([key for key, _, _ in some], namespace=namespace, ttl_s=TTL_S, wait_s=wait_s) as lease:
-                for block, (_, one, first) in zip(lease.blocks, some, strict=True):
-                    if isinstance(block, Miss) or not self._place(contiguous(block), one, first, cache):
-                        self._tally.add("blend_chunk_missing")
-                        return None
-                if not lease.valid():
-                    self._tally.add("load_expired")
-                    return None
-        return [self._span(one, cache[0].keys.device) for one in described]
+        return load_chunks(client, namespace, described, cache, self._rotation, deadline, self._tally)
 
-    def _describe(self, client: Any, job: BlendJob, namespace: Namespace) -> list[Description] | None:
-        """The chunks' headers; None if one is gone, or is not of the tokens that stand in the prompt."""
+    def _describe(self, client: Any, job: BlendJob, namespace: Namespace) -> list[Described] | None:
         digest = namespace_digest(namespace)
-        out: list[Description] = []
-        for at in range(0, len(job.spans), HEADERS_AT_ONCE):
-            some = job.spans[at : at + HEADERS_AT_ONCE]
-            keys = [span.keys[digest] for span in some]
-            wait_s = self._deadline_s
-            with client.lease(keys, namespace=namespace, ttl_s=TTL_S, wait_s=wait_s, headers=True) as lease:
-                for block, span, key in zip(lease.blocks, some, keys, strict=True):
-                    info = None if isinstance(block, Miss) or block.header is None else block.header.chunk
-                    if info is None:
-                        self._tally.add("blend_chunk_missing")
-                        return None
-                    stored = info.tokens[4 * span.offset : 4 * (span.offset + span.stop - span.start)]
-                    if stored != job.tokens[4 * span.start : 4 * span.stop]:
-                        self._tally.add("blend_wrong_tokens")
-                        return None
-                    out.append(Description(span, key, info))
-        return out
-
-    def _place(self, payload: np.ndarray, one: Description, first: int, cache: list[LayerKV]) -> bool:
-        """Copy a block, whose first token is the chunk's `first`, to where its tokens stand, keys moved there."""
-        span, info, rows = one.span, one.info, self._rows
-        count = min(len(info.tokens) // 4 - first, self._namespace.block_tokens)
-        if len(payload) != count * self._token_bytes:
-            return False
-        a, b = max(span.offset, first), min(span.offset + span.stop - span.start, first + count)
-        if a >= b:
-            return True
-        stored = torch.from_numpy(payload).view(rows.dtype).view(rows.layers, 2, count, *rows.shape)
-        stored = stored[:, :, a - first : b - first].to(rows.device)
-        to = span.start - span.offset + a
-        new = torch.arange(to, to + b - a, device=rows.device)
-        old = torch.arange(info.position + a, info.position + b, device=rows.device)
-        moved = self._move(stored[:, 0], old, new)
-        for layer, held in enumerate(cache):
-            held.keys[to : to + b - a] = moved[layer]
-            held.values[to : to + b - a] = stored[layer, 1]
-        return True
-
-    def _move(self, keys: torch.Tensor, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        """Keys ``[layer, token, head, dim]`` moved; where all layers have RoPE in one go, as if they were heads."""
-        rotation = self._rotation
-        if rotation is None:
-            raise InternalError("a chunk was to be placed without the model's rotation.")
-        if rotation.skipped_layers:
-            return torch.stack([move(rotation, layer, one, old, new) for layer, one in enumerate(keys)])
-        layers, tokens, heads, dim = keys.shape
-        flat = keys.transpose(0, 1).reshape(tokens, layers * heads, dim)
-        return move(rotation, 0, flat, old, new).view(tokens, layers, heads, dim).transpose(0, 1)
-
-    @staticmethod
-    def _span(one: Description, device: torch.device) -> Span:
-        span, info = one.span, one.info
-        external = None
-        if info.external:
-            part = np.frombuffer(info.external, dtype="<f2")[span.offset : span.offset + span.stop - span.start]
-            external = torch.from_numpy(part.astype(np.float32)).to(device)
-        kind = Capture.EXACT if span.exact else Capture(info.capture)
-        return Span(span.start, span.stop, kind, external)
+        wanted = [Wanted(one.start, one.stop, one.offset, one.keys[digest], one.exact) for one in job.spans]
+        return describe(client, namespace, wanted, job.tokens, self._deadline_s, self._tally)
 
     # -- capture -------------------------------------------------------------------------------------------------------
 
@@ -295,18 +211,3 @@ class Blender:
             keys, values = rows.read(layer, job.table, start, stop)
             target[layer, 0].copy_(keys)
             target[layer, 1].copy_(values)
-
-
-def selector_for(name: str, prompt: Prompt) -> Selector:
-    """The strategy of that name; ``auto`` goes by how the prompt's chunks were captured.
-
-    Raises
-    ------
-    ConfigError
-        If there is none.
-    """
-    if name != "auto":
-        return selector_named(name)
-    if any(span.capture is Capture.LIVE and span.external is None for span in prompt.spans):
-        return selector_named("question")  # vLLM shows no attention, so of what it captured no mass is known
-    return planner(prompt)

@@ -49,7 +49,19 @@ def selector_named(name: str) -> Selector:
     return SELECTORS[name]
 
 
+def selector_for(name: str, prompt: Prompt) -> Selector:
+    """The selector of this name; ``auto`` is the planner's choice.
+
+    Raises
+    ------
+    ConfigError
+        If there is none.
+    """
+    return planner(prompt) if name == "auto" else selector_named(name)
+
+
 def planner(prompt: Prompt) -> Selector:
-    """External mass where all chunks were captured behind others; else what the question looks at."""
-    kinds = {span.capture for span in prompt.spans} - {Capture.EXACT}
-    return SELECTORS["external"] if kinds == {Capture.LIVE} else SELECTORS["question"]
+    """External mass where it was measured for all chunks; else what the question looks at."""
+    repaired = [span for span in prompt.spans if span.capture is not Capture.EXACT]
+    live = all(span.capture is Capture.LIVE and span.external is not None for span in repaired)
+    return SELECTORS["external"] if repaired and live else SELECTORS["question"]

@@ -1,0 +1,384 @@
+"""Reuse at any position in `generate()`: chunks are stored, found by content, blended, and a share computed again.
+
+Approximate, so it is asked for by calling `Chunks` and nothing else: `KVStoreCache` never sees a chunk. What was
+blended is stored under no name at all, the tokens that are generated behind it included.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import torch
+
+from kvstore.client import chunk_parts, report_blend
+from kvstore.errors import ConfigError, InvalidParams, StorageError, Unavailable
+from kvstore.keys import content_key
+from kvstore_connectors.base import report_defect
+from kvstore_connectors.blend.attention import segment_masses
+from kvstore_connectors.blend.prompt import LayerKV, Prompt, Span
+from kvstore_connectors.blend.recompute import empty_cache, prefill
+from kvstore_connectors.blend.selectors.planner import selector_for
+from kvstore_connectors.blend.work import Work
+from kvstore_connectors.build import PACK_TOKENS, Builder, Progress, store_chunk
+from kvstore_connectors.chunk_loads import Wanted, describe, load_chunks
+from kvstore_connectors.transformers.cache import KVStoreCache
+from kvstore_connectors.transformers.history import autocast
+from kvstore_connectors.transformers.opened import OpenedModel
+from kvstore_connectors.transformers.prefix import PrefixCache
+from kvstore_connectors.transformers.support import token_rows
+
+if TYPE_CHECKING:
+    from kvstore.types import ChunkMatch, Namespace
+
+T = TypeVar("T")
+
+TAINT = "it was blended from chunks, so its KV is approximate"
+LOAD_DEADLINE_S = 3.0
+"""Longest wait for chunks in lower tiers."""
+
+
+class Blend(NamedTuple):
+    """What became of one prompt.
+
+    Attributes
+    ----------
+    prompt_tokens : int
+    exact_tokens : int
+        Leading tokens whose exact KV was loaded.
+    chunks, reused_tokens : int
+        Chunks behind them, and their tokens.
+    computed_tokens : int
+        Tokens that were computed before `generate` began; it computes the last one. 0 if nothing was blended.
+    """
+
+    prompt_tokens: int = 0
+    exact_tokens: int = 0
+    chunks: int = 0
+    reused_tokens: int = 0
+    computed_tokens: int = 0
+
+
+class Chunks:
+    """Chunks of one model, behind one system prompt.
+
+    Parameters
+    ----------
+    kv : KVStoreCache
+        The model's connector; exact prefixes in front of chunks come from it.
+    system : ids, optional
+        Token ids that stand in front of every prompt. Chunks that `store` computes have seen them.
+    labels : sequence of str
+        Rights that are needed to read what is stored here, and that whoever loads here has.
+    salt : str, optional
+        In place of the connector's own.
+
+    Attributes
+    ----------
+    last : Blend
+        What became of the last prompt.
+
+    Raises
+    ------
+    ConfigError
+        If chunks of this model can not be moved, or it is of a kind that can not be opened.
+
+    Examples
+    --------
+    >>> chunks = Chunks(kv, system=system_ids)                                # doctest: +SKIP
+    >>> chunks.store([passage_ids, other_ids])                                # doctest: +SKIP
+    >>> out = chunks.generate(input_ids=ids, max_new_tokens=64)               # doctest: +SKIP
+    """
+
+    def __init__(
+        self, kv: KVStoreCache, *, system: Any = (), labels: Sequence[str] = (), salt: str | None = None
+    ) -> None:
+        self._kv = kv
+        self._opened = OpenedModel(kv.model, kv.decoder)
+        self._system: list[int] = token_rows(system)[0].tolist() if len(system) else []
+        self._labels = list(labels)
+        self._salt = salt
+        self.last = Blend()
+
+    # -- storing -------------------------------------------------------------------------------------------------------
+
+    def store(
+        self,
+        chunks: Sequence[Any],
+        *,
+        pack_tokens: int = PACK_TOKENS,
+        told: Callable[[Progress], None] = lambda progress: None,
+    ) -> Progress:
+        """Compute chunks behind the system prompt, many in one pass, and store them; what is stored is passed over.
+
+        Parameters
+        ----------
+        chunks : sequence of ids
+            Token ids of each.
+        pack_tokens : int
+            Tokens in one forward pass, at most.
+        told : callable
+            Called after each pass.
+
+        Raises
+        ------
+        Unavailable
+            If the daemon can not be reached.
+        StorageError
+            If it has no room.
+        InvalidParams
+            If a chunk is empty or too long.
+        """
+        ids = [token_rows(chunk)[0].tolist() for chunk in chunks]
+        namespace = self._exact_namespace()
+
+        def build(client: Any) -> Progress:
+            device = str(self._kv.model.device)
+            builder = Builder(
+                self._opened, [namespace], client, system=self._system, labels=self._labels, device=device
+            )
+            progress = Progress(0, len(ids), 0, 0, 0.0)
+            for progress in builder.build(ids, pack_tokens):
+                told(progress)
+            return progress
+
+        return self._must("store", build)
+
+    @torch.no_grad()
+    def capture(self, input_ids: Any, spans: Sequence[tuple[int, int]]) -> None:
+        """Compute a prompt exactly and store spans of it as chunks, each with what its tokens looked at before it.
+
+        The attention mass on other chunks is what the selector ``external`` chooses by.
+
+        Parameters
+        ----------
+        input_ids : ids
+            One prompt.
+        spans : sequence of (int, int)
+            Half-open ranges, in order; what is before the first is the system prompt.
+
+        Raises
+        ------
+        Unavailable, StorageError, InvalidParams
+            As `store`; also for spans that overlap or leave the prompt.
+        """
+        row = self._one(input_ids)
+        _check_spans(spans, len(row))
+        if not spans:
+            return
+        namespace = self._exact_namespace()
+        ids = torch.as_tensor(row, dtype=torch.int64, device=self._kv.model.device)[: spans[-1][1]]
+        external = torch.zeros(len(ids), device=ids.device)
+        first = spans[0][0]
+
+        def watch(layer: int, rows: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) -> None:
+            for start, stop in spans[1:]:
+                mass = segment_masses(queries[start:stop], keys, rows[start:stop], self._opened.scale, [(first, start)])
+                external[start:stop] += mass.mean(0)[:, 0] / self._opened.layers
+
+        _, cache = prefill(self._opened, ids, watch=watch)
+
+        def put(client: Any) -> None:
+            for place, (start, stop) in enumerate(spans):
+                parts = chunk_parts(
+                    namespace,
+                    row[start:stop],
+                    before=row[:start],
+                    lineage=[content_key(namespace, row[a:b]) for a, b in spans[:place]],
+                    external=external[start:stop].cpu().numpy() if place else None,
+                    labels=self._labels,
+                )
+                store_chunk(
+                    client, namespace, parts, [LayerKV(x.keys[start:stop], x.values[start:stop]) for x in cache]
+                )
+
+        self._must("store", put)
+
+    # -- loading -------------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        *,
+        spans: Sequence[tuple[int, int]] = (),
+        separator: Sequence[int] = (),
+        find: bool = True,
+        share: float = 0.15,
+        selector: str = "auto",
+        **kwargs: Any,
+    ) -> Any:
+        """`model.generate` behind a blended prompt; without chunks, or without the daemon, behind an exact one.
+
+        Takes what `model.generate` and `load` take, for one prompt.
+        """
+        wish = partial(self.load, spans=spans, separator=separator, find=find, share=share, selector=selector)
+        return self._kv.serve(inputs, kwargs, wish)
+
+    def load(
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        *,
+        spans: Sequence[tuple[int, int]] = (),
+        separator: Sequence[int] = (),
+        find: bool = True,
+        share: float = 0.15,
+        selector: str = "auto",
+        copies: int = 1,
+    ) -> PrefixCache:
+        """A cache for `generate(past_key_values=...)` with the KV of all tokens but the last, put together from chunks.
+
+        Where no chunk is found, one is gone before it is loaded, or the daemon is not there, it is what
+        `KVStoreCache.load` gives.
+
+        Parameters
+        ----------
+        input_ids, attention_mask, copies
+            As of `KVStoreCache.load`; one prompt.
+        spans : sequence of (int, int)
+            Half-open ranges of token positions that are chunks, in order.
+        separator : sequence of int
+            Token ids between which chunks stand.
+        find : bool
+            Look for stored chunks at any other position.
+        share : float
+            Share of the reused tokens to compute again.
+        selector : str
+            How these are chosen; ``auto`` goes by how the chunks were captured.
+
+        Raises
+        ------
+        InvalidParams
+            If it is a batch of several prompts, or spans overlap or leave the prompt.
+        ConfigError
+            If there is no such selector, it does not fit the chunks, or the share is not between 0 and 1.
+        """
+        row = self._one(input_ids)
+        _check_spans(spans, len(row))
+        if not 0 <= share <= 1:
+            raise InvalidParams(f"share: {share} is not between 0 and 1.", "")
+        selector_for(selector, Prompt(torch.zeros(1, dtype=torch.int64), ()))  # an unknown name is told at once
+        past = self._kv.load(input_ids, attention_mask, salt=self._salt)
+        exact = past.loaded_tokens
+        self.last = Blend(len(row), exact)
+        namespace = past.namespace
+        if namespace is not None and not self._unsteady():
+            ask = partial(_match, row=row, spans=spans, separator=separator, find=find, labels=self._labels)
+            try:
+                found = self._kv.link.run("search", partial(ask, namespace=namespace)) or []
+                gathered = self._gather(namespace, row, past, _wanted(found, exact, len(row) - 1))
+                if gathered is not None:
+                    self._blend(namespace, past, *gathered, share, selector)
+            except ConfigError:  # a selector that does not fit these chunks
+                raise
+            except Exception:  # nothing has been put into the cache yet: the prompt is computed
+                report_defect("blending")
+        if copies > 1:
+            past.batch_repeat_interleave(copies)
+        return past
+
+    def _gather(
+        self, namespace: Namespace, row: Any, past: PrefixCache, wanted: Sequence[Wanted]
+    ) -> tuple[Prompt, list[LayerKV]] | None:
+        """The prompt and its KV as far as it is stored; None if it is no more than the exact beginning."""
+        link, exact = self._kv.link, past.loaded_tokens
+        if not wanted:
+            return None
+        ids = torch.as_tensor(row, dtype=torch.int64, device=self._kv.model.device)
+        with torch.no_grad():
+            cache = empty_cache(self._opened, ids)
+            for held, (keys, values) in zip(cache, past.pairs(), strict=False):
+                held.keys[:exact], held.values[:exact] = (x[0, :, :exact].transpose(0, 1) for x in (keys, values))
+
+            def fetch(client: Any) -> list[Span] | None:
+                deadline = time.monotonic() + LOAD_DEADLINE_S
+                tokens, tally = row.tobytes(), self._kv.tally
+                described = describe(client, namespace, wanted, tokens, LOAD_DEADLINE_S, tally)
+                if described is None:
+                    return None
+                return load_chunks(client, namespace, described, cache, self._opened.rotary, deadline, tally)
+
+            found = link.run("blend", fetch)
+        return None if found is None else (Prompt(ids, tuple(found), exact), cache)
+
+    @torch.no_grad()
+    def _blend(
+        self, namespace: Namespace, past: PrefixCache, prompt: Prompt, cache: list[LayerKV], share: float, name: str
+    ) -> None:
+        work = Work(self._opened, prompt, cache)
+        for _ in work.repair(selector_for(name, prompt), share):
+            pass
+        count, computed = len(prompt.ids) - 1, int(work.changed.sum())
+        past.fill([(held.keys.transpose(0, 1)[None], held.values.transpose(0, 1)[None]) for held in cache], count)
+        past.taint(TAINT)
+        self.last = Blend(count + 1, prompt.exact, len(prompt.spans), prompt.reused, computed)
+        tally = self._kv.tally
+        tally.add("blend_prompts")
+        tally.add("blended_tokens", count - prompt.exact)
+        tally.add("blend_computed_tokens", computed)
+        tell = partial(report_blend, namespace=namespace, prompts=1, tokens=count - prompt.exact, computed=computed)
+        self._kv.link.run("report", tell)
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _one(self, input_ids: Any) -> Any:
+        rows = token_rows(input_ids)
+        if len(rows) != 1:
+            raise InvalidParams(f"input_ids: a batch of {len(rows)}; chunks are put together for one prompt.", "")
+        return rows[0]
+
+    def _exact_namespace(self) -> Namespace:
+        """Identity of the model as it is now, if what it computes now is worth storing."""
+        namespace = self._kv.namespace_now(self._salt)
+        if namespace is None or self._unsteady():
+            raise InvalidParams(
+                "chunks: the model has no identity, is in training mode, or under autocast.", "Call model.eval()."
+            )
+        return namespace
+
+    def _unsteady(self) -> bool:
+        """Whether what the model computes now depends on more than its weights."""
+        return self._kv.model.training or autocast(self._kv.model.device)
+
+    def _must(self, operation: str, work: Callable[[Any], T]) -> T:
+        """Work with the daemon that was asked for by itself: what goes wrong is raised."""
+        errors: list[Exception] = []
+
+        def run(client: Any) -> list[T]:
+            try:
+                return [work(client)]
+            except (InvalidParams, StorageError) as error:
+                errors.append(error)
+                return []
+
+        done = self._kv.link.run(operation, run)
+        if errors:
+            raise errors[0]
+        if not done:
+            raise Unavailable("chunks: the daemon did not answer, so nothing was stored.", "Start it: kvstore serve.")
+        return done[0]
+
+
+def _match(client: Any, *, row: Any, **where: Any) -> list[ChunkMatch]:
+    return client.match(row, **where)[0]
+
+
+def _wanted(found: Sequence[ChunkMatch], exact: int, end: int) -> list[Wanted]:
+    """What to load of the chunks that were found: behind the exact part, and never the prompt's last token."""
+    cut = [(max(one.start, exact), min(one.stop, end), one) for one in found]
+    return [
+        Wanted(start, stop, start - one.start, one.key, one.overhead == 0.0) for start, stop, one in cut if start < stop
+    ]
+
+
+def _check_spans(spans: Sequence[tuple[int, int]], tokens: int) -> None:
+    end = 0
+    for start, stop in spans:
+        if not end <= start < stop <= tokens:
+            raise InvalidParams(
+                f"spans: {start}..{stop} is empty, overlaps what is before it, or leaves the prompt.",
+                "Name half-open ranges of token positions, in order.",
+            )
+        end = stop
