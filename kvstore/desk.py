@@ -41,11 +41,15 @@ class Desk:
         self.savings = Savings()
         self.blends = Blends()
 
+    def absent(self, scope: Scope, key: bytes) -> None:
+        """Note that a prompt was asked for of which this is the first block that is nowhere."""
+        self.savings.asked(BlockId(scope, key))
+
     def offered(self, scope: Scope, key: bytes, nbytes: int) -> None:
         """Note that an engine offers a block, which it had to compute."""
         self.reuse.note([(key, nbytes)])
         fields = self._service.namespaces.fields(scope)
-        self.savings.computed(scope, 0 if fields is None else fields.block_tokens)
+        self.savings.computed(BlockId(scope, key), 0 if fields is None else fields.block_tokens)
 
     def tick(self) -> None:
         """Once a second: work off what was noted."""
@@ -112,7 +116,7 @@ class Desk:
         return held
 
     def savings_state(self) -> dict[str, Any]:
-        """Tokens served instead of computed, the seconds that saved at least, and of how many tokens that is known.
+        """Tokens served instead of computed, about how many seconds that saved, and of how many tokens that is known.
 
         Ranks of one engine each hold their part of the same tokens, so each counts for its share.
         """

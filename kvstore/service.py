@@ -171,7 +171,10 @@ class Service:
     def lookup(self, session: Session, p: m.Lookup) -> m.LookupReply:
         """Where blocks are; changes nothing."""
         scope = self.namespaces.find(session.domain, p.ns).scope
-        tiers = self.chain.locate(scope, m.split_keys(p.keys), p.prefix)
+        keys = m.split_keys(p.keys)
+        tiers = self.chain.locate(scope, keys, p.prefix)
+        if len(tiers) < len(keys):
+            self.desk.absent(scope, keys[len(tiers)])
         return m.LookupReply(tiers, self.chain.speeds(tiers))
 
     def match(self, session: Session, p: m.Match) -> m.MatchReply:
@@ -202,6 +205,8 @@ class Service:
                 below.append(index)
             else:
                 refused.append(self._refuse(index, MissReason.ABSENT))
+        if refused:
+            self.desk.absent(record.scope, keys[refused[0].index])
         self.asked += len(keys)
         record.asked += len(keys)
         self.host.counters.misses += len(keys) - len(found)

@@ -77,7 +77,7 @@ def _head(now: Snapshot) -> Iterator[RenderableType]:
     seconds = count(now, "saved", "seconds")
     if seconds > 0:
         saved = f"{_whole(count(now, 'saved', 'tokens'))} tokens were not computed again"
-        yield Text(f"{saved}: at least {format_duration(seconds)} saved", "green")
+        yield Text(f"{saved}: about {format_duration(seconds)} saved", "green")
 
 
 def _space(now: Snapshot) -> Table:

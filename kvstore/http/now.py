@@ -65,14 +65,14 @@ def tiles(view: View, snapshot: Snapshot, history: History, tiers: list[str]) ->
 
 
 def _saved(view: View, snapshot: Snapshot, recent: Span) -> None:
-    """Tokens that nobody had to compute, and at least how long that would have taken."""
+    """Tokens that nobody had to compute, and about how long that would have taken."""
     text = view.text
     tokens = number(snapshot, "saved", "tokens")
     tokens = count(snapshot, "hit_tokens") if tokens is None else tokens
     seconds, timed = count(snapshot, "saved", "seconds"), count(snapshot, "saved", "tokens_timed")
     text["tokens"] = compact(tokens)
     text["tokens_note"] = f"{per_second(recent.rate('tokens'))} now"
-    text["seconds"] = f"≥ {format_duration(seconds)}" if timed > 0 and seconds > 0 else NOTHING
+    text["seconds"] = f"about {format_duration(seconds)}" if timed > 0 and seconds > 0 else NOTHING
     if timed > 0 and seconds > 0:
         text["seconds_note"] = f"of computing, at the fastest seen: {per_second(timed / seconds)}"
     else:
@@ -84,7 +84,7 @@ def _saved(view: View, snapshot: Snapshot, recent: Span) -> None:
         each = tokens / times
         wait = count(lease, "seconds") / times
         sooner = each * seconds / timed - wait
-        text["first_token"] = f"≥ {format_duration(sooner)} sooner" if sooner > 0 else "no sooner"
+        text["first_token"] = f"about {format_duration(sooner)} sooner" if sooner > 0 else "no sooner"
         text["first_token_note"] = f"a hit of {compact(each)} tokens, leased in {format_duration(wait)}"
 
 

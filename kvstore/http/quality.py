@@ -12,8 +12,8 @@ from kvstore.units import format_duration, format_size
 
 MAX_ROWS = 100
 
-LOSSLESS = ("raw", "lossless", "byteplanes|zstd")
-"""Chains that lose nothing."""
+LOSSLESS = {"raw", "lossless", "byteplanes", "zstd", "seal"}
+"""Steps of a chain that lose nothing."""
 
 
 def quality(view: View, snapshot: Snapshot, tiers: list[str]) -> None:
@@ -95,7 +95,8 @@ def costs(snapshot: Snapshot) -> dict[str, float]:
 def _chains(tier: str, state: Mapping[str, Any], cost: Mapping[str, float]) -> Iterator[list[str]]:
     for chain, held in part(state, "codecs", "held").items():
         stored, raw = count(held, "stored_bytes"), count(held, "logical_bytes")
-        loss = "none" if chain in LOSSLESS else _kl(cost.get(chain))
+        steps = {step.partition("(")[0] for step in chain.split("|")}
+        loss = "none" if steps <= LOSSLESS else _kl(cost.get(chain))
         yield [
             tier,
             shown_text(chain),

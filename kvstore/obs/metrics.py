@@ -89,7 +89,11 @@ TABLE: tuple[Row, ...] = (
     _counter("wanted_blocks", r.one("reuse", "wanted"), "Blocks handed out, and blocks offered since computed."),
     _counter("reusable_blocks", r.one("reuse", "reusable"), "Estimate: wanted blocks that had been wanted before."),
     _counter("saved_tokens", r.one("saved", "tokens"), "Tokens served instead of computed; ranks share one count."),
-    _gauge("saved_prefill_seconds", r.one("saved", "seconds"), "Estimate: at least how long computing those takes."),
+    _gauge(
+        "saved_prefill_seconds",
+        r.one("saved", "seconds"),
+        "Estimate: how long computing those takes at the fastest seen.",
+    ),
     _counter("unstored_blocks", r.by_label("not_stored", "reason"), "Blocks offered and not taken, by reason."),
     _gauge(
         "tier_policy_info",

@@ -75,6 +75,19 @@ def test_what_an_engine_blended_is_summed_and_shown(client: KVStoreClient):
     assert client.stats()["blends"][0]["prompts"] == 3
 
 
+def test_what_computing_takes_is_seen_from_question_to_offer(client: KVStoreClient):
+    for ask in (lambda: client.lookup(KEYS[:4]), lambda: client.get(KEYS[4])):
+        client.drop(None)
+        ask()
+        time.sleep(0.2)
+        store(client, KEYS[:5])
+    assert client.get(KEYS[0])
+    saved = client.stats()["saved"]
+    assert saved["tokens_timed"] == 256
+    # Four or five blocks in 0.2 s or somewhat more; spread over ten seconds it would be 2 s.
+    assert 256 / (5 * 256 / 0.2) <= saved["seconds"] < 1
+
+
 def test_reports_of_many_namespaces_are_bounded():
     blends = Blends()
     scopes = [Scope("uid-1", number.to_bytes(32, "big")) for number in range(MOST + 2)]
