@@ -83,6 +83,7 @@ class Ladder(WrappedTier):
         self._lock = asyncio.Lock()
         self._standing = Standing()
         self._pins: dict[BlockId, float] = {}
+        self._next: list[BlockId] = []
         inner.watch(self._standing)
         self.passed: dict[str, Counter[str]] = {}
         self.stepped = self.lost = self.stepped_bytes = self.undecodable = 0
@@ -109,17 +110,17 @@ class Ladder(WrappedTier):
         if form is not None:
             for key, sized in self.inner.held(scope).items():
                 if not form.is_raw(sized.nbytes):
-                    rung = 0 if self._steps(form) else None
+                    rung = 0 if self._rungs(form) > 1 else None
                     self._standing.set(BlockId(scope, key), UNREAD, sized.nbytes, form.whole, rung)
 
-    def _steps(self, form: Form) -> bool:
-        """Whether blocks may step down here at all: the tier has an order, and their profile is here."""
+    def _rungs(self, form: Form) -> int:
+        """How many rungs blocks of a namespace have here: none if the tier has no order, or their profile is away."""
         if self.inner.order is None or not form.lossy:
-            return False
+            return 0
         try:
-            return bool(self._encoding.rungs(form))
+            return len(self._encoding.rungs(form)[0])
         except ConfigError:
-            return False
+            return 0
 
     # -- looking -------------------------------------------------------------------------------------------------------
 
@@ -204,13 +205,13 @@ class Ladder(WrappedTier):
             self._standing.stay(block)
         if form is not None and encoded is not None and isinstance(outcome, Stored):
             self._count(encoded, nbytes)
-            self._stands(block, encoded, form, may_step=not durable and self._steps(form))
+            self._stands(block, encoded, form, may_step=not durable)
         return outcome
 
     def _stands(self, block: BlockId, encoded: Encoded, form: Form, *, may_step: bool) -> None:
         """Note how a block was stored, in a tier that tells when it leaves."""
         if self.inner.order is not None and self.inner.size(block) == encoded.data.nbytes:
-            rung = encoded.rung if may_step else None
+            rung = encoded.rung if may_step and encoded.rung + 1 < self._rungs(form) else None
             self._standing.set(block, encoded.chain, encoded.data.nbytes, form.whole, rung)
 
     async def _encoded(
@@ -238,11 +239,13 @@ class Ladder(WrappedTier):
             return
         async with self._lock:
             self._pins = {block: until for block, until in self._pins.items() if until > time.monotonic()}
-            victims = (block for block, _ in order.victims(None, 0, lambda _: 1))
-            for block in self._standing.stepping(victims, lambda b: b not in self._pins, LOOK, STEPS_A_PUT):
-                if not self._is_tight(nbytes):
+            for _ in range(STEPS_A_PUT):
+                if not self._next:  # looking is far dearer than stepping
+                    victims = (block for block, _ in order.victims(None, 0, lambda _: 1))
+                    self._next = self._standing.stepping(victims, lambda b: b not in self._pins, LOOK, LOOK // 16)
+                if not self._next or not self._is_tight(nbytes):
                     return
-                await self._step(block)
+                await self._step(self._next.pop(0))
 
     def _is_tight(self, nbytes: int) -> bool:
         usage = self.inner.usage()
@@ -251,8 +254,7 @@ class Ladder(WrappedTier):
     async def _step(self, block: BlockId) -> None:
         """Put a block one rung down. If it cannot be put back it is lost, and counted."""
         stored, form = self.inner.size(block), self._form(block.scope)
-        if stored is None or form is None or form.is_raw(stored):
-            self._standing.forget(block)
+        if stored is None or form is None or not self._standing.may_step(block) or block in self._pins:
             return
         buffer = pages(stored)
         outcome = await self.inner.peek(block, [buffer])

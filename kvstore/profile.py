@@ -120,8 +120,9 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     digest: str = ""
 
     def sealed(self) -> Profile:
-        """The same with its digest."""
-        return msgspec.structs.replace(self, digest=_digest(self))
+        """The same with its digest; a whole number given for a real one is that, as it will be when it is read."""
+        read = msgspec.convert(msgspec.to_builtins(self), Profile)
+        return msgspec.structs.replace(read, digest=_digest(read))
 
     @property
     def passed(self) -> list[Rung]:

@@ -13,6 +13,9 @@ from kvstore.watcher import Watcher
 UNREAD = "found at start"
 """Chain of a block whose header nobody has read since the daemon started."""
 
+FEW = 8
+"""Where fewer than one block in so many may step down, it is not worth looking for them in the order of eviction."""
+
 
 class Standing(Watcher):
     """Sums by chain, kept up to date as blocks come and go.
@@ -41,6 +44,10 @@ class Standing(Watcher):
         if known is not None and known[0] is not chain:
             self.set(block, chain, known[1], known[2], self._may_step.get(block))
 
+    def may_step(self, block: BlockId) -> bool:
+        """Whether a block has a rung below it, as far as is known."""
+        return block in self._may_step
+
     def stay(self, block: BlockId) -> None:
         """A block can step down no further."""
         self._may_step.pop(block, None)
@@ -61,7 +68,7 @@ class Standing(Watcher):
     def stepping(
         self, least_valuable: Iterable[BlockId], free: Callable[[BlockId], bool], look: int, most: int
     ) -> list[BlockId]:
-        """Blocks to step down next: of the first `look` to leave, or if none of those may, of those here longest.
+        """Blocks to step down next: of the first `look` to leave, or if few blocks may, of those here longest.
 
         Those on the highest rung go first: loss grows faster with each rung, so all take one before any takes two.
 
@@ -74,9 +81,9 @@ class Standing(Watcher):
         look, most : int
             How many are looked at, and how many are chosen.
         """
-        if not self._may_step:
-            return []
-        chosen = [block for block in islice(least_valuable, look) if block in self._may_step and free(block)]
+        chosen: list[BlockId] = []
+        if FEW * len(self._may_step) > len(self._sizes):
+            chosen = [block for block in islice(least_valuable, look) if block in self._may_step and free(block)]
         chosen = chosen or [block for block in islice(self._may_step, look) if free(block)]
         return sorted(chosen, key=self._may_step.__getitem__)[:most]
 
