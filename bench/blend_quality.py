@@ -24,43 +24,24 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from kvstore_connectors.blend import Capture, LayerKV, Prompt, Work
-from kvstore_connectors.blend.capture import Chunk, assemble, capture
+from kvstore_connectors.blend import Prompt, Selector, Work
+from kvstore_connectors.blend.intervals import bootstrap, wilson
 from kvstore_connectors.blend.llama import Llama
-from kvstore_connectors.blend.prompt import Cache
-from kvstore_connectors.blend.recompute import Pass, prefill
+from kvstore_connectors.blend.samples import Shape, cut
 from kvstore_connectors.blend.selectors.choice import Choice
-from kvstore_connectors.blend.selectors.deviation import Deviation
-from kvstore_connectors.blend.selectors.planner import GRADUAL, SELECTORS, planner
-from kvstore_connectors.blend.stack import prefill_stacked, run_stacked, stack
+from kvstore_connectors.blend.selectors.planner import SELECTORS, planner
+from kvstore_connectors.blend.trial import Sample, Trial, captures, greedy, reference
 
 SHARE = 0.15
-TIMES = 200
-"""Resamplings of a bootstrap."""
-
-DOCUMENTED = [
-    "argparse",
-    "csv",
-    "decimal",
-    "email.message",
-    "inspect",
-    "json",
-    "logging",
-    "pathlib",
-    "shutil",
-    "tarfile",
-]
-CODE = ["argparse", "difflib", "heapq", "shutil", "textwrap"]
-
 REWORDED = (
     {
         r"works for (\w+)\.": r"is employed by \1.",
@@ -85,17 +66,11 @@ REWORDED = (
 )
 
 
-@dataclass
-class Case:
-    """Ids of a prompt in parts. ``answer`` is empty for natural text, where the question is the text that follows."""
+class Case(NamedTuple):
+    """A prompt, and the wording of its question."""
 
-    kind: str
     wording: str
-    system: Tensor
-    chunks: list[Tensor]
-    question: Tensor
-    answer: Tensor
-    others: list[list[Tensor]]
+    sample: Sample
 
 
 def sentences(text: str) -> list[str]:
@@ -167,15 +142,10 @@ def make_cases(options: argparse.Namespace, encode: Any) -> Iterator[Case]:
                 system, chunks, question = tasks.render(task)
                 answer = torch.cat([encode(task.answer), end])
                 name = ("as trained", "reworded", "reworded more")[wording]
-                yield Case(kind, name, encode(system), [encode(c) for c in chunks], encode(question), answer, [])
-    for name, text in natural_texts().items():
-        ids, rng = encode(text[:400_000]), random.Random(f"{name} {options.seed}")
-        for _ in range(options.natural // 3):
-            at = rng.randrange(len(ids) - 6 * 128 - 48)
-            chunks = [ids[at + 128 * j : at + 128 * (j + 1)] for j in range(6)]
-            others = [[ids[o : o + 128] for o in (rng.randrange(len(ids) - 128) for _ in range(2))] for _ in chunks]
-            question = ids[at + 768 : at + 768 + 48]
-            yield Case("natural", name, encode("Continue the text.\n\n"), chunks, question, ids[:0], others)
+                yield Case(name, Sample(kind, encode(system), tuple(map(encode, chunks)), encode(question), answer))
+    texts = natural_texts()
+    for sample in cut(texts, lambda text: encode(text).tolist(), options.natural, shape=Shape(), seed=options.seed):
+        yield Case(sample.kind, replace(sample, kind="natural"))
 
 
 def reword(which: int) -> Any:
@@ -207,113 +177,42 @@ def load(options: argparse.Namespace, adapter: str | None) -> Llama:
     )
 
 
-def divergence(p: Tensor, q: Tensor) -> float:
-    p, q = p.log_softmax(-1), q.log_softmax(-1)
-    return float((p.exp() * (p - q)).sum(-1).mean())
-
-
-class Trial:
-    """One prompt in one capture mode, and what became of it under each selector."""
-
-    def __init__(self, model: Llama, case: Case, chunks: list[Chunk], full: Tensor) -> None:
-        self.model, self.case, self.full = model, case, full
-        room = max(0, len(case.answer) - 1)
-        self.prompt, self.cache = assemble(model, model.rotary, case.system, chunks, case.question, room)
-        self.ids = torch.cat([self.prompt.ids, case.answer[:-1]])
-        self.work = Work(model, self.prompt, self.copy())
-
-    def copy(self) -> list[LayerKV]:
-        return [LayerKV(held.keys.clone(), held.values.clone()) for held in self.cache]
-
-    def choices(self, selectors: dict[str, tuple[Choice, float, bool]]) -> Iterator[dict[str, Any]]:
-        """Rows from each selector, all repaired side by side."""
-        reading = len(self.prompt.question) / self.prompt.reused
-        names, rows, costs = [], [], []
-        for name, (selector, share, counted) in selectors.items():
-            extra = reading if selector.reads_question else 0.0
-            count = max(0, int((share - extra * counted) * self.prompt.reused + 0.5))
-            found = drain(selector.choose(self.work, count))
-            names.append(name)
-            rows.append(self.work.with_missing(found))
-            costs.append(len(found) / self.prompt.reused + extra)
-        several = stack(self.cache, len(rows))
-        hidden = run_stacked(self.model, self.prompt.ids, several, rows)
-        follow: list[Tensor | None] = [None] * len(rows)
-        if len(self.case.answer) > 1:
-            behind = torch.arange(len(self.prompt.ids), len(self.ids), device=self.ids.device)
-            follow = list(run_stacked(self.model, self.ids, several, [behind] * len(rows)))
-        for name, h, f, cost in zip(names, hidden, follow, costs, strict=True):
-            yield self.verdict(name, h, f, cost)
-
-    def deviation(self, selector: Deviation) -> dict[str, Any]:
-        cache = self.copy()
-        work = Work(self.model, self.prompt, cache)
-        drain(work.repair(selector, SHARE))
-        return self.verdict(selector.name, work.hidden, self.follow(cache), work.cost)
-
-    def follow(self, cache: Cache) -> Tensor | None:
-        if len(self.case.answer) < 2:
-            return None
-        behind = torch.arange(len(self.prompt.ids), len(self.ids), device=self.ids.device)
-        return Pass(self.model, self.ids, cache, behind).run().hidden
-
-    def verdict(self, name: str, hidden: Tensor, follow: Tensor | None, cost: float) -> dict[str, Any]:
-        found: dict[str, Any] = {"selector": name, "cost": cost}
-        if len(self.case.answer):
-            logits = self.model.logits(hidden[-1:] if follow is None else torch.cat([hidden[-1:], follow]))
-            found |= {"kl": divergence(self.full[:1], logits[:1]), "hit": greedy(logits, self.case.answer)}
-        else:
-            logits = self.model.logits(hidden[-len(self.case.question) :])
-            true = self.case.question[1:]
-            nll = -logits[:-1].log_softmax(-1).gather(1, true[:, None]).mean()
-            agree = (logits.argmax(-1) == self.full.argmax(-1)).float().mean()
-            found |= {"kl": divergence(self.full, logits), "hit": float(agree), "nll": float(nll)}
-        return found
-
-
-def greedy(logits: Tensor, answer: Tensor) -> bool:
-    """Whether greedy decoding gives the answer: it does if each token is the best one behind those before it."""
-    return bool((logits.argmax(-1) == answer).all())
-
-
-def drain(steps: Any) -> Any:
-    """Run a generator to its end: what it returns."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            return end.value
-
-
-class Nothing(Choice):
-    def scores(self, work: Work) -> Any:
-        yield from ()
-        return torch.full((len(work.prompt.ids),), -torch.inf, device=work.prompt.ids.device)
-
-
+@dataclass(frozen=True)
 class Chance(Choice):
+    """Tokens at random."""
+
+    name: str = "random"
+
     def scores(self, work: Work) -> Any:
         yield from ()
         rng = torch.Generator().manual_seed(len(work.prompt.ids))
         return torch.rand(len(work.prompt.ids), generator=rng).to(work.prompt.ids.device)
 
 
-def selectors_for(prompt: Prompt, extra: str | None) -> dict[str, tuple[Choice, float, bool]]:
-    found: dict[str, tuple[Choice, float, bool]] = {"none": (Nothing(), 0.0, False), "random": (Chance(), SHARE, False)}
-    found["everything"] = (SELECTORS["initial"], 1.0, False)  # type: ignore[assignment]
+@dataclass(frozen=True)
+class Counted:
+    """A selector that reads the question, with fewer tokens to choose: as many as the reading costs."""
+
+    selector: Selector
+
+    @property
+    def name(self) -> str:
+        return f"{self.selector.name}, counted"
+
+    def repair(self, work: Work, count: int) -> Iterator[int]:
+        return self.selector.repair(work, max(0, count - len(work.prompt.missing)))
+
+
+def ways(prompt: Prompt, only: set[str]) -> Iterator[tuple[str, Selector, float]]:
+    """Every selector that can serve a prompt, and its share."""
+    known: list[tuple[str, Selector, float]] = [("none", SELECTORS["initial"], 0.0), ("random", Chance(), SHARE)]
+    known += [("everything", SELECTORS["initial"], 1.0), ("planner", planner(prompt), SHARE)]
     for selector in SELECTORS.values():
-        if isinstance(selector, Choice) and (selector.name != "external" or prompt.spans[-1].external is not None):
-            found[selector.name] = (selector, SHARE, False)
-            if selector.reads_question:
-                found[f"{selector.name}, counted"] = (selector, SHARE, True)
-    ours = planner(prompt)
-    if isinstance(ours, Choice):
-        found["planner"], found["planner, counted"] = (ours, SHARE, False), (ours, SHARE, True)
-    if extra:
-        space: dict[str, Any] = {}
-        exec(Path(extra).read_text(), space)
-        found |= space["variants"](prompt)
-    return found
+        if selector.name != "external" or all(span.external is not None for span in prompt.spans):
+            known.append((selector.name, selector, SHARE))
+            if getattr(selector, "reads_question", False):
+                known.append((f"{selector.name}, counted", Counted(selector), SHARE))
+    yield from (one for one in known if not only or one[0] in only)
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -328,54 +227,32 @@ def measure(options: argparse.Namespace) -> None:
     cases = [(i, case) for i, case in enumerate(make_cases(options, encode)) if i % of == shard]
     random.Random(shard).shuffle(cases)
     models = {False: load(options, None), True: load(options, options.adapter)}
-    begun = time.monotonic()
+    begun, only = time.monotonic(), set(options.only)
     with open(options.out, "w") as out:
         for done, (number, case) in enumerate(cases):
             if time.monotonic() - begun > options.seconds:
                 break
-            for line in one_case(models[case.kind != "natural"], case, options.extra):
-                out.write(json.dumps({"case": number, "kind": case.kind, "wording": case.wording} | line) + "\n")
+            for line in one_case(models[case.sample.kind != "natural"], case, only):
+                found = {"case": number, "kind": case.sample.kind, "wording": case.wording} | line
+                out.write(json.dumps(found) + "\n")
+            out.flush()
             if shard == 0 and done % 10 == 0:
                 print(
                     f"{done + 1} of {len(cases)} prompts, {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True
                 )
 
 
-def one_case(model: Llama, case: Case, extra: str | None) -> Iterator[dict[str, Any]]:
-    asked = torch.cat([case.question, case.answer[:-1]])
-    hidden, _ = prefill(model, torch.cat([case.system, *case.chunks, asked]))
-    full = model.logits(hidden[-(len(case.answer) or len(case.question)) :])
-    right = not len(case.answer) or greedy(full, case.answer)
+def one_case(model: Llama, case: Case, only: set[str]) -> Iterator[dict[str, Any]]:
+    sample = case.sample
+    full = reference(model, sample).logits
+    right = not len(sample.answer) or greedy(full, sample.answer)
     yield {"selector": "full prefill", "mode": "", "kl": 0.0, "hit": right, "cost": 1.0}
     if not right:
         return
-    empty = case.system[:0]
-    modes: dict[str, list[Chunk]] = {}
-    for capture_mode, lead in ((Capture.ISOLATED, empty), (Capture.SYSTEM, case.system)):
-        kv = prefill_stacked(model, lead, case.chunks)
-        modes[capture_mode.value] = [
-            Chunk(ids, tuple(one), len(lead), capture_mode) for ids, one in zip(case.chunks, kv, strict=True)
-        ]
-    if case.others:
-        modes["live"] = [capture(model, ids, case.system, o) for ids, o in zip(case.chunks, case.others, strict=True)]
-    for mode, chunks in modes.items():
-        trial = Trial(model, case, chunks, full)
-        for line in trial.choices(selectors_for(trial.prompt, extra)):
-            yield line | {"mode": mode}
-        for deviation in (Deviation(), Deviation("keys"), Deviation("values", GRADUAL)):
-            yield trial.deviation(deviation) | {"mode": mode}
-
-
-def wilson(hits: float, n: int) -> tuple[float, float]:
-    p, z = hits / n, 1.96
-    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
-
-
-def bootstrap(values: list[float]) -> tuple[float, float]:
-    rng = random.Random(0)
-    means = sorted(sum(rng.choices(values, k=len(values))) / len(values) for _ in range(TIMES))
-    return means[int(0.025 * TIMES)], means[int(0.975 * TIMES) - 1]
+    for mode, chunks in captures(model, sample).items():
+        trial = Trial(model, model.rotary, sample, chunks, full)
+        for name, selector, share in ways(trial.prompt, only):
+            yield {"selector": name, "mode": mode.value, **asdict(trial.repair(selector, share))}
 
 
 def table(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -399,7 +276,7 @@ def table(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "kl": sum(kl) / len(kl),
                 "kl_interval": bootstrap(kl),
                 "cost": sum(one["cost"] for one in some) / len(some),
-                **({"nll": sum(one["nll"] for one in some) / len(some)} if "nll" in some[0] else {}),
+                **({"nll": sum(one["nll"] for one in some) / len(some)} if some[0].get("nll") is not None else {}),
             }
         )
     return sorted(rows, key=lambda r: (r["kind"], r["wording"], r["capture"]))
@@ -437,7 +314,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=math.inf, help="start no prompt later than this")
-    parser.add_argument("--extra", help="Python file with variants(prompt), for experiments")
+    parser.add_argument("--only", nargs="*", default=[], help="selectors to measure (default all)")
     parser.add_argument("--keep-lines", help="write what was measured of each prompt here, as JSON lines")
     parser.add_argument("--shard", help=argparse.SUPPRESS)
     parser.add_argument("--out", default="bench/results/blend_quality.json")

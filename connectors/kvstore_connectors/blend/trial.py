@@ -11,8 +11,8 @@ import torch
 from kvstore_connectors.blend.capture import Chunk, assemble, capture
 from kvstore_connectors.blend.prompt import Capture, LayerKV
 from kvstore_connectors.blend.recompute import Pass, prefill
-from kvstore_connectors.blend.stack import prefill_stacked
 from kvstore_connectors.blend.work import Work
+from kvstore_connectors.build_pack import pack
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -102,9 +102,10 @@ def reference(model: Model, sample: Sample) -> Reference:
 def captures(model: Model, sample: Sample) -> dict[Capture, list[Chunk]]:
     """The sample's chunks as each way of capturing leaves them."""
     found: dict[Capture, list[Chunk]] = {}
-    for kind, lead in ((Capture.ISOLATED, sample.system[:0]), (Capture.SYSTEM, sample.system)):
-        kv = prefill_stacked(model, lead, sample.chunks)
-        found[kind] = [Chunk(ids, tuple(one), len(lead), kind) for ids, one in zip(sample.chunks, kv, strict=True)]
+    lead = pack(model, [sample.system])[1] if len(sample.system) else []
+    for kind, front in ((Capture.ISOLATED, []), (Capture.SYSTEM, lead)):
+        kv, first = pack(model, sample.chunks, front)[0], len(sample.system) if front else 0
+        found[kind] = [Chunk(ids, tuple(one), first, kind) for ids, one in zip(sample.chunks, kv, strict=True)]
     if sample.others:
         pairs = zip(sample.chunks, sample.others, strict=True)
         found[Capture.LIVE] = [capture(model, ids, sample.system, before) for ids, before in pairs]
