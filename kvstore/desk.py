@@ -75,7 +75,9 @@ class Desk:
     def _sight(self, block: BlockId, reachable: bool) -> Sighting:
         now = time.monotonic()
         in_host = self._chain.host.get(block)
-        below = [(tier.name, size) for tier in self._chain.below if (size := tier.size(block)) is not None]
+        holding = [(tier, size) for tier in self._chain.below if (size := tier.size(block)) is not None]
+        below = [(tier.name, size) for tier, size in holding]
+        chains = {tier.name: chain for tier, _ in holding if (chain := tier.chain(block))}
         if in_host is not None:
             return Sighting(
                 block.key.hex(),
@@ -87,9 +89,10 @@ class Desk:
                 pinned=in_host.pin_until > now,
                 waiting=in_host.dirty > 0,
                 chunk=in_host.header.chunk.capture if in_host.header.chunk is not None else "",
+                chains=chains,
             )
         if below:
-            return Sighting(block.key.hex(), [name for name, _ in below], below[0][1], reachable)
+            return Sighting(block.key.hex(), [name for name, _ in below], below[0][1], reachable, chains=chains)
         gone = self.departures.find(block)
         if gone is None:
             return Sighting(block.key.hex(), [], 0, False, reason=NEVER)

@@ -130,6 +130,10 @@ class Ladder(WrappedTier):
         form = None if stored is None else self._form(block.scope)
         return stored if form is None or stored is None or form.is_raw(stored) else form.whole
 
+    def chain(self, block: BlockId) -> str:
+        """By which chain a block is encoded; empty if it is not."""
+        return self._standing.chain(block)
+
     def watch(self, watcher: Watcher) -> None:
         """Have somebody told of every block that comes or goes."""
         self.inner.watch(Watchers(self._standing, watcher))

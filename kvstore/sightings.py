@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import msgspec
 
 NEVER = "never_stored"
 """Reason of a block of which nothing is remembered."""
+
+
+def places(tiers: Sequence[str], chains: Mapping[str, str]) -> str:
+    """Tiers in words, with the chain that a block is kept by."""
+    return ", ".join(f"{tier} ({chains[tier]})" if tier in chains else tier for tier in tiers) or "nowhere"
 
 
 class Sighting(msgspec.Struct, frozen=True):
@@ -36,6 +43,8 @@ class Sighting(msgspec.Struct, frozen=True):
         The tier that it left last.
     gone_s : float or None
         How long ago that was.
+    chains : dict
+        By tier, the chain of codecs that it is kept by there; tiers that keep it as it came are not named.
     """
 
     key: str
@@ -50,6 +59,12 @@ class Sighting(msgspec.Struct, frozen=True):
     reason: str = ""
     left: str = ""
     gone_s: float | None = None
+    chains: dict[str, str] = {}
+
+    @property
+    def where(self) -> str:
+        """Tiers in words, with how it is kept there."""
+        return places(self.tiers, self.chains)
 
 
 class HeldLease(msgspec.Struct, frozen=True):

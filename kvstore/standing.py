@@ -48,6 +48,11 @@ class Standing(Watcher):
         """Whether a block has a rung below it, as far as is known."""
         return block in self._may_step
 
+    def chain(self, block: BlockId) -> str:
+        """By which chain a block is encoded; empty if it is not, as far as is known."""
+        known = self._sizes.get(block)
+        return "" if known is None else known[0]
+
     def stay(self, block: BlockId) -> None:
         """A block can step down no further."""
         self._may_step.pop(block, None)

@@ -2,7 +2,7 @@
 
 On the CPU with SmolLM2-135M-Instruct, in the environment of `make engines`, against a daemon that runs already:
 
-    .venv-vllm/bin/python bench/browser/engine.py SOCKET SECONDS
+    .venv-vllm/bin/python bench/browser/engine.py SOCKET SECONDS [FIDELITY]
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ EACH = 4
 def main() -> None:
     """Build, then ask until the time is over."""
     address, seconds = sys.argv[1], float(sys.argv[2])
+    fidelity = sys.argv[3] if len(sys.argv) > 3 else "exact"
     set_environment()
     from model import smollm2
 
     chance, model = random.Random(1), smollm2()
     with tempfile.TemporaryDirectory(prefix="kvstore-look-") as folder:
         verdict = Path(folder) / "verdict.json"
-        extra = {"blend_gate": str(verdict), "lookup_deadline_ms": 500.0}
+        extra = {"blend_gate": str(verdict), "lookup_deadline_ms": 500.0, "fidelity": fidelity}
         engine = Engine(model, address, extra, max_num_batched_tokens=4096, max_model_len=4096)
         try:
             if not engine.connected(20.0):

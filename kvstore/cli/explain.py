@@ -15,6 +15,7 @@ from kvstore.cli.flags import Address, ConfigFile, Json
 from kvstore.cli.status import fetch, resolve
 from kvstore.errors import ConfigError, InvalidParams
 from kvstore.keys import prefix_keys
+from kvstore.sightings import places
 from kvstore.units import format_duration, format_size
 
 MAX_BYTES = 64 << 20
@@ -135,7 +136,7 @@ def _print(space: Mapping[str, Any], blocks: Sequence[Mapping[str, Any]], usable
         good = here and block["reachable"]
         use = Text("yes", "green") if good else Text("behind a hole" if here else "no", "yellow" if here else "red")
         size = format_size(block["bytes"]) if here else "-"
-        where = ", ".join(block["tiers"]) or "nowhere"
+        where = places(block["tiers"], block.get("chains", {}))
         table.add_row(str(index), block["key"][:16], out.clean(where), size, use, Text(out.clean(why(block)), "dim"))
     out.console().print(table)
     name = out.clean(space.get("model") or "unnamed")

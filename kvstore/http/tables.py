@@ -183,5 +183,4 @@ def sighting(index: int, block: Sighting) -> list[str]:
         if block.reason != NEVER and block.gone_s is not None:
             why = f"{format_duration(int(block.gone_s))} ago: {why}"
     use = "yes" if block.reachable and block.tiers else "no, one before it is missing" if block.tiers else "no"
-    where = ", ".join(block.tiers) or "nowhere"
-    return [whole(index), block.key[:16], where, format_size(block.bytes) if block.tiers else NOTHING, use, why]
+    return [whole(index), block.key[:16], block.where, format_size(block.bytes) if block.tiers else NOTHING, use, why]

@@ -96,6 +96,10 @@ class Tier(ABC):
         """Whether the block is here. No I/O."""
         return self.size(BlockId(scope, key)) is not None
 
+    def chain(self, block: BlockId) -> str:
+        """By which chain of codecs a block is kept here; empty where it is as it came. No I/O."""
+        return ""
+
     @abstractmethod
     async def get(self, block: BlockId, into: Sequence[memoryview]) -> LoadOutcome:
         """Read the block's payload into `into`, whose lengths sum to `size(block)`.

@@ -53,6 +53,9 @@ class WrappedTier(Tier):
     def contains(self, scope: Scope, key: bytes) -> bool:
         return self.inner.contains(scope, key)
 
+    def chain(self, block: BlockId) -> str:
+        return self.inner.chain(block)
+
     async def get(self, block: BlockId, into: Sequence[memoryview]) -> LoadOutcome:
         return await self.inner.get(block, into)
 

@@ -312,6 +312,7 @@ async def test_what_nothing_reports_yet_says_so(client: aiohttp.ClientSession):
     [
         (Sighting("ab" * 32, ["host", "disk"], 1024, True, 3.7, 2, True, True, "live"), "in memory for 3 s, read by 2"),
         (Sighting("ab" * 32, ["disk"], 1024, False), "no, one before it is missing"),
+        (Sighting("ab" * 32, ["host", "disk"], 1024, True, chains={"disk": "kv4"}), "host, disk (kv4)"),
         (Sighting("ab" * 32, [], 0, False, reason="never_stored"), "never stored here"),
         (Sighting("ab" * 32, [], 0, False, reason="evicted", left="host", gone_s=61.0), "1 min 1 s ago: It left"),
         (Sighting("ab" * 32, [], 0, False, reason="host_full", gone_s=1.0), "Host memory was full"),

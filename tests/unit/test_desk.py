@@ -8,12 +8,12 @@ from collections.abc import Iterator
 import pytest
 from daemons import NAMESPACE, NS, DaemonProcess, MakeDaemon, payload, store
 
-from kvstore import KVStoreClient
+from kvstore import KVStoreClient, Namespace
 from kvstore.client import Verdict, operator, report_blend
 from kvstore.errors import AccessError, ConfigError, InternalError, RequestError
 from kvstore.eviction import make_policy, names
 from kvstore.eviction.partitions import Partitions
-from kvstore.keys import prefix_keys
+from kvstore.keys import namespace_digest, prefix_keys
 from kvstore.obs.blends import MOST, Blends
 from kvstore.obs.departures import Departures
 from kvstore.types import BlockHeader, BlockId, Gone, Scope, TierCode
@@ -51,6 +51,17 @@ def test_explain_tells_where_blocks_are_and_why_others_are_not(client: KVStoreCl
     assert 0 <= seen[1]["gone_s"] < 60
     assert seen[1]["left"] == "host"
     assert operator.explain(client, NS, []) == []
+
+
+def test_an_encoded_block_says_by_which_chain(make_daemon: MakeDaemon):
+    daemon = make_daemon({"host.bytes": "16MiB", "disk.bytes": "16MiB", "codecs.disk": "lossless"}).start()
+    namespace = Namespace(model="m", layout="lkthd1", dtype="float16", layers=1, kv_heads=1, head_dim=64)
+    with KVStoreClient(daemon.socket, namespace=namespace) as client:
+        key, *_ = client.keys(range(256))
+        client.put(key, bytes(2 * 64 * 2 * 256), durable=True)
+        (seen,) = operator.explain(client, namespace_digest(namespace), [key])
+    assert seen["tiers"] == ["host", "disk"]
+    assert seen["chains"]["disk"].startswith("byteplanes|zstd")
 
 
 def test_an_evicted_block_says_so(client: KVStoreClient):
