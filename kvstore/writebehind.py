@@ -6,13 +6,16 @@ runs out of clean blocks a store waits for this queue if its caller allows, or i
 never waits.
 
 Loads go first: while blocks are being brought up, one writer at a time goes on, so that a load finds the medium nearly
-to itself and the queue still gets shorter.
+to itself and the queue still gets shorter; for a moment afterwards two, since the next load would have to wait for all
+writes that are under way then.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 
@@ -22,6 +25,9 @@ from kvstore.tiers.host import HostBlock, HostTier
 from kvstore.types import Dropped, DropReason, Exists, Stored, StoreOutcome
 
 log = logging.getLogger("kvstore.writebehind")
+
+LINGER_S = 0.25
+"""How long after a load the next one is expected."""
 
 
 class WriteBehind:
@@ -61,6 +67,8 @@ class WriteBehind:
         self._busy = 0
         self._writers = writers
         self._loading = loading
+        self._loaded = -math.inf
+        """When blocks were last seen being brought up."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._waiters: list[asyncio.Future[None]] = []
         self.blocks = 0
@@ -93,7 +101,11 @@ class WriteBehind:
         return done
 
     def _may_write(self) -> int:
-        return 1 if self._loading() else self._writers
+        now = time.monotonic()
+        if self._loading():
+            self._loaded = now
+            return 1
+        return min(2, self._writers) if now - self._loaded < LINGER_S else self._writers
 
     def _hire(self) -> None:
         """One more writer, if there is work for it and loads leave it room."""

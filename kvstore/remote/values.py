@@ -43,6 +43,10 @@ class Values:
         """Keys of all values of a block."""
         return [self._names.record(member), *self._names.parts(member, place)]
 
+    def _lanes(self, place: Place) -> int:
+        """Connections that are worth it: one for each whole part."""
+        return max(1, min(self._link.lanes, place.nbytes // rec.PART_BYTES))
+
     # -- reading -------------------------------------------------------------------------------------------------------
 
     async def read(self, block: BlockId, member: bytes, place: Place, into: Sequence[memoryview]) -> rec.Record:
@@ -81,9 +85,10 @@ class Values:
             finally:
                 record.cancel()  # if it did not come, the others do not wait for it
 
-        count = max(1, min(self._link.lanes, len(parts)))
-        lanes = [range(at, len(parts), self._link.lanes) for at in range(count)]
-        await all_of([leading(lanes[0]), *map(lane, lanes[1:])])
+        count = self._lanes(place)
+        await all_of(
+            [leading(range(0, len(parts), count)), *(lane(range(at, len(parts), count)) for at in range(1, count))]
+        )
         return record.result()
 
     def _believed(self, block: BlockId, place: Place, value: bytes) -> rec.Record:
@@ -110,7 +115,7 @@ class Values:
     async def write(self, member: bytes, place: Place, record: bytes, parts: Sequence[memoryview | bytes]) -> None:
         """Write a block's values, the record last in its lane."""
         values = dict(zip(self._names.parts(member, place), parts, strict=True)) | {self._names.record(member): record}
-        lanes = self._link.lanes
+        lanes = self._lanes(place)
         await all_of(self._write_lane(list(values.items())[at::lanes]) for at in range(lanes))
 
     async def _write_lane(self, values: Sequence[tuple[str, memoryview | bytes]]) -> None:
