@@ -23,23 +23,37 @@ def evaluate(
     *,
     texts: Annotated[
         list[Path] | None,
-        Parameter(help="Text files or folders, each one kind; by default Python's language reference and library."),
+        Parameter(
+            negative="",
+            help="Text files or folders, each one kind; by default Python's language reference and library.",
+        ),
     ] = None,
     selectors: Annotated[
-        list[str] | None, Parameter(help="How tokens are chosen: `none`, `auto`, or names of selectors.")
+        list[str] | None,
+        Parameter(
+            negative=(), consume_multiple=True, help="How tokens are chosen: `none`, `auto`, or names of selectors."
+        ),
     ] = None,
     captures: Annotated[
-        list[CaptureName] | None, Parameter(help="How chunks were captured: isolated, system, live; by default all.")
+        list[CaptureName] | None,
+        Parameter(
+            negative=(), consume_multiple=True, help="How chunks were captured: isolated, system, live; by default all."
+        ),
     ] = None,
-    shares: Annotated[list[float] | None, Parameter(help="Shares of the reused tokens to compute again.")] = None,
+    shares: Annotated[
+        list[float] | None,
+        Parameter(negative=(), consume_multiple=True, help="Shares of the reused tokens to compute again."),
+    ] = None,
     prompts: Annotated[int, Parameter(help="Prompts that the figures rest on; of codecs, contexts.")] = 8,
     chunks: Annotated[int, Parameter(help="Chunks in a prompt.")] = 6,
     chunk_tokens: Annotated[int, Parameter(help="Tokens of a chunk.")] = 128,
     question_tokens: Annotated[int, Parameter(help="Tokens behind the chunks, on which is measured.")] = 48,
-    system: Annotated[str, Parameter(help="Text in front of every prompt.")] = "Continue the text.\n\n",
+    system: Annotated[str, Parameter(help="Text in front of every prompt; by default `Continue the text.`")] = "",
     seed: Annotated[int, Parameter(help="Of the places in the texts; the same seed gives the same prompts.")] = 0,
     device: Annotated[str, Parameter(help="Where to compute: cpu, cuda.")] = "cpu",
-    codecs: Annotated[bool, Parameter(help="Measure codecs of the precision ladder instead of blending.")] = False,
+    codecs: Annotated[
+        bool, Parameter(negative=(), help="Measure codecs of the precision ladder instead of blending.")
+    ] = False,
     plot: Annotated[Path | None, Parameter(help="Also draw it, as SVG.")] = None,
     json: Json = False,
 ) -> None:
@@ -50,7 +64,7 @@ def evaluate(
     try:
         from kvstore_connectors.blend.evaluate import CAPTURES, DEFAULT, SHARES
         from kvstore_connectors.blend.evaluate import evaluate as measure
-        from kvstore_connectors.blend.samples import Shape, builtin_texts, cut, read_texts
+        from kvstore_connectors.blend.samples import SYSTEM, Shape, builtin_texts, cut, read_texts
         from kvstore_connectors.build_model import load_model, load_tokenizer
     except ImportError as error:
         raise ConfigError(f"eval: {error}.", "It needs torch: pip install 'kvstore[torch]'.") from None
@@ -59,7 +73,7 @@ def evaluate(
     samples = cut(
         read_texts(texts) if texts else builtin_texts(),
         lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
-        prompts, shape=Shape(chunks, chunk_tokens, question_tokens), system=system, seed=seed, device=device,
+        prompts, shape=Shape(chunks, chunk_tokens, question_tokens), system=system or SYSTEM, seed=seed, device=device,
     )  # fmt: skip
     found = measure(
         loaded, loaded.rotary, samples, selectors=selectors or DEFAULT, kinds=captures or CAPTURES,

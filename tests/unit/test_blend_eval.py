@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 from test_blend import BASE, tiny  # noqa: E402
 
 from kvstore.cli import blend_plot  # noqa: E402
-from kvstore.errors import ConfigError, InvalidParams  # noqa: E402
+from kvstore.errors import ConfigError  # noqa: E402
 from kvstore_connectors.blend.evaluate import Evaluation, Row, evaluate  # noqa: E402
 from kvstore_connectors.blend.intervals import bootstrap, wilson  # noqa: E402
 from kvstore_connectors.blend.samples import Shape, builtin_texts, cut, read_texts  # noqa: E402
@@ -70,7 +70,7 @@ def test_what_can_not_be_measured_is_refused() -> None:
     with pytest.raises(ConfigError, match="no selector"):
         evaluate(model, model.rotary, samples(1), selectors=("best",))
     for some, shares in ((samples(1), (1.5,)), ([], (0.1,))):
-        with pytest.raises(InvalidParams):
+        with pytest.raises(ConfigError):
             evaluate(model, model.rotary, some, shares=shares)
 
 
@@ -81,15 +81,18 @@ def test_prompts_are_stretches_of_text_and_the_same_for_a_seed(tmp_path: Path) -
     text = encode("the quick brown fox " * 9)
     whole = torch.cat([*samples(1)[0].chunks, samples(1)[0].question]).tolist()
     assert any(text[at : at + len(whole)] == whole for at in range(len(text)))
-    with pytest.raises(InvalidParams, match="prompt has 44"):
+    with pytest.raises(ConfigError, match="prompt has 44"):
         cut({"short": "too short"}, encode, 1, shape=SHAPE)
+    for shape in (Shape(0, 12, 8), Shape(3, 0, 8), Shape(3, 12, 1)):
+        with pytest.raises(ConfigError, match="there must be"):
+            cut({"a": "the quick brown fox " * 9}, encode, 1, shape=shape)
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "b.txt").write_text("two")
     (tmp_path / "notes" / "a.txt").write_text("one")
     assert read_texts([tmp_path / "notes"]) == {str(tmp_path / "notes"): "one\n\ntwo"}
     (tmp_path / "raw").write_bytes(b"\xff\xfe")
     for bad in (tmp_path / "raw", tmp_path / "absent"):
-        with pytest.raises(InvalidParams, match="--texts"):
+        with pytest.raises(ConfigError, match="--texts"):
             read_texts([bad])
     assert min(map(len, builtin_texts().values())) > 50_000
 

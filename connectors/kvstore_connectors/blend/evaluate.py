@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from kvstore.errors import InvalidParams
+from kvstore.errors import ConfigError
 from kvstore_connectors.blend.intervals import bootstrap
 from kvstore_connectors.blend.prompt import Capture
 from kvstore_connectors.blend.selectors.planner import planner, selector_named
@@ -134,13 +134,11 @@ def evaluate(
 
     Raises
     ------
-    InvalidParams
-        If there is no prompt, or a share is not between 0 and 1.
     ConfigError
-        If there is no selector of a name.
+        If there is no prompt, a share is not between 0 and 1, or there is no selector of a name.
     """
     if not samples or not all(0 <= share <= 1 for share in shares):
-        raise InvalidParams("eval: there is no prompt, or a share is not between 0 and 1.", "")
+        raise ConfigError("eval: there is no prompt, or a share is not between 0 and 1.", "")
     for name in set(selectors) - {NONE, AUTO}:
         selector_named(name)
     seen: defaultdict[tuple[str, str, float], list[_Seen]] = defaultdict(list)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvstore.errors import InvalidParams
+from kvstore.errors import ConfigError
 from kvstore_connectors.blend.trial import Sample
 from kvstore_connectors.build_model import as_ids
 
@@ -63,7 +63,7 @@ def read_texts(paths: Sequence[Path]) -> dict[str, str]:
 
     Raises
     ------
-    InvalidParams
+    ConfigError
         If a path holds no file that can be read as text.
     """
     found: dict[str, str] = {}
@@ -75,12 +75,12 @@ def read_texts(paths: Sequence[Path]) -> dict[str, str]:
                 with file.open(encoding="utf-8") as text:
                     parts.append(text.read(room))
             except (OSError, UnicodeDecodeError) as error:
-                raise InvalidParams(f"--texts: {file} can not be read as text ({error}).", "Leave it out.") from None
+                raise ConfigError(f"--texts: {file} can not be read as text ({error}).", "Leave it out.") from None
             room -= len(parts[-1])
             if room <= 0:
                 break
         if not parts:
-            raise InvalidParams(f"--texts: there is no file at {path}.", "Name text files, or folders of them.")
+            raise ConfigError(f"--texts: there is no file at {path}.", "Name text files, or folders of them.")
         found[str(path)] = "\n\n".join(parts)
     return found
 
@@ -110,13 +110,17 @@ def cut(
 
     Raises
     ------
-    InvalidParams
-        If a text is too short for one prompt.
+    ConfigError
+        If a text is too short for one prompt, or the shape is of nothing.
     """
+    if min(count, shape.chunks, shape.chunk_tokens) < 1 or shape.question_tokens < 2:
+        raise ConfigError(
+            "eval: there must be a prompt, a chunk, a token in it, and two tokens behind it at least.", ""
+        )
     ids = {kind: as_ids(encode(text), device) for kind, text in texts.items()}
     for kind, tokens in ids.items():
         if len(tokens) < shape.tokens:
-            raise InvalidParams(
+            raise ConfigError(
                 f"--texts: {kind} has {len(tokens)} tokens where a prompt has {shape.tokens}.",
                 "Give longer texts, or fewer and shorter chunks.",
             )
