@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import uvloop
@@ -393,11 +393,8 @@ class Daemon:
         lines.append(f"  memory   up to {format_size(s.host.bytes)} in shared memory ({pages})")
         for tier in self.chain.below:
             state, usage = tier.describe_state(), tier.usage()
-            how = "direct I/O" if state.get("direct_io", True) else f"buffered I/O: {state.get('direct_io_reason')}"
-            lines.append(
-                f"  {tier.name:<8} up to {format_size(usage.capacity)} in {state.get('path', '?')} ({how}), "
-                f"{usage.blocks} blocks found"
-            )
+            size, found = format_size(usage.capacity), f"{usage.blocks} blocks found"
+            lines.append(f"  {tier.name:<8} up to {size} {place_of(state)}, {found}")
         if not self.chain.below:
             lines.append("  disk     off: what memory cannot hold is forgotten")
         lines.append(f"  status   {self._http.url if self._http else 'off'}")
@@ -405,6 +402,14 @@ class Daemon:
         lines.append('             "kv_load_failure_policy":"recompute"}\'')
         lines.append("Ctrl-C to stop.")
         return "\n".join(lines)
+
+
+def place_of(state: Mapping[str, Any]) -> str:
+    """Where a tier keeps its blocks, in words."""
+    if "path" in state:
+        how = "direct I/O" if state.get("direct_io", True) else f"buffered I/O: {state.get('direct_io_reason')}"
+        return f"in {state['path']} ({how})"
+    return "for all its daemons" if state.get("connected") else f"not reached yet ({state.get('last_error')})"
 
 
 def check_codecs(asked: Codecs) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from kvstore import machine
 from kvstore.config import Loaded, find_file, load
-from kvstore.daemon import check_codecs
+from kvstore.daemon import check_codecs, place_of
 from kvstore.errors import ConfigError
 from kvstore.rules import Secret, is_loopback, show_size, split_address
 from kvstore.settings import GROUPS, RULES, env_names, flag_names, written_as
@@ -251,6 +251,19 @@ def test_codecs_are_refused_at_start_where_torch_is_not(monkeypatch: pytest.Monk
     for refused in (codecs, load({"codecs.profiles": str(tmp_path)}, env={}).settings.codecs):
         with pytest.raises(ConfigError, match="torch"):
             check_codecs(refused)
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        ({"path": "/d", "direct_io": True}, "in /d (direct I/O)"),
+        ({"path": "/d", "direct_io": False, "direct_io_reason": "tmpfs"}, "in /d (buffered I/O: tmpfs)"),
+        ({"connected": True, "last_error": ""}, "for all its daemons"),
+        ({"connected": False, "last_error": "refused"}, "not reached yet (refused)"),
+    ],
+)
+def test_the_banner_says_where_a_tier_keeps_its_blocks(state: dict[str, object], words: str) -> None:
+    assert place_of(state) == words
 
 
 def test_tcp_needs_a_token() -> None:
