@@ -256,7 +256,10 @@ class Profiles:
 
 def _shown(profile: Profile) -> dict[str, Any]:
     passed = profile.passed
-    rungs = [msgspec.structs.asdict(rung) | {"passed": rung in passed} for rung in profile.rungs]
+    rungs = [
+        msgspec.structs.asdict(rung) | {"held_as": str(parse(rung.chain)), "passed": rung in passed}
+        for rung in profile.rungs
+    ]
     names = ("name", "model", "revision", "most_kl", "least_top1", "contexts", "tokens")
     return {name: getattr(profile, name) for name in names} | {"rungs": rungs}
 

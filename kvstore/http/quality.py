@@ -79,11 +79,11 @@ def _rung_verdict(profile: Mapping[str, Any], rung: Mapping[str, Any]) -> str:
 
 
 def costs(snapshot: Snapshot) -> dict[str, float]:
-    """The most that each chain was seen to cost, by its name: KL in nats a token."""
+    """The most that each chain was seen to cost, by its name in full: KL in nats a token."""
     found: dict[str, float] = {}
     for profile in listed(snapshot, "profiles"):
         for rung in listed(profile, "rungs"):
-            chain, kl = shown_text(rung.get("chain")), number(rung, "kl")
+            chain, kl = shown_text(rung.get("held_as") or rung.get("chain")), number(rung, "kl")
             if kl is not None and rung.get("passed"):
                 found[chain] = max(kl, found.get(chain, 0.0))
     return found

@@ -187,14 +187,14 @@ async def test_quality_shows_what_was_measured_and_what_runs(client: aiohttp.Cli
             "most_kl": 0.012,
             "least_top1": 0.95,
             "rungs": [
-                RUNG,
+                RUNG | {"held_as": "kv4(group=64)"},
                 RUNG | {"planes": 2, "kl": 0.03, "kl_upper": 0.04, "passed": False},
                 RUNG | {"chain": "fp8", "top1": 0.5, "passed": False},
             ],
         }
     ]
     held = {
-        "kv4": {"blocks": 3, "stored_bytes": 1024, "logical_bytes": 4096},
+        "kv4(group=64)": {"blocks": 3, "stored_bytes": 1024, "logical_bytes": 4096},
         "byteplanes|zstd(level=1)": {"blocks": 1, "stored_bytes": 512, "logical_bytes": 1024},
         "gone": {"blocks": 1, "stored_bytes": 0, "logical_bytes": 1024},
     }
@@ -211,7 +211,7 @@ async def test_quality_shows_what_was_measured_and_what_runs(client: aiohttp.Cli
     assert gates[10] == "kv4, 2 of its planes"
     assert gates[15] == "refused: KL may be above 0.012"
     assert gates[23] == "refused: the first choice stays in less than 95 %"
-    assert parsed.cells["codecs"][:7] == ["disk", "kv4", "3", "4 KiB", "1 KiB", "4.00 ×", "0.0040"]
+    assert parsed.cells["codecs"][:7] == ["disk", "kv4(group=64)", "3", "4 KiB", "1 KiB", "4.00 ×", "0.0040"]
     assert parsed.cells["codecs"][13] == "none"
     assert parsed.cells["codecs"][19:21] == [NOTHING, NOTHING]
     assert parsed.cells["ladder"] == ["disk", "5", "0", "2", "2 KiB", "0", "1 s"]
