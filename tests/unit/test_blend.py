@@ -16,6 +16,7 @@ from kvstore.errors import ConfigError
 from kvstore_connectors.blend import Capture, LayerKV, Prompt, Selector, Span, Work, movable, move, planner
 from kvstore_connectors.blend.attention import attend, runs, scores, segment_masses
 from kvstore_connectors.blend.capture import Chunk, assemble, capture
+from kvstore_connectors.blend.influence import Influences
 from kvstore_connectors.blend.llama import Llama
 from kvstore_connectors.blend.prompt import top
 from kvstore_connectors.blend.recompute import Pass, empty_cache, prefill
@@ -237,6 +238,48 @@ def test_segment_masses_are_sums_of_the_softmax(monkeypatch: pytest.MonkeyPatch)
     expected = torch.stack([weights[..., a:b].sum(-1) for a, b in segments], -1)
     torch.testing.assert_close(masses, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(masses.sum(-1), torch.ones(6, 20), rtol=1e-5, atol=1e-5)
+
+
+def test_influence_is_what_the_attention_matrix_says() -> None:
+    model = tiny()
+    ids = torch.cat([SYSTEM, *CHUNKS, QUESTION])
+    spans = [(5, 17), (17, 26), (26, 41)]
+    measured, tables = Influences(model, spans), []
+
+    def watch(layer: int, rows: Tensor, queries: Tensor, keys: Tensor) -> None:
+        measured(layer, rows, queries, keys)
+        tables.append(scores(queries, keys, rows, model.scale).softmax(-1).mean(0))
+
+    prefill(model, ids, watch=watch)
+    weights = torch.stack(tables)  # layer, query, key
+    for one in measured.chunks:
+        start, stop = one.span
+        size = stop - start
+        inter = [float(weights[:, start:stop, a:b].sum()) for a, b in one.before]
+        assert one.inter.tolist() == pytest.approx(inter, rel=1e-4)
+        before = weights[:, start:stop, 5:start].sum(-1).mean(0)
+        torch.testing.assert_close(one.external, before, rtol=1e-4, atol=1e-6)
+        across = sum(mass / (size * (b - a)) for mass, (a, b) in zip(inter, one.before, strict=True))
+        inside = float(weights[:, start:stop, start:stop].sum()) / size**2
+        assert one.cci == pytest.approx(1 / (1 + math.exp(-across / inside)), rel=1e-4)
+        assert 0.5 <= one.cci < 1
+    assert measured.chunks[0].cci == 0.5  # nothing stands before it
+
+
+def test_chunks_in_another_order_are_the_same_rows_elsewhere() -> None:
+    """Values do not know where they stand, and keys differ by their rotation only."""
+    model = tiny()
+    chunks = captured(model, "isolated")
+    order = [2, 0, 1]
+    prompt, cache = assemble(model, model.rotary, SYSTEM, chunks, QUESTION)
+    other, moved = assemble(model, model.rotary, SYSTEM, [chunks[place] for place in order], QUESTION)
+    for place, span in zip(order, other.spans, strict=True):
+        first = prompt.spans[place]
+        old, new = torch.arange(first.start, first.stop), torch.arange(span.start, span.stop)
+        for layer, (a, b) in enumerate(zip(cache, moved, strict=True)):
+            assert torch.equal(a.values[old], b.values[new])
+            back = move(model.rotary, layer, b.keys[new], new, old)
+            torch.testing.assert_close(back, a.keys[old], rtol=1e-5, atol=1e-5)
 
 
 def test_chunks_do_not_see_each_other() -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvstore.chunks import ChunkIndex, fix_overhead
 from kvstore.chunks.index import check_chunk
@@ -219,6 +223,31 @@ def test_fix_overhead_follows_the_paper():
     assert fix_overhead(info([]), [a]) == pytest.approx(0.6)
     assert fix_overhead(info([], cci=0.0), []) == pytest.approx(0.62)
     assert fix_overhead(info([a, a], [1.0, 1.0]), [a]) == pytest.approx(0.3)  # occurrences count one by one
+
+
+@given(
+    old=st.lists(st.sampled_from("abcdef"), min_size=1, max_size=6, unique=True),
+    new=st.lists(st.sampled_from("abcdef"), max_size=6, unique=True),
+    weights=st.lists(st.floats(0.01, 10), min_size=6, max_size=6),
+    alphas=st.tuples(st.floats(0, 2), st.floats(0, 2)),
+)
+def test_fix_overhead_is_monotone_and_bounded(old: list[str], new: list[str], weights: list[float], alphas: Any):
+    lineage, before = ([letter.encode() * 32 for letter in some] for some in (old, new))
+    known = info(lineage, weights[: len(old)])
+    low, high = sorted(alphas)
+    assert 0 <= fix_overhead(known, before, low) <= fix_overhead(known, before, high) <= 1
+    whole = fix_overhead(known, before)
+    assert whole <= 0.6 + 1e-9  # alpha times CCI
+    if not set(old) & set(new):
+        assert whole == pytest.approx(0.6)
+    kept = [one for one in before if one in lineage]
+    for one in kept:  # what is lost can only make it worse: beta' falls
+        rest = [other for other in before if other != one]
+        if set(rest) <= set(lineage):
+            ordered = sorted(rest, key=lineage.index)
+            assert fix_overhead(known, sorted(kept, key=lineage.index)) <= fix_overhead(known, ordered) + 1e-9
+    in_order = sorted(kept, key=lineage.index)
+    assert fix_overhead(known, in_order) <= fix_overhead(known, in_order[::-1]) + 1e-9  # disorder only adds
 
 
 # -- coming and going --------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from kvstore.client import chunk_parts, report_blend
 from kvstore.errors import ConfigError, InvalidParams, StorageError, Unavailable
 from kvstore.keys import content_key
 from kvstore_connectors.base import report_defect
-from kvstore_connectors.blend.attention import segment_masses
+from kvstore_connectors.blend.influence import Influences
 from kvstore_connectors.blend.prompt import LayerKV, Prompt, Span
 from kvstore_connectors.blend.recompute import empty_cache, prefill
 from kvstore_connectors.blend.selectors.planner import selector_for
@@ -148,9 +148,10 @@ class Chunks:
 
     @torch.no_grad()
     def capture(self, input_ids: Any, spans: Sequence[tuple[int, int]]) -> None:
-        """Compute a prompt exactly and store spans of it as chunks, each with what its tokens looked at before it.
+        """Compute a prompt exactly and store spans of it as chunks, each with how those before it shaped it.
 
-        The attention mass on other chunks is what the selector ``external`` chooses by.
+        Cache-Craft's statistics: by them the daemon offers the variant that fits a prompt best, and the selector
+        ``external`` chooses tokens.
 
         Parameters
         ----------
@@ -170,29 +171,24 @@ class Chunks:
             return
         namespace = self._exact_namespace()
         ids = torch.as_tensor(row, dtype=torch.int64, device=self._kv.model.device)[: spans[-1][1]]
-        external = torch.zeros(len(ids), device=ids.device)
-        first = spans[0][0]
-
-        def watch(layer: int, rows: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) -> None:
-            for start, stop in spans[1:]:
-                mass = segment_masses(queries[start:stop], keys, rows[start:stop], self._opened.scale, [(first, start)])
-                external[start:stop] += mass.mean(0)[:, 0] / self._opened.layers
-
-        _, cache = prefill(self._opened, ids, watch=watch)
+        measured = Influences(self._opened, spans)
+        _, cache = prefill(self._opened, ids, watch=measured)
 
         def put(client: Any) -> None:
-            for place, (start, stop) in enumerate(spans):
+            for place, one in enumerate(measured.chunks):
+                start, stop = one.span
                 parts = chunk_parts(
                     namespace,
                     row[start:stop],
                     before=row[:start],
-                    lineage=[content_key(namespace, row[a:b]) for a, b in spans[:place]],
-                    external=external[start:stop].cpu().numpy() if place else None,
+                    lineage=[content_key(namespace, row[a:b]) for a, b in one.before],
+                    inter=one.inter.tolist(),
+                    cci=one.cci if place else 0.0,
+                    external=one.external.numpy() if place else None,
                     labels=self._labels,
                 )
-                store_chunk(
-                    client, namespace, parts, [LayerKV(x.keys[start:stop], x.values[start:stop]) for x in cache]
-                )
+                own = [LayerKV(held.keys[start:stop], held.values[start:stop]) for held in cache]
+                store_chunk(client, namespace, parts, own)
 
         self._must("store", put)
 
