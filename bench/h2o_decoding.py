@@ -3,7 +3,7 @@
 The same contexts, the same text behind them, token by token; then questions whose answers stand in the context
 (`bench/codec_tasks.py` makes them), decoded greedily.
 
-    python bench/h2o_decoding.py MODEL --tasks DIR/tasks.json --tasks-model DIR/model --out bench/results/h2o_decoding.json
+    python bench/h2o_decoding.py MODEL --tasks tasks.json --tasks-model DIR --out bench/results/h2o_decoding.json
 """
 
 from __future__ import annotations
