@@ -53,7 +53,7 @@ def draw(view: View, snapshot: Snapshot, recent: Span, tiers: list[str]) -> None
     ways = [("engines", "host", "flow_engines_out"), ("host", "engines", "flow_engines_in")]
     for tier in below:
         ways += [("host", tier, f"flow_{tier}_out"), (tier, "host", f"flow_{tier}_in")]
-    view.rows["flows"] = [[start, end, view.text[rate]] for start, end, rate in ways]
+    view.rows["flows"] = [[f"{start} → {end}", view.text[rate]] for start, end, rate in ways]
     view.text["flow_about"] = "; ".join(
         [f"engines store {bytes_per_second(stored)} and load {bytes_per_second(recent.rate('read.host'))}"]
         + [f"{tier}: {view.text[f'flow_{tier}_out']} written, {view.text[f'flow_{tier}_in']} read" for tier in below]

@@ -57,7 +57,7 @@ def tiles(view: View, snapshot: Snapshot, history: History, tiers: list[str]) ->
     text["served_note"] = f"{percent(hits, total)} of {compact(total)} wanted" if total > 0 else "none wanted yet"
     queued = count(snapshot, "queue", "blocks")
     text["queue"] = format_size(count(snapshot, "queue", "bytes")) if queued else "empty"
-    text["queue_note"] = f"{whole(queued)} blocks on their way to lower tiers" if queued else "nothing waits"
+    text["queue_note"] = f"{many(queued, 'block')} on the way to lower tiers" if queued else "nothing waits"
     text["sessions"] = whole(count(snapshot, "sessions"))
     text["sessions_note"] = f"{many(count(snapshot, 'leases'), 'lease')}, " + many(
         count(snapshot, "reservations"), "reservation"

@@ -22,7 +22,7 @@ Setting = tuple[str, str, str]
 
 # Columns of a table: a title, and `#` before it where the cells are numbers. `{tiers}` stands for one column a tier.
 TABLES: dict[str, tuple[str, str, tuple[str, ...]]] = {
-    "flows": ("What flows now", "Nothing flows.", ("From", "To", "#Now")),
+    "flows": ("What flows now", "Nothing flows.", ("Way", "#Now")),
     "minutes": (
         "Hit rate by minute",
         "Nothing was wanted in the last 15 minutes.",
@@ -62,7 +62,7 @@ TABLES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "gates": (
         "What was measured of lossy chains, and which may run",
         "No profile is here, so no block ever loses precision. `kvstore calibrate` makes one.",
-        ("Profile", "Model", "Rung", "#Smaller", "#KL, mean", "#KL, up to", "#Same first choice", "Gate"),
+        ("Profile", "Rung", "#Smaller", "#KL, mean", "#KL, up to", "#Same first choice", "Gate"),
     ),
     "codecs": (
         "What is encoded now",

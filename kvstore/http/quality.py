@@ -48,10 +48,10 @@ def _lossy(snapshot: Snapshot) -> Iterator[list[str]]:
 
 def _gates(snapshot: Snapshot) -> Iterator[list[str]]:
     for profile in listed(snapshot, "profiles"):
-        for rung in listed(profile, "rungs"):
+        name = shown_text(profile.get("name"))
+        for place, rung in enumerate(listed(profile, "rungs")):
             yield [
-                shown_text(profile.get("name")),
-                shown_text(profile.get("model")),
+                name if place else f"{name}: {shown_text(profile.get('model'))}",
                 rung_name(rung),
                 _times(number(rung, "ratio")),
                 _kl(number(rung, "kl")),
@@ -75,7 +75,9 @@ def _rung_verdict(profile: Mapping[str, Any], rung: Mapping[str, Any]) -> str:
         return f"refused: KL may be above {most:g}"
     if count(rung, "top1") < least:
         return f"refused: the first choice stays in less than {percent(least, 1)}"
-    return "refused: it saves nothing"
+    if count(rung, "ratio") <= 1:
+        return "refused: it saves nothing"
+    return "left out: a smaller one costs less"
 
 
 def costs(snapshot: Snapshot) -> dict[str, float]:

@@ -190,6 +190,8 @@ async def test_quality_shows_what_was_measured_and_what_runs(client: aiohttp.Cli
                 RUNG | {"held_as": "kv4(group=64)"},
                 RUNG | {"planes": 2, "kl": 0.03, "kl_upper": 0.04, "passed": False},
                 RUNG | {"chain": "fp8", "top1": 0.5, "passed": False},
+                RUNG | {"chain": "raw", "ratio": 1.0, "passed": False},
+                RUNG | {"chain": "fp8", "ratio": 1.9, "passed": False},
             ],
         }
     ]
@@ -207,10 +209,12 @@ async def test_quality_shows_what_was_measured_and_what_runs(client: aiohttp.Cli
     ]
     _, parsed = await page(client)
     gates = parsed.cells["gates"]
-    assert gates[:8] == ["small", "m", "kv4", "3.90 ×", "0.0040", "0.0060", "97 %", "passed"]
-    assert gates[10] == "kv4, 2 of its planes"
-    assert gates[15] == "refused: KL may be above 0.012"
-    assert gates[23] == "refused: the first choice stays in less than 95 %"
+    assert gates[:7] == ["small: m", "kv4", "3.90 ×", "0.0040", "0.0060", "97 %", "passed"]
+    assert gates[8] == "kv4, 2 of its planes"
+    assert gates[13] == "refused: KL may be above 0.012"
+    assert gates[20] == "refused: the first choice stays in less than 95 %"
+    assert gates[27] == "refused: it saves nothing"
+    assert gates[34] == "left out: a smaller one costs less"
     assert parsed.cells["codecs"][:7] == ["disk", "kv4(group=64)", "3", "4 KiB", "1 KiB", "4.00 ×", "0.0040"]
     assert parsed.cells["codecs"][13] == "none"
     assert parsed.cells["codecs"][19:21] == [NOTHING, NOTHING]
