@@ -3,7 +3,7 @@
 The ladder is the product's own (`kvstore.ladder`), over the product's eviction order; only the bytes are not there: a
 block is its size, by rung, from a profile that `kvstore calibrate` measured. Of each request the leading blocks that
 are held are hits (of a trace that names chunks any held one is), then all its blocks are used or stored. Beside the
-ladder stand tiers that keep everything raw, or everything on one rung, and evict only.
+ladder stand tiers that keep everything raw, or everything on the first or the last rung, and evict only.
 
 The KL of a hit is that of the rung its block stands on when it is used, as measured with whole contexts on that rung.
 
@@ -280,7 +280,7 @@ def main() -> None:
         for percent in args.percent:
             for policy in args.policies:
                 ways = {"raw, evicted": [], "ladder": rungs}
-                ways |= {f"all {name}, evicted": [(name, ratio, kl)] for name, ratio, kl in rungs}
+                ways |= {f"all {rung[0]}, evicted": [rung] for rung in (rungs[0], rungs[-1])}
                 for way, steps in ways.items():
                     found = asyncio.run(replay(blocks, chained, int(total * percent / 100), policy, steps))
                     results.setdefault(title, {}).setdefault(f"{percent:g} %", {}).setdefault(policy, {})[way] = found

@@ -126,6 +126,9 @@ def _state(state: Mapping[str, Any]) -> Text:
     ):
         if count(state, key):
             facts.append((f"{format_size(count(state, key))} {word}", ""))
+    held = part(state, "codecs", "held").values()
+    if stored := sum(count(each, "stored_bytes") for each in held):
+        facts.append((f"{sum(count(each, 'logical_bytes') for each in held) / stored:.1f}x smaller by codecs", ""))
     if state.get("huge_pages"):
         facts.append(("huge pages", "dim"))
     if state.get("direct_io") is False:
