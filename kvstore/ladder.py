@@ -45,6 +45,8 @@ NEARLY_FULL = 0.95
 """Share of the capacity from which blocks step down."""
 STEPS_A_PUT = 8
 """Most blocks that step down for one that comes in."""
+STEP_S = 2.0
+"""How long one that comes in waits for others to step down: slow chains must not hold up what is stored."""
 LOOK = 1024
 """Blocks, in the order of eviction, among which the next to step down are looked for."""
 
@@ -79,7 +81,7 @@ class Ladder(WrappedTier):
         self._encoding = Encoding(exact, profiles)
         self._fields = fields
         self._forms: dict[Scope, Form | None] = {}
-        self._threads = ThreadPoolExecutor(threads, "codec")
+        self._threads = ThreadPoolExecutor(threads, "codec", initializer=_one_core)
         self._lock = asyncio.Lock()
         self._standing = Standing()
         self._pins: dict[BlockId, float] = {}
@@ -168,15 +170,23 @@ class Ladder(WrappedTier):
 
         Damage counts as such; a block whose chain or profile is not known here is `undecodable`.
         """
-        stored, form = self.inner.size(block), self._form(block.scope)
-        if stored is None or form is None or form.is_raw(stored):
-            return await self.inner.get(block, into)
-        if sum(view.nbytes for view in into) != form.whole:
-            return Miss(MissReason.LOST)
-        buffer = pages(stored)
-        outcome = await self.inner.get(block, [buffer])
-        if not isinstance(outcome, Hit):
-            return outcome
+        form = self._form(block.scope)
+        while True:
+            stored = self.inner.size(block)
+            if stored is None or form is None or form.is_raw(stored):
+                return await self.inner.get(block, into)
+            if sum(view.nbytes for view in into) != form.whole:
+                return Miss(MissReason.LOST)
+            buffer = pages(stored)
+            outcome = await self.inner.get(block, [buffer])
+            if isinstance(outcome, Hit):
+                return await self._decoded(block, form, outcome, buffer, into)
+            if outcome.reason != MissReason.LOST or self.inner.size(block) in (None, stored):
+                return outcome  # else it stepped down under the read: once more
+
+    async def _decoded(
+        self, block: BlockId, form: Form, outcome: Hit, buffer: memoryview, into: Sequence[memoryview]
+    ) -> LoadOutcome:
         try:
             frame = await self._work(self._encoding.decode, form, outcome.header, buffer, into)
         except (CodecError, CorruptBlock, ConfigError) as error:
@@ -243,11 +253,12 @@ class Ladder(WrappedTier):
             return
         async with self._lock:
             self._pins = {block: until for block, until in self._pins.items() if until > time.monotonic()}
+            until = time.monotonic() + STEP_S
             for _ in range(STEPS_A_PUT):
                 if not self._next:  # looking is far dearer than stepping
                     victims = (block for block, _ in order.victims(None, 0, lambda _: 1))
                     self._next = self._standing.stepping(victims, lambda b: b not in self._pins, LOOK, LOOK // 16)
-                if not self._next or not self._is_tight(nbytes):
+                if not self._next or not self._is_tight(nbytes) or time.monotonic() > until:
                     return
                 await self._step(self._next.pop(0))
 
@@ -300,3 +311,10 @@ class Ladder(WrappedTier):
         """Close the tier and end the threads."""
         await self.inner.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _one_core() -> None:
+    """Have torch compute in the codec thread alone: the other cores are the engine's."""
+    import torch
+
+    torch.set_num_threads(1)

@@ -255,3 +255,18 @@ def test_only_known_layouts_are_encoded() -> None:
     form = form_of(EXACT)
     assert form is not None
     assert (form.whole, form.lossy) == (WHOLE, False)
+
+
+async def test_a_read_that_a_step_overtakes_is_read_again(tmp_path: Path) -> None:
+    tier = await ladder(tmp_path, profiles=profiles(tmp_path / "p"))
+    await store(tier, 0, LOSSY)
+    before = tier.inner.size(block_id(0, LOSSY))
+    readers = [asyncio.ensure_future(load(tier, 0, LOSSY)) for _ in range(4)]
+    steps = [asyncio.ensure_future(tier._step(block_id(0, LOSSY))) for _ in range(3)]
+    found = await asyncio.gather(*readers)
+    await asyncio.gather(*steps)
+    assert all(isinstance(got, torch.Tensor) for got in found)
+    assert (tier.inner.size(block_id(0, LOSSY)) or 0) < (before or 0)
+    assert tier.lost == 0
+    assert await tier.check() == []
+    await tier.close()
