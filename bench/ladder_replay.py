@@ -1,13 +1,13 @@
 """Replay traces through the ladder with bytes instead of blocks: what shrinking before evicting keeps, and costs.
 
 The ladder is the product's own (`kvstore.ladder`), over the product's eviction order; only the bytes are not there: a
-block is its size, by rung, from a profile that `kvstore calibrate` measured. Of each request the leading blocks that
+block is its size, by rung, as measured on a model. Of each request the leading blocks that
 are held are hits (of a trace that names chunks any held one is), then all its blocks are used or stored. Beside the
 ladder stand tiers that keep everything raw, or everything on the first or the last rung, and evict only.
 
 The KL of a hit is that of the rung its block stands on when it is used, as measured with whole contexts on that rung.
 
-    python bench/ladder_replay.py TRACE… --profile PROFILE.json --out bench/results/ladder_replay.json
+    python bench/ladder_replay.py TRACE… [--profile PROFILE.json] --out bench/results/ladder_replay.json
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from common import arguments, finish
+from common import ROOT, arguments, finish
 from replay import read_trace
 
 from kvstore.cli.codec_plot import short
@@ -28,7 +28,7 @@ from kvstore.encoding import Encoded, Encoding, Form
 from kvstore.eviction import make_policy
 from kvstore.eviction.partitions import Partitions
 from kvstore.ladder import Ladder
-from kvstore.profile import load_profile
+from kvstore.profile import Profile, Rung, load_profile
 from kvstore.tiers.base import Finding, Tier, TierCounters, Usage
 from kvstore.types import (
     BlockHeader,
@@ -261,15 +261,27 @@ def tokenized(path: Path, requests: list[list[Any]], chained: bool) -> list[Requ
     return [[(name(b), known.get(b, 512)) for b in dict.fromkeys(blocks)] for blocks in requests]
 
 
+def measured(path: Path) -> Profile:
+    """What passes the gate of the chains that a bench measured, as a profile that nobody can use but this one."""
+    chains = json.loads(path.read_text())["results"]["chains"]
+    rungs = [
+        Rung(name, 0, c["kl"], c["kl"] + c["kl_interval"], c["top1"], c["nll"], c["ratio"], 0.0, 0.0)
+        for name, c in chains.items() if c["kl"] > 0
+    ]  # fmt: skip
+    return Profile(name="bench", model="", revision="", layers=1, kv_heads=1, head_dim=2, frequencies=[], rungs=rungs)
+
+
 def main() -> None:
     """Replay, print."""
     parser = arguments(__doc__)
     parser.add_argument("traces", nargs="+", type=Path)
-    parser.add_argument("--profile", type=Path, required=True, help="profile of `kvstore calibrate`")
+    parser.add_argument("--profile", type=Path, help="profile of `kvstore calibrate`")
+    parser.add_argument("--figures", type=Path, default=ROOT / "bench/results/codec_quality.json",
+                        help="figures of bench/codec_quality.py, where there is no profile")  # fmt: skip
     parser.add_argument("--percent", nargs="*", type=float, default=[5.0], help="budgets, of all distinct raw bytes")
     parser.add_argument("--policies", nargs="*", default=["lhd", "lru"])
     args = parser.parse_args()
-    profile = load_profile(args.profile)
+    profile = load_profile(args.profile) if args.profile is not None else measured(args.figures)
     rungs: list[Step] = [(short(rung.chain), rung.ratio, rung.kl) for rung in profile.passed]
     results: dict[str, Any] = {"rungs": rungs}
     rows = []
