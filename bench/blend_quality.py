@@ -316,6 +316,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=math.inf, help="start no prompt later than this")
     parser.add_argument("--only", nargs="*", default=[], help="selectors to measure (default all)")
     parser.add_argument("--keep-lines", help="write what was measured of each prompt here, as JSON lines")
+    parser.add_argument("--append", action="store_true", help="keep the runs that the file has")
     parser.add_argument("--shard", help=argparse.SUPPRESS)
     parser.add_argument("--out", default="bench/results/blend_quality.json")
     options = parser.parse_args()
@@ -336,9 +337,30 @@ def main() -> None:
         Path(options.keep_lines).write_text("".join(json.dumps(line) + "\n" for line in lines))
     rows = table(lines)
     show(rows)
-    command = f"python {' '.join(sys.argv)}"
+    words = [word if "/" not in word else Path(word).name for word in sys.argv[1:]]
     device = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {os.cpu_count()} cores"
-    Path(options.out).write_text(json.dumps({"command": command, "device": device, "rows": rows}, indent=1) + "\n")
+    run = {"command": " ".join(["python bench/blend_quality.py", *words]), "device": device, "rows": rows}
+    save(run, Path(options.out), earlier=options.append)
+
+
+def save(run: dict[str, Any], path: Path, *, earlier: bool) -> None:
+    """Write a run, behind those that the file has; a row a line."""
+    runs = [*(json.loads(path.read_text())["runs"] if earlier and path.exists() else []), run]
+    texts = []
+    for one in runs:
+        lines = ",\n".join(json.dumps(rounded(row)) for row in one["rows"])
+        texts.append(f'{{"command": {json.dumps(one["command"])},\n"device": {json.dumps(one["device"])},\n"rows": [\n')
+        texts[-1] += lines + "\n]}"
+    path.write_text('{"runs": [\n' + ",\n".join(texts) + "\n]}\n")
+
+
+def rounded(value: Any) -> Any:
+    """Figures with four digits behind the point."""
+    if isinstance(value, dict):
+        return {name: rounded(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(one) for one in value]
+    return round(value, 4) if isinstance(value, float) else value
 
 
 if __name__ == "__main__":
