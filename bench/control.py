@@ -32,7 +32,7 @@ from common import arguments, cpu_seconds, finish, key, percentile, pid_of, runn
 from kvstore import KVStoreClient, Namespace
 from kvstore.keys import PrefixChain, namespace_digest
 from kvstore.types import BlockHeader
-from kvstore.wire import frame
+from kvstore.wire import envelope, frame
 from kvstore.wire import messages as m
 
 NAMESPACE = Namespace(model="bench")
@@ -105,17 +105,17 @@ def running_echo() -> Iterator[Echo]:
 
 def lookup_sizes(keys: int) -> tuple[int, int]:
     """Bytes of the frames of a lookup and its answer."""
-    asked = frame.pack(m.encode_request(1, "lookup", m.Lookup(NS, bytes(32 * keys), True)))
-    answer = frame.pack(m.encode_reply(1, m.LookupReply(bytes(keys))))
+    asked = frame.pack(envelope.encode_request(1, "lookup", m.Lookup(NS, bytes(32 * keys), True)))
+    answer = frame.pack(envelope.encode_reply(1, m.LookupReply(bytes(keys))))
     return len(asked), len(answer)
 
 
 def lease_sizes(keys: int) -> tuple[int, int]:
     """Bytes of the frames of a lease, with its release, and its answer."""
-    asked = frame.pack(m.encode_request(1, "lease", m.Lease(NS, bytes(32 * keys), 30.0, False)))
-    release = frame.pack(m.encode_notice("release", m.Release([1000])))
+    asked = frame.pack(envelope.encode_request(1, "lease", m.Lease(NS, bytes(32 * keys), 30.0, False)))
+    release = frame.pack(envelope.encode_notice("release", m.Release([1000])))
     grants = [m.Grant(i, 16384, 1, [(1, i * 16384, 16384)], b"") for i in range(keys)]
-    answer = frame.pack(m.encode_reply(1, m.LeaseReply(1000, 30.0, grants, [], 0)))
+    answer = frame.pack(envelope.encode_reply(1, m.LeaseReply(1000, 30.0, grants, [], 0)))
     return len(asked) + len(release), len(answer)
 
 

@@ -22,7 +22,7 @@ from kvstore.keys import PrefixChain, TokenIds
 from kvstore.plan import Plan
 from kvstore.quotas import QuotaRule
 from kvstore.types import BlockHeader, ChunkMatch, LoadOutcome, Miss, Namespace, StoreOutcome, TierCode
-from kvstore.wire import frame
+from kvstore.wire import envelope, frame
 from kvstore.wire import messages as m
 
 T = TypeVar("T")
@@ -70,7 +70,7 @@ class _Wire(asyncio.BufferedProtocol):
 
     def tell(self, method: str, params: m.Message) -> None:
         if self.transport is not None and self.open:
-            self.transport.write(frame.pack(m.encode_notice(method, params)))
+            self.transport.write(frame.pack(envelope.encode_notice(method, params)))
 
     def send(self, call: Call) -> Pending:
         if self.transport is None or not self.open:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import cast
 
 from kvstore.errors import FrameTooLarge, KVStoreError, ProtocolError, from_wire
-from kvstore.wire import frame
+from kvstore.wire import envelope, frame
 from kvstore.wire import messages as m
 
 _CONNECTION = 0
@@ -66,7 +66,7 @@ class Mailbox:
             If the daemon would refuse it and end the connection.
         """
         self._next = self._next % 0xFFFF_FFFF + 1
-        head = m.encode_request(self._next, method, params)
+        head = envelope.encode_request(self._next, method, params)
         if len(head) > frame.MAX_HEAD_BYTES:
             raise FrameTooLarge(f"{method}: a request of {len(head)} bytes exceeds {frame.MAX_HEAD_BYTES}.")
         pending = self._calls[self._next] = Pending(method, into)
@@ -105,9 +105,9 @@ class Mailbox:
             wake()
 
     def _on_head(self, head: bytes, payload_bytes: int) -> Sequence[memoryview]:
-        answer = m.decode_answer(head)
-        if isinstance(answer, m.Notice):
-            notice = cast(m.LeaseNotice, m.decode_notice(answer))
+        answer = envelope.decode_answer(head)
+        if isinstance(answer, envelope.Notice):
+            notice = cast(m.LeaseNotice, envelope.decode_notice(answer))
             if notice.lease in self._notices:
                 self._notices[notice.lease].append(notice)
                 self.wake.get(notice.lease, _nothing)()
@@ -132,11 +132,11 @@ class Mailbox:
             pending.result = m.Empty()
             pending.wake()
 
-    def _settle(self, call_id: int, pending: Pending, answer: m.Answer) -> None:
+    def _settle(self, call_id: int, pending: Pending, answer: envelope.Answer) -> None:
         if answer.error is not None:
             pending.result = from_wire(*answer.error)
         else:
-            pending.result = m.decode_result(pending.method, answer.result)
+            pending.result = envelope.decode_result(pending.method, answer.result)
             self._keep_or_give_back(pending)
         del self._calls[call_id]
         pending.wake()

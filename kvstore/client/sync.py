@@ -24,7 +24,7 @@ from kvstore.keys import PrefixChain, TokenIds
 from kvstore.plan import Plan
 from kvstore.quotas import QuotaRule
 from kvstore.types import BlockHeader, ChunkMatch, LoadOutcome, Miss, Namespace, StoreOutcome, TierCode
-from kvstore.wire import frame
+from kvstore.wire import envelope, frame
 from kvstore.wire import messages as m
 
 T = TypeVar("T")
@@ -476,7 +476,7 @@ class KVStoreClient:
     def _tell(self, method: str, params: m.Message) -> None:
         with self._lock, contextlib.suppress(KVStoreError):
             if self._socket is not None:
-                self._write(frame.pack(m.encode_notice(method, params)), time.monotonic() + self.timeout_s)
+                self._write(frame.pack(envelope.encode_notice(method, params)), time.monotonic() + self.timeout_s)
 
     def _forget(self, lease: int) -> None:
         self._mailbox.forget(lease)

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from kvstore.errors import InternalError, InvalidParams, KVStoreError, LimitExceeded, ProtocolError
-from kvstore.wire import frame
+from kvstore.wire import envelope, frame
 from kvstore.wire import messages as m
 from kvstore.wire.traffic import Traffic
 
@@ -173,8 +173,8 @@ class Connection(asyncio.BufferedProtocol):
             self._end_with(InternalError("the daemon failed to handle a frame."))
 
     def _on_head(self, head: bytes, payload_bytes: int) -> Sequence[memoryview]:
-        request = m.decode_request(head)
-        if isinstance(request, m.Notice):
+        request = envelope.decode_request(head)
+        if isinstance(request, envelope.Notice):
             if payload_bytes:
                 raise ProtocolError("a notice may not carry a payload.")
             self._run(None, request.method, request.params)
@@ -184,11 +184,11 @@ class Connection(asyncio.BufferedProtocol):
         self._run(request.id, request.method, request.params)
         return ()
 
-    def _begin_fill(self, request: m.Request, payload_bytes: int) -> list[memoryview]:
+    def _begin_fill(self, request: envelope.Request, payload_bytes: int) -> list[memoryview]:
         """Say where a payload goes. A wrong one ends the connection: there is nowhere to put its bytes."""
         if request.method != "fill":
             raise ProtocolError(f"{request.method[:40]} may not carry a payload.")
-        params = m.decode_params("fill", request.params)
+        params = envelope.decode_params("fill", request.params)
         places = self._service.place(self._session, params)
         if sum(len(p) for p in places) != payload_bytes:
             raise ProtocolError(f"fill: {payload_bytes} bytes were sent for a block of another size.")
@@ -205,7 +205,7 @@ class Connection(asyncio.BufferedProtocol):
     def _run(self, call_id: int | None, method: str, raw: Any) -> None:
         started = time.perf_counter()
         try:
-            params = m.decode_params(method, raw)
+            params = envelope.decode_params(method, raw)
             if method == "fill":
                 raise InvalidParams("fill: a block's bytes come as the payload of this very frame.")
         except KVStoreError as error:
@@ -261,7 +261,7 @@ class Connection(asyncio.BufferedProtocol):
     def _answer(self, call_id: int | None, result: m.Message | KVStoreError) -> None:
         if call_id is None or self._transport is None:
             return
-        encode = m.encode_error if isinstance(result, KVStoreError) else m.encode_reply
+        encode = envelope.encode_error if isinstance(result, KVStoreError) else envelope.encode_reply
         self._transport.write(frame.pack(encode(call_id, cast(Any, result))))
 
     def _send_payload(self, call_id: int | None, params: m.Fetch, started: float) -> None:
@@ -271,14 +271,14 @@ class Connection(asyncio.BufferedProtocol):
             self._finish(call_id, "fetch", error, started)
             return
         if call_id is not None and self._transport is not None:
-            self._transport.write(frame.pack(m.encode_reply(call_id, m.Empty()), sum(len(p) for p in parts)))
+            self._transport.write(frame.pack(envelope.encode_reply(call_id, m.Empty()), sum(len(p) for p in parts)))
             for part in parts:
                 self._transport.write(part)
         self._listener.traffic.record("fetch", started)
 
     def _notify(self, method: str, params: m.Message) -> None:
         if self._transport is not None:
-            self._transport.write(frame.pack(m.encode_notice(method, params)))
+            self._transport.write(frame.pack(envelope.encode_notice(method, params)))
 
     def _end_with(self, error: KVStoreError) -> None:
         """Say what was wrong with the stream, under call id 0, and close."""

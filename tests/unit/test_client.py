@@ -47,7 +47,7 @@ from kvstore.errors import (
     Unavailable,
 )
 from kvstore.types import BlockHeader, Dropped, DropReason, Exists, MissReason, Stored, TierCode
-from kvstore.wire import frame
+from kvstore.wire import envelope, frame
 from kvstore.wire import messages as m
 
 BIG = 1 << 20
@@ -645,7 +645,7 @@ class Told:
         self.mailbox.reader.advance(len(data))
 
     def reply(self, call_id: int, result: m.Message) -> None:
-        self.hear(frame.pack(m.encode_reply(call_id, result)))
+        self.hear(frame.pack(envelope.encode_reply(call_id, result)))
 
 
 def test_a_late_lease_is_given_back() -> None:
@@ -682,10 +682,10 @@ def test_an_answer_into_a_callers_buffer_cannot_be_abandoned() -> None:
 @pytest.mark.parametrize(
     "answer",
     [
-        m.encode_reply(2, m.Empty()),  # to a call that was not made
-        m.encode_reply(1, m.CountReply(1)),  # of another verb
-        m.encode_request(1, "lookup", m.Lookup(bytes(32), b"")),
-        m.encode_notice("unknown", m.Empty()),
+        envelope.encode_reply(2, m.Empty()),  # to a call that was not made
+        envelope.encode_reply(1, m.CountReply(1)),  # of another verb
+        envelope.encode_request(1, "lookup", m.Lookup(bytes(32), b"")),
+        envelope.encode_notice("unknown", m.Empty()),
         b"\xc1",
         b"",
     ],
@@ -705,14 +705,14 @@ def test_an_answer_that_cannot_be_is_a_protocol_error(answer: bytes) -> None:
 def test_what_the_daemon_says_of_the_connection_is_raised() -> None:
     told = Told()
     with pytest.raises(FrameTooLarge):
-        told.hear(frame.pack(m.encode_error(0, FrameTooLarge("too large."))))
+        told.hear(frame.pack(envelope.encode_error(0, FrameTooLarge("too large."))))
 
 
 def test_a_payload_that_nobody_asked_for_is_refused() -> None:
     told = Told()
     told.mailbox.call("lookup", m.Lookup(bytes(32), b""), 0, [])
     with pytest.raises(ProtocolError):
-        told.hear(frame.pack(m.encode_reply(1, m.LookupReply(b"")), 1 << 30))
+        told.hear(frame.pack(envelope.encode_reply(1, m.LookupReply(b"")), 1 << 30))
 
 
 def test_numbers_of_calls_go_round() -> None:

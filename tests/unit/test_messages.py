@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from kvstore.errors import BY_CODE, InvalidParams, KVStoreError, ProtocolError, UnknownMethod, from_wire
 from kvstore.quotas import QuotaRule
 from kvstore.types import DIGEST_BYTES, BlockHeader, Namespace
+from kvstore.wire import envelope
 from kvstore.wire import messages as m
 
 plain = st.recursive(
@@ -150,34 +151,34 @@ def test_every_verb_is_covered_here() -> None:
 @given(st.data(), st.sampled_from(sorted(PARAMS)), st.integers(0, (1 << 32) - 1))
 def test_calls_mean_the_same_to_another_library(data: st.DataObject, method: str, call_id: int) -> None:
     params = data.draw(PARAMS[method])
-    wire = m.encode_request(call_id, method, params)
+    wire = envelope.encode_request(call_id, method, params)
     said = msgpack.unpackb(wire)
-    assert said == [m.REQUEST, call_id, method, as_plain(params)]
-    theirs = m.decode_request(packed(said))
-    assert isinstance(theirs, m.Request)
+    assert said == [envelope.REQUEST, call_id, method, as_plain(params)]
+    theirs = envelope.decode_request(packed(said))
+    assert isinstance(theirs, envelope.Request)
     assert (theirs.id, theirs.method) == (call_id, method)
-    assert m.decode_params(method, theirs.params) == params
+    assert envelope.decode_params(method, theirs.params) == params
 
 
 @given(st.data(), st.sampled_from(sorted(RESULTS)), st.integers(0, (1 << 32) - 1))
 def test_answers_mean_the_same_to_another_library(data: st.DataObject, method: str, call_id: int) -> None:
     result = data.draw(RESULTS[method])
-    said = msgpack.unpackb(m.encode_reply(call_id, result), strict_map_key=False)
-    assert said == [m.REPLY, call_id, None, as_plain(result)]
-    theirs = m.decode_answer(packed(said))
-    assert isinstance(theirs, m.Answer)
+    said = msgpack.unpackb(envelope.encode_reply(call_id, result), strict_map_key=False)
+    assert said == [envelope.REPLY, call_id, None, as_plain(result)]
+    theirs = envelope.decode_answer(packed(said))
+    assert isinstance(theirs, envelope.Answer)
     assert theirs.error is None
-    assert m.decode_result(method, theirs.result) == result
+    assert envelope.decode_result(method, theirs.result) == result
 
 
 @given(st.builds(m.LeaseNotice, handles, st.lists(grants, max_size=3), st.lists(refusals, max_size=3)))
 def test_notices_mean_the_same_to_another_library(notice: m.LeaseNotice) -> None:
-    said = msgpack.unpackb(m.encode_notice("leased", notice))
-    assert said == [m.NOTICE, "leased", as_plain(notice)]
-    for decode in (m.decode_request, m.decode_answer):
+    said = msgpack.unpackb(envelope.encode_notice("leased", notice))
+    assert said == [envelope.NOTICE, "leased", as_plain(notice)]
+    for decode in (envelope.decode_request, envelope.decode_answer):
         theirs = decode(packed(said))
-        assert isinstance(theirs, m.Notice)
-        assert m.decode_notice(theirs) == notice
+        assert isinstance(theirs, envelope.Notice)
+        assert envelope.decode_notice(theirs) == notice
 
 
 @given(plain)
@@ -196,8 +197,8 @@ def test_block_headers_mean_the_same_to_another_library(header: BlockHeader) -> 
 @pytest.mark.parametrize("code", sorted(BY_CODE))
 def test_every_error_travels(code: str) -> None:
     error = BY_CODE[code]("What happened.", "What to do.")
-    answer = m.decode_answer(m.encode_error(7, error))
-    assert isinstance(answer, m.Answer)
+    answer = envelope.decode_answer(envelope.encode_error(7, error))
+    assert isinstance(answer, envelope.Answer)
     assert answer.error is not None
     back = from_wire(*answer.error)
     assert (type(back), back.cause, back.remedy) == (type(error), error.cause, error.remedy)
@@ -213,16 +214,16 @@ def test_an_error_of_a_newer_daemon_is_still_an_error_of_ours() -> None:
 def read_all(head: bytes) -> None:
     """Decode as daemon and as client would; only typed errors may come out."""
     with contextlib.suppress(ProtocolError):
-        found = m.decode_request(head)
-        if isinstance(found, m.Notice):
-            m.decode_notice(found)
-        m.decode_params(found.method, found.params)
+        found = envelope.decode_request(head)
+        if isinstance(found, envelope.Notice):
+            envelope.decode_notice(found)
+        envelope.decode_params(found.method, found.params)
     with contextlib.suppress(ProtocolError):
-        found = m.decode_answer(head)
-        if isinstance(found, m.Notice):
-            m.decode_notice(found)
+        found = envelope.decode_answer(head)
+        if isinstance(found, envelope.Notice):
+            envelope.decode_notice(found)
         else:
-            m.decode_result("stats", found.result)
+            envelope.decode_result("stats", found.result)
 
 
 BOMB = b"\x91" * 100_000
@@ -259,8 +260,8 @@ def test_known_attacks_are_typed_errors(head: bytes) -> None:
 
 def read_request(head: bytes) -> m.Message:
     """As the daemon does."""
-    request = m.decode_request(head)
-    return m.decode_params(request.method, request.params)
+    request = envelope.decode_request(head)
+    return envelope.decode_params(request.method, request.params)
 
 
 @given(st.binary(max_size=200))
@@ -278,23 +279,23 @@ def test_anything_msgpack_can_say_is_a_message_or_a_typed_error(value: Any) -> N
 def test_any_parameters_are_decoded_or_refused(method: str, params: Any) -> None:
     raw = msgspec.Raw(packed(params))
     try:
-        decoded = m.decode_params(method, raw)
+        decoded = envelope.decode_params(method, raw)
     except InvalidParams:
         return
     # What passes is of the type, so encoding and decoding it again changes nothing.
-    assert m.decode_params(method, msgspec.Raw(msgspec.msgpack.encode(decoded))) == decoded
+    assert envelope.decode_params(method, msgspec.Raw(msgspec.msgpack.encode(decoded))) == decoded
 
 
 @given(st.data(), st.sampled_from(sorted(PARAMS)))
 def test_one_damaged_byte_is_a_message_or_a_typed_error(data: st.DataObject, method: str) -> None:
-    wire = bytearray(m.encode_request(1, method, data.draw(PARAMS[method])))
+    wire = bytearray(envelope.encode_request(1, method, data.draw(PARAMS[method])))
     wire[data.draw(st.integers(0, len(wire) - 1))] = data.draw(st.integers(0, 255))
     read_all(bytes(wire))
 
 
 @given(st.data(), st.sampled_from(sorted(PARAMS)))
 def test_parameters_cut_short_are_refused(data: st.DataObject, method: str) -> None:
-    wire = m.encode_request(1, method, data.draw(PARAMS[method]))
+    wire = envelope.encode_request(1, method, data.draw(PARAMS[method]))
     cut = data.draw(st.integers(0, len(wire) - 1))
     with pytest.raises(ProtocolError):
         read_request(wire[:cut])
@@ -307,13 +308,13 @@ def test_surplus_and_missing_fields_are_refused(method: str) -> None:
     for params in ([None] * (len(fields) + 1), [0] * (len(fields) + 1), [None] * (required - 1)):
         if len(params) < required or len(params) > len(fields):
             with pytest.raises(InvalidParams):
-                m.decode_params(method, msgspec.Raw(packed(params)))
+                envelope.decode_params(method, msgspec.Raw(packed(params)))
 
 
 @pytest.mark.parametrize("method", ["", "Lookup", "lookup ", "__class__", "call", "payload", "x" * 10_000, "ключ"])
 def test_only_verbs_can_be_called(method: str) -> None:
     with pytest.raises(UnknownMethod) as caught:
-        m.decode_params(method, msgspec.Raw(b"\x90"))
+        envelope.decode_params(method, msgspec.Raw(b"\x90"))
     assert len(caught.value.cause) < 200
 
 
@@ -362,19 +363,19 @@ BAD: list[tuple[str, Any]] = [
 @pytest.mark.parametrize(("method", "params"), BAD, ids=range(len(BAD)))
 def test_values_out_of_range_are_refused(method: str, params: Any) -> None:
     with pytest.raises(InvalidParams):
-        m.decode_params(method, msgspec.Raw(packed(params)))
+        envelope.decode_params(method, msgspec.Raw(packed(params)))
 
 
-@pytest.mark.parametrize("kind", [m.REPLY, m.NOTICE, 3, -1, "0", None, 0.0, True])
+@pytest.mark.parametrize("kind", [envelope.REPLY, envelope.NOTICE, 3, -1, "0", None, 0.0, True])
 def test_a_client_may_only_send_calls_and_notices(kind: Any) -> None:
     with pytest.raises(ProtocolError):
-        m.decode_request(packed([kind, 1, "stats", []]))
+        envelope.decode_request(packed([kind, 1, "stats", []]))
 
 
-@pytest.mark.parametrize("kind", [m.REQUEST, m.NOTICE, 3, "1", None])
+@pytest.mark.parametrize("kind", [envelope.REQUEST, envelope.NOTICE, 3, "1", None])
 def test_a_daemon_may_only_send_answers_and_notices(kind: Any) -> None:
     with pytest.raises(ProtocolError):
-        m.decode_answer(packed([kind, 1, None, []]))
+        envelope.decode_answer(packed([kind, 1, None, []]))
 
 
 @given(st.binary(max_size=300))
