@@ -129,6 +129,23 @@ def test_a_share_is_computed_and_the_rest_reused(vllm: Engine) -> None:
     assert answer.tokens == ask(vllm, prompt, {"blend": True, "share": 0.15}).tokens
 
 
+def test_the_daemon_is_told_what_was_blended_and_by_which_verdict(vllm: Engine, daemon: Daemon, tiny: Path) -> None:
+    def told() -> dict[str, Any]:
+        with daemon.client() as client:
+            (found,) = [each for each in client.stats()["blends"] if each["digest"] == digest]
+        return found
+
+    digest, before = namespace_digest(namespace(vllm)).hex(), vllm.metrics()
+    first = told()  # from the start on, before anything was blended
+    prompt, _ = prompt_of(*DOCS[:2])
+    ask(vllm, prompt, {"blend": True, "share": 0.15})
+    after = told()
+    assert after["prompts"] - first["prompts"] == 1
+    assert after["tokens"] - first["tokens"] == grown(vllm, before, "blended_tokens")
+    assert after["computed"] - first["computed"] == grown(vllm, before, "blend_computed_tokens")
+    assert after["verdict"]["kl"] == verdict(tiny).kl
+
+
 def test_an_exact_prefix_in_front_stays_shared(vllm: Engine, truth: Any) -> None:
     prompt, _ = prompt_of(*DOCS[1:])
     ask(vllm, SYSTEM + numbers(10, 97))  # stores two blocks of 64
