@@ -195,6 +195,7 @@ def main() -> None:
         "listen.token": TOKEN,
         "http.address": http,
         "limits.lease_ttl_s": "20s",
+        "events.ring": "4096",  # filled within the warm-up: its 65,536 entries would fill, slowly, all through the run
     }
     with tempfile.TemporaryDirectory(prefix="kvb-") as place, running_daemon(settings, Path(place)) as address:
         pid, addresses = pid_of(address), [address, address, address, f"tcp://{tcp}"]
