@@ -39,36 +39,46 @@ PASSAGES, EACH = 16, 7
 ANSWER_TOKENS = 16
 LOGPROBS = 20
 SYSTEM = (
-    "<|im_start|>system\nYou answer questions about the people of a town. Use only the notes that follow, and answer "
-    "with one short sentence.<|im_end|>\n<|im_start|>user\nNotes:\n\n"
+    "<|im_start|>system\nYou answer questions about a town. Use only the notes that follow, and answer with one short "
+    "sentence.<|im_end|>\n<|im_start|>user\nNotes:\n\n"
 )
-NAMES = (
-    "Ada Brandt", "Nils Holm", "Greta Voss", "Iven Lund", "Mara Kessel", "Otto Ravn", "Signe Dahl", "Tomas Frey",
-    "Wilma Stark", "Anton Bek", "Bodil Kern", "Carl Thorn", "Dagny Moss", "Emil Roth", "Frida Holt", "Hans Wieck",
-)  # fmt: skip
-WORKS = (
-    "clockmaker", "baker", "pilot", "teacher", "ferryman", "doctor", "carpenter", "librarian",
-    "fisherman", "gardener", "judge", "sailmaker", "painter", "smith", "miller", "tailor",
-)  # fmt: skip
-CODES = [str(1000 + (number * 7919 + 331) % 9000) for number in range(16)]
+FACTS = (
+    ("What is known of the bell?", "The bell of the chapel was cast in", "Lisbon"),
+    ("What is known of the mill?", "The roof of the mill is covered with", "copper"),
+    ("What grows behind the school?", "The garden behind the school is full of", "tulips"),
+    ("How is the ferryman's boat named?", "The boat of the ferryman is named", "Falcon"),
+    ("What does the sign above the bakery show?", "The sign above the bakery shows a sleeping", "otter"),
+    ("Where was the station's clock made?", "The clock in the station was made in", "Vienna"),
+    ("Which colour has the library's door?", "The door of the library is painted", "yellow"),
+    ("How is the doctor's dog called?", "The dog of the doctor is called", "Biscuit"),
+    ("What is the bridge made of?", "The bridge over the canal is made of", "granite"),
+    ("When does the choir sing?", "The choir of the town sings every", "Thursday"),
+    ("What does the statue hold?", "The statue in the market holds a broken", "lantern"),
+    ("Where does the smith's apprentice come from?", "The apprentice of the smith comes from", "Norway"),
+    ("What is in the inn's soup?", "The soup of the inn is made with", "pumpkin"),
+    ("Which bird is on the flag?", "The flag on the tower carries a white", "heron"),
+    ("What does the teacher of music play?", "The teacher of music plays the", "cello"),
+    ("What is stored under the town hall?", "The cellar of the town hall is full of", "vinegar"),
+)
+"""A question, how the sentence that answers it begins, and how it ends; a note has one of these sentences."""
 
 
 def passages() -> list[str]:
     """Notes of about 260 tokens: a fact that is asked for, and some of the story of a town."""
     paragraphs = TEXT.strip().split("\n\n")
     notes = []
-    for number, (name, work, code) in enumerate(zip(NAMES, WORKS, CODES, strict=True)):
+    for number, (_, begin, end) in enumerate(FACTS):
         filler = " ".join(paragraphs[(number + step) % len(paragraphs)] for step in range(3)).replace("\n", " ")
         sentences = filler.split(". ")[: 10 + number % 3]
-        sentences.insert(2 + number % 4, f"The locker code of {name} is {code}, and it is kept by the {work}")
+        sentences.insert(2 + number % 4, f"{begin} {end}")
         notes.append(". ".join(sentences).rstrip(".") + ".\n\n")
     return notes
 
 
 def question(number: int) -> str:
-    """About one passage."""
-    name = NAMES[number]
-    return f"What is the locker code of {name}?<|im_end|>\n<|im_start|>assistant\nThe locker code of {name} is "
+    """About one passage; the answer is begun, so that its next word is the end of the fact."""
+    asked, begin, _ = FACTS[number]
+    return f"{asked}<|im_end|>\n<|im_start|>assistant\n{begin}"
 
 
 class Asked:
@@ -141,7 +151,7 @@ def ask_all(engine: Engine, daemon: Daemon, count: int, encode: Any) -> list[dic
         chosen = chance.sample(range(PASSAGES), EACH)
         about = chance.choice(chosen)
         prompt = [*system, *(token for one in chosen for token in notes[one]), *encode(question(about))]
-        row: dict[str, Any] = {"prompt_tokens": len(prompt), "code": CODES[about], "ways": {}}
+        row: dict[str, Any] = {"prompt_tokens": len(prompt), "fact": FACTS[about][2], "ways": {}}
         for way, (_, wish) in WAYS.items():
             engine.forget()
             salt = f"{way}-{number}" if way in ("full", "prefix") else None
@@ -153,7 +163,7 @@ def ask_all(engine: Engine, daemon: Daemon, count: int, encode: Any) -> list[dic
         forget_salted(engine, daemon, [f"{way}-{number}" for way in ("full", "prefix", "after")])
         full, blend = row["ways"]["full"], row["ways"]["blend"]
         say(f"   {number + 1:2}. {len(prompt)} tokens: full {1e3 * full.first_s:6,.0f} ms, blended "
-            f"{1e3 * blend.first_s:6,.0f} ms; {row['code']}: {full.text[:4]!r} / {blend.text[:4]!r}")  # fmt: skip
+            f"{1e3 * blend.first_s:6,.0f} ms; {row['fact']}: {full.text[:8]!r} / {blend.text[:8]!r}")  # fmt: skip
         rounds.append(row)
     return rounds
 
@@ -172,7 +182,7 @@ def summary(rounds: list[dict[str, Any]], built: dict[str, Any]) -> dict[str, An
             "first_token_kl": round(fmean(one.far_from(f) for f, one in zip(full, asked, strict=True)), 4),
             "same_first_token": fmean(one.tokens[0] == f.tokens[0] for f, one in zip(full, asked, strict=True)),
             "same_answer": fmean(one.tokens == f.tokens for f, one in zip(full, asked, strict=True)),
-            "right_code": fmean(row["ways"][way].text.startswith(row["code"]) for row in rounds),
+            "right_fact": fmean(row["ways"][way].text.startswith(row["fact"]) for row in rounds),
             "tokens_not_computed": round(fmean(one.cached for one in asked)),
         }
     return {
@@ -230,10 +240,10 @@ def show(result: dict[str, Any]) -> None:
 
     table = Table(title="time to first token, and how far from full prefill", title_justify="left")
     table.add_column("way")
-    for column in ("first token, ms", "sooner", "KL of it", "same token", "same 16 tokens", "right code"):
+    for column in ("first token, ms", "sooner", "KL of it", "same token", "same 16 tokens", "right fact"):
         table.add_column(column, justify="right")
     for way in result["ways"].values():
-        shares = [f"{way[name]:.0%}" for name in ("same_first_token", "same_answer", "right_code")]
+        shares = [f"{way[name]:.0%}" for name in ("same_first_token", "same_answer", "right_fact")]
         times = [f"{way['first_token_median_ms']:,.0f}", f"{way['times_sooner']:.2f}x", f"{way['first_token_kl']:.4f}"]
         table.add_row(way["name"], *times, *shares)
     Console(width=max(Console().width, 120)).print(table)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvstore_connectors.blend.attention import attend
-from kvstore_connectors.vllm.blend_model import PIECE, attend_in_pieces
+from kvstore_connectors.blend.attention import PIECE, attend_fused, attend_in_pieces
 
 
 @pytest.mark.parametrize("count", [1, PIECE, PIECE + 1, 3 * PIECE - 5, 400])
@@ -17,7 +16,7 @@ def test_the_same_as_the_reference(count: int, heads: int, kv_heads: int) -> Non
     queries = torch.randn(count, heads, 16, generator=seeded)
     positions = torch.randperm(400, generator=seeded)[:count].sort().values
     mine = attend_in_pieces(queries, keys, values, positions, 0.25)
-    torch.testing.assert_close(mine, attend(queries, keys, values, positions, 0.25), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(mine, attend_fused(queries, keys, values, positions, 0.25), atol=1e-5, rtol=1e-4)
 
 
 def test_what_stands_behind_a_query_is_nothing_to_it() -> None:
@@ -35,5 +34,5 @@ def test_half_precision_is_summed_in_float32() -> None:
     q, k, v = (one.to(torch.bfloat16) for one in (queries, keys, values))
     mine = attend_in_pieces(q, k, v, positions, 0.25)
     assert mine.dtype == torch.bfloat16
-    wide = attend(q.float(), k.float(), v.float(), positions, 0.25)
+    wide = attend_fused(q.float(), k.float(), v.float(), positions, 0.25)
     torch.testing.assert_close(mine.float(), wide, atol=1e-2, rtol=1e-2)

@@ -40,13 +40,20 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, sca
     keys, values : Tensor
         ``[keys, kv_heads, dim]``, of positions 0, 1, 2, ...
     positions : Tensor
-        ``[n]``; a query sees keys up to its own position.
+        ``[n]``, rising; a query sees keys up to its own position.
 
     Returns
     -------
     Tensor
         ``[n, heads * dim]``.
     """
+    if queries.device.type == "cpu":
+        return attend_in_pieces(queries, keys, values, positions, scale)
+    return attend_fused(queries, keys, values, positions, scale)
+
+
+def attend_fused(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, scale: float) -> Tensor:
+    """As `attend`, by torch's fused kernel under a mask; the positions may be in any order."""
     k, v = (rows.to(queries.dtype).transpose(0, 1)[None] for rows in (keys, values))
     grouped = keys.shape[1] != queries.shape[1]
     out = torch.empty_like(queries)
@@ -56,6 +63,42 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, sca
         one = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
         out[piece] = one[0].transpose(0, 1)
     return out.flatten(1)
+
+
+PIECE = 64
+"""Queries that are multiplied with the keys at once: few enough that most keys behind them are left out."""
+
+
+def attend_in_pieces(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, scale: float) -> Tensor:
+    """As `attend`, for sorted positions, on a CPU: plain products, half of them.
+
+    Each piece of queries is multiplied with the keys up to its last position only, in float32; with a mask over all
+    keys the CPU's fused attention takes 1.6 times as long.
+
+    Parameters
+    ----------
+    queries : Tensor
+        ``[n, heads, dim]``, in the order of their positions.
+    keys, values : Tensor
+        ``[keys, kv_heads, dim]``.
+    positions : Tensor
+        ``[n]``, rising.
+    """
+    count, heads, dim = queries.shape
+    kv_heads = keys.shape[1]
+    group = heads // kv_heads
+    turned, rows = keys.permute(1, 2, 0).float().contiguous(), values.transpose(0, 1).float().contiguous()
+    out = queries.new_empty(count, heads * dim)
+    for start in range(0, count, PIECE):
+        here = positions[start : start + PIECE]
+        size, last = len(here), int(here[-1]) + 1
+        asked = queries[start : start + size].float().view(size, kv_heads, group, dim).transpose(0, 1)
+        products = torch.bmm(asked.reshape(kv_heads, size * group, dim), turned[..., :last]).mul_(scale)
+        hidden = torch.arange(last)[None] > here[:, None]
+        weights = products.view(kv_heads, size, group, last).masked_fill_(hidden[None, :, None], -torch.inf).softmax(-1)
+        summed = torch.bmm(weights.view(kv_heads, size * group, last), rows[:, :last])
+        out[start : start + size] = summed.view(kv_heads, size, group, dim).transpose(0, 1).reshape(size, -1)
+    return out
 
 
 def scores(queries: Tensor, keys: Tensor, positions: Tensor, scale: float) -> Tensor:

@@ -39,42 +39,6 @@ def find_model() -> torch.nn.Module:
     raise ConfigError("blending: this vLLM's model runner is not known.", _REMEDY)
 
 
-PIECE = 64
-"""Queries that are multiplied with the keys at once: few enough that most keys behind them are left out."""
-
-
-def attend_in_pieces(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, scale: float) -> Tensor:
-    """As `kvstore_connectors.blend.attention.attend`, for sorted positions, on a CPU: plain products, half of them.
-
-    Each piece of queries is multiplied with the keys up to its last position only, in float32; with a mask over all
-    keys the CPU's fused attention takes 1.6 times as long.
-
-    Parameters
-    ----------
-    queries : Tensor
-        ``[n, heads, dim]``, in the order of their positions.
-    keys, values : Tensor
-        ``[keys, kv_heads, dim]``.
-    positions : Tensor
-        ``[n]``, rising.
-    """
-    count, heads, dim = queries.shape
-    kv_heads = keys.shape[1]
-    group = heads // kv_heads
-    turned, rows = keys.permute(1, 2, 0).float().contiguous(), values.transpose(0, 1).float().contiguous()
-    out = queries.new_empty(count, heads * dim)
-    for start in range(0, count, PIECE):
-        here = positions[start : start + PIECE]
-        size, last = len(here), int(here[-1]) + 1
-        asked = queries[start : start + size].float().view(size, kv_heads, group, dim).transpose(0, 1)
-        products = torch.bmm(asked.reshape(kv_heads, size * group, dim), turned[..., :last]).mul_(scale)
-        hidden = torch.arange(last)[None] > here[:, None]
-        weights = products.view(kv_heads, size, group, last).masked_fill_(hidden[None, :, None], -torch.inf).softmax(-1)
-        summed = torch.bmm(weights.view(kv_heads, size * group, last), rows[:, :last])
-        out[start : start + size] = summed.view(kv_heads, size, group, dim).transpose(0, 1).reshape(size, -1)
-    return out
-
-
 class EngineModel:
     """A decoder of the Llama or Qwen family as vLLM has loaded it, this rank's part of it.
 
@@ -131,8 +95,6 @@ class EngineModel:
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
         """See `Model.attend`."""
-        if queries.device.type == "cpu":
-            return attend_in_pieces(queries, keys, values, positions, self.scale)
         return attend(queries, keys, values, positions, self.scale)
 
     def post(self, layer: int, hidden: Tensor, attended: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from kvstore_connectors.blend.selectors.deviation import Deviation
 from kvstore_connectors.blend.selectors.external import External
 from kvstore_connectors.blend.selectors.initial import Initial
 from kvstore_connectors.blend.selectors.question import Question
+from kvstore_connectors.blend.selectors.relay import Relay
 from kvstore_connectors.blend.selectors.trail import Trail
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ SELECTORS: dict[str, Selector] = {
         Question(),
         Question("question-peak", "peak"),
         Trail(),
+        Relay(),
     )
 }
 

@@ -43,19 +43,38 @@ class Question(Choice):
         return True
 
 
+class Reading:
+    """A `recompute.Watch` that notes where the question's tokens look, in each way of `Question`."""
+
+    def __init__(self, work: Work) -> None:
+        self._model = work.model
+        self._tokens, self._asked = len(work.prompt.ids), int(work.prompt.question[0])
+        shape, device = (work.model.layers, self._tokens), work.prompt.ids.device
+        self._mean, self._peak, self._peaks = (torch.zeros(shape, device=device) for _ in range(3))
+
+    def __call__(self, layer: int, rows: Tensor, queries: Tensor, keys: Tensor) -> None:
+        asking = rows >= self._asked
+        products = scores(queries[asking], keys[: self._tokens], rows[asking], self._model.scale)
+        table = products.softmax(-1)
+        self._mean[layer] = table.sum((0, 1))
+        above = table.amax(1) - table.mean(1)
+        self._peak[layer], self._peaks[layer] = above.amax(0), above.sum(0)
+
+    def mean(self) -> Tensor:
+        """Mass on every position ``[n]``, summed over layers, heads, tokens and ranks."""
+        return self._model.total(self._mean, "sum").sum(0)
+
+    def peaks(self) -> Tensor:
+        """What the highest token of each head puts there above that head's mean, summed over heads."""
+        return self._model.total(self._peaks, "sum").sum(0)
+
+    def peak(self) -> Tensor:
+        """The same of the highest head."""
+        return self._model.total(self._peak, "max").sum(0)
+
+
 def read_question(work: Work) -> Iterator[int]:
     """Compute the question's tokens over the cache as it is and note where they look, in each way of `Question`."""
-    prompt, model = work.prompt, work.model
-    mean, peak, peaks = (torch.zeros(model.layers, len(prompt.ids), device=prompt.ids.device) for _ in range(3))
-    asked = int(prompt.question[0])
-
-    def watch(layer: int, rows: Tensor, queries: Tensor, keys: Tensor) -> None:
-        asking = rows >= asked
-        table = scores(queries[asking], keys[: len(prompt.ids)], rows[asking], model.scale).softmax(-1)
-        mean[layer] = table.sum((0, 1))
-        above = table.amax(1) - table.mean(1)
-        peak[layer], peaks[layer] = above.amax(0), above.sum(0)
-
-    yield from work.steps(prompt.missing, watch=watch)
-    work.notes["mean"], work.notes["peaks"] = (model.total(seen, "sum").sum(0) for seen in (mean, peaks))
-    work.notes["peak"] = model.total(peak, "max").sum(0)
+    reading = Reading(work)
+    yield from work.steps(work.prompt.missing, watch=reading)
+    work.notes |= {"mean": reading.mean(), "peak": reading.peak(), "peaks": reading.peaks()}
