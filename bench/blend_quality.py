@@ -42,6 +42,7 @@ from kvstore_connectors.blend.selectors.planner import SELECTORS, planner
 from kvstore_connectors.blend.trial import Sample, Trial, captures, greedy, reference
 
 SHARE = 0.15
+KINDS = ["single", "two_hop", "carry_over"]
 REWORDED = (
     {
         r"works for (\w+)\.": r"is employed by \1.",
@@ -131,7 +132,7 @@ def make_cases(options: argparse.Namespace, encode: Any) -> Iterator[Case]:
     for wording in range(1 + len(REWORDED)):
         rng = random.Random(options.seed + wording)
         count = options.count if wording == 0 else options.reworded
-        for kind in ("single", "two_hop", "carry_over"):
+        for kind in options.kinds:
             for i in range(count):
                 task = tasks.make_task(rng, fillers[("manual", "docstrings")[i % 2]], kind)
                 if wording:
@@ -143,8 +144,12 @@ def make_cases(options: argparse.Namespace, encode: Any) -> Iterator[Case]:
                 answer = torch.cat([encode(task.answer), end])
                 name = ("as trained", "reworded", "reworded more")[wording]
                 yield Case(name, Sample(kind, encode(system), tuple(map(encode, chunks)), encode(question), answer))
-    texts = natural_texts()
-    for sample in cut(texts, lambda text: encode(text).tolist(), options.natural, shape=Shape(), seed=options.seed):
+
+    def encoded(text: str) -> list[int]:
+        return encode(text).tolist()
+
+    texts = natural_texts() if options.natural else {}
+    for sample in cut(texts, encoded, options.natural, shape=Shape(), seed=options.seed) if texts else ():
         yield Case(sample.kind, replace(sample, kind="natural"))
 
 
@@ -316,6 +321,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=math.inf, help="start no prompt later than this")
     parser.add_argument("--only", nargs="*", default=[], help="selectors to measure (default all)")
     parser.add_argument("--keep-lines", help="write what was measured of each prompt here, as JSON lines")
+    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS, help="kinds of questions (default all)")
     parser.add_argument("--append", action="store_true", help="keep the runs that the file has")
     parser.add_argument("--shard", help=argparse.SUPPRESS)
     parser.add_argument("--out", default="bench/results/blend_quality.json")

@@ -124,6 +124,15 @@ def repaired(model: Llama, mode: str, selector: Selector, share: float) -> tuple
     return model.logits(work.hidden[asked]), work
 
 
+def drained(steps: Any) -> Any:
+    """Run a generator to its end: what it returns."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+
+
 def usable(mode: str) -> Iterator[Selector]:
     return (selector for selector in SELECTORS.values() if mode == "live" or selector.name != "external")
 
@@ -143,11 +152,23 @@ def test_repair_helps_and_costs_what_was_asked(mode: str) -> None:
     model = tiny()
     reference = full(model)
     for selector in usable(mode):
-        _, none = repaired(model, mode, selector, 0.0)
         logits, work = repaired(model, mode, selector, 0.6)
-        before, _ = repaired(model, mode, selector, 0.0)
+        before, none = repaired(model, mode, selector, 0.0)
         assert kl(reference, logits) < kl(reference, before)
-        assert 0 < work.cost - none.cost <= 0.65
+        reading = len(work.prompt.missing) / work.prompt.reused if getattr(selector, "reads_question", False) else 0
+        assert 0 < work.cost - none.cost <= 0.65 + reading
+
+
+@pytest.mark.parametrize("name", ["relay", "relay-peak"])
+def test_relay_takes_half_by_words_and_the_rest_by_what_is_looked_at_then(name: str) -> None:
+    model = tiny()
+    _, work = repaired(model, "isolated", SELECTORS[name], 0.5)
+    count = int(0.5 * work.prompt.reused + 0.5)
+    assert int((work.changed & work.prompt.repairable).sum()) == count
+    by_words = top(drained(SELECTORS["trail"].scores(work)), int(0.5 * count + 0.5))  # type: ignore[attr-defined]
+    assert work.changed[by_words].all()
+    assert len(by_words) < count
+    assert work.cost == pytest.approx((count + len(QUESTION)) / work.prompt.reused)
 
 
 def test_first_chunk_behind_the_prefix_is_exact() -> None:

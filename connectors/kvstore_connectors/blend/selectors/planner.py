@@ -34,6 +34,7 @@ SELECTORS: dict[str, Selector] = {
         Question("question-peak", "peak"),
         Trail(),
         Relay(),
+        Relay("relay-peak", by="peak"),
     )
 }
 

@@ -4,14 +4,16 @@ Two kinds of hints, each blind where the other sees. Equal rare words (`trail`) 
 anything is computed, but only where the same words stand. Attention of the question (ProphetKV) needs no equal words,
 but sees one step: what a first chunk points to in a second shows only when the first has been repaired. So the first
 part of the budget goes by words, and the question reads the prompt with that part repaired; what it looks at gets the
-rest. The reading takes the question's tokens once more: that many fewer are chosen, so all work stays in the share.
+rest. The reading costs the question's tokens once more; it is part of the work's cost.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
+
+import torch
 
 from kvstore_connectors.blend.prompt import top
 from kvstore_connectors.blend.selectors.choice import Choice
@@ -30,26 +32,29 @@ class Relay:
     ----------
     lead : float
         Part of the budget that goes by the first choice, at most.
-    least : float
-        Rows below this score of the first choice are left to the question.
+    by : {"mean", "peak"}
+        How attention of the question is measured, as in `Question`.
     """
 
     name: str = "relay"
     first: Choice = field(default_factory=Trail)
     lead: float = 0.5
-    least: float = 0.0
+    by: Literal["mean", "peak"] = "mean"
+
+    @property
+    def reads_question(self) -> bool:
+        """Whether choosing computes the question's tokens once more."""
+        return True
 
     def repair(self, work: Work, count: int) -> Iterator[int]:
         prompt = work.prompt
-        asked = prompt.question
-        count = max(0, count - len(asked))
         scores = yield from self.first.scores(work)
-        scores = scores.masked_fill(~prompt.repairable | (scores < self.least), -float("inf"))
-        known = top(scores, int(self.lead * count + 0.5))
+        known = top(scores.masked_fill(~prompt.repairable, -torch.inf), int(self.lead * count + 0.5))
         reading = Reading(work)
         yield from work.steps(work.with_missing(known), watch=reading)
         left = prompt.repairable.clone()
         left[known] = False
-        seen = top(reading.mean().masked_fill(~left, -float("inf")), count - len(known))
+        looked = reading.mean() if self.by == "mean" else reading.peak()
+        seen = top(looked.masked_fill(~left, -torch.inf), count - len(known))
         if len(seen):
             yield from work.steps(work.with_later(seen))
