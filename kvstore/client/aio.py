@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar, cast
 
-from kvstore.client.address import CONNECT_AGAIN_S, at_end, connect_unix, parse_address
+from kvstore.client import replies
+from kvstore.client.address import CONNECT_AGAIN_S, connect_unix, parse_address
+from kvstore.client.aio_wire import Wire, in_thread
 from kvstore.client.blocks import Buffer, LeasedBlock, Loaded, as_bytes
-from kvstore.client.core import Arrivals, Call, Calls, Core, Effect, Flow, Work, join_keys
+from kvstore.client.core import Core
+from kvstore.client.effects import Arrivals, Call, Calls, Effect, Flow, Work
 from kvstore.client.events import Position
 from kvstore.client.handles import AsyncReservation, Lease
-from kvstore.client.mailbox import Mailbox, Pending
+from kvstore.client.mailbox import Pending
 from kvstore.client.plans import AsyncPlanRun
 from kvstore.client.streams import AsyncEventStream
 from kvstore.errors import ConnectionLost, DeadlineExceeded, InvalidParams, KVStoreError
@@ -22,86 +24,12 @@ from kvstore.keys import PrefixChain, TokenIds
 from kvstore.plan import Plan
 from kvstore.quotas import QuotaRule
 from kvstore.types import BlockHeader, ChunkMatch, LoadOutcome, Miss, Namespace, StoreOutcome, TierCode
-from kvstore.wire import envelope, frame
 from kvstore.wire import messages as m
 
 T = TypeVar("T")
 
 _INLINE_BYTES = 256 * 1024
 """Copies up to this size run on the loop; a thread would cost more than the copy."""
-
-
-class _Wire(asyncio.BufferedProtocol):
-    """Feeds one connection's bytes into its mailbox."""
-
-    def __init__(self, client: AsyncKVStoreClient) -> None:
-        self._client = client
-        self._copies = 0
-        self._closing = False
-        self.transport: asyncio.Transport | None = None
-        self.mailbox = Mailbox(self.tell)
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)
-
-    def get_buffer(self, sizehint: int) -> memoryview:
-        return self.mailbox.reader.buffer()
-
-    def buffer_updated(self, nbytes: int) -> None:
-        try:
-            self.mailbox.reader.advance(nbytes)
-        except KVStoreError as error:
-            self.mailbox.fail(error)
-            self.close()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.transport = None
-        self._client.lost(self)
-        self.mailbox.fail(ConnectionLost("the daemon closed the connection."))
-
-    @property
-    def open(self) -> bool:
-        """Whether calls can be made."""
-        return self.transport is not None and not self._closing and not self.transport.is_closing()
-
-    def at_end(self) -> bool:
-        """Whether it cannot be used, or the daemon has closed its end and the loop has yet to notice."""
-        return not self.open or at_end(cast(asyncio.Transport, self.transport).get_extra_info("socket"))
-
-    def tell(self, method: str, params: m.Message) -> None:
-        if self.transport is not None and self.open:
-            self.transport.write(frame.pack(envelope.encode_notice(method, params)))
-
-    def send(self, call: Call) -> Pending:
-        if self.transport is None or not self.open:
-            raise ConnectionLost("the connection to the daemon is gone.")
-        total = sum(len(part) for part in call.send)
-        pending, data = self.mailbox.call(call.method, call.params, total, call.into)
-        self.transport.write(data)
-        for part in call.send:
-            self.transport.write(part)
-        return pending
-
-    @contextlib.contextmanager
-    def copying(self) -> Iterator[None]:
-        """Keep the connection, and with it the right to the memory, while a thread copies."""
-        self._copies += 1
-        try:
-            yield
-        finally:
-            self._copies -= 1
-            if self._closing:
-                self.close()
-
-    def close(self) -> None:
-        """End the connection, as soon as no copy is running: its memory may be somebody else's afterwards."""
-        if self.transport is None:
-            return
-        if not self._closing and not self.transport.is_closing():
-            self.transport.pause_reading()
-        self._closing = True
-        if not self._copies:
-            self.transport.abort()
 
 
 class AsyncKVStoreClient:
@@ -121,7 +49,7 @@ class AsyncKVStoreClient:
         self.core = Core(namespace, name, token or os.environ.get("KVSTORE_CLIENT_TOKEN", ""))
         self.core.tell = self._tell
         self.core.forget = self._forget
-        self._wire: _Wire | None = None
+        self._wire: Wire | None = None
         self._connecting = asyncio.Lock()
 
     # -- operations ----------------------------------------------------------------------------------------------------
@@ -254,23 +182,23 @@ class AsyncKVStoreClient:
 
     async def prefetch(self, keys: Sequence[bytes], *, namespace: Namespace | None = None, cancel: bool = False) -> int:
         """See `KVStoreClient.prefetch`."""
-        joined = join_keys(keys)
+        joined = replies.join_keys(keys)
         flow = self.core.count(namespace, lambda ns: Call("prefetch", m.Prefetch(ns, joined, cancel)))
         return await self.drive(flow, None)
 
     async def pin(self, keys: Sequence[bytes], *, namespace: Namespace | None = None, ttl_s: float = 3600.0) -> int:
         """See `KVStoreClient.pin`."""
-        joined = join_keys(keys)
+        joined = replies.join_keys(keys)
         return await self.drive(self.core.count(namespace, lambda ns: Call("pin", m.Pin(ns, joined, ttl_s))), None)
 
     async def unpin(self, keys: Sequence[bytes], *, namespace: Namespace | None = None) -> int:
         """See `KVStoreClient.unpin`."""
-        joined = join_keys(keys)
+        joined = replies.join_keys(keys)
         return await self.drive(self.core.count(namespace, lambda ns: Call("unpin", m.Unpin(ns, joined))), None)
 
     async def drop(self, keys: Sequence[bytes] | None = None, *, namespace: Namespace | None = None) -> int:
         """See `KVStoreClient.drop`."""
-        joined = None if keys is None else join_keys(keys)
+        joined = None if keys is None else replies.join_keys(keys)
         return await self.drive(self.core.count(namespace, lambda ns: Call("drop", m.Drop(ns, joined))), None)
 
     async def stats(self) -> dict[str, Any]:
@@ -309,7 +237,7 @@ class AsyncKVStoreClient:
         """Release a lease without waiting."""
         self.core.release(lease, epoch)
 
-    def lost(self, wire: _Wire) -> None:
+    def lost(self, wire: Wire) -> None:
         """Note that a connection ended."""
         if wire is self._wire:
             self._wire = None
@@ -340,7 +268,7 @@ class AsyncKVStoreClient:
         finally:
             flow.close()
 
-    async def _run(self, flow: Flow[T], wire: _Wire, deadline: float) -> T:
+    async def _run(self, flow: Flow[T], wire: Wire, deadline: float) -> T:
         """An operation stays on the connection it began on: what it was lent there is worth nothing on another."""
         try:
             effect = next(flow)
@@ -354,7 +282,7 @@ class AsyncKVStoreClient:
         except StopIteration as stop:
             return stop.value
 
-    async def _perform(self, effect: Effect, wire: _Wire, deadline: float) -> Any:
+    async def _perform(self, effect: Effect, wire: Wire, deadline: float) -> Any:
         if isinstance(effect, Call):
             return await self._wait(wire, wire.send(effect), deadline)
         if isinstance(effect, Calls):
@@ -364,10 +292,10 @@ class AsyncKVStoreClient:
             if 0 < effect.nbytes <= _INLINE_BYTES:
                 return effect.function()
             with wire.copying():
-                return await _in_thread(effect.function)
+                return await in_thread(effect.function)
         return await self._await_notice(wire, effect)
 
-    async def _wait(self, wire: _Wire, pending: Pending, deadline: float) -> m.Message:
+    async def _wait(self, wire: Wire, pending: Pending, deadline: float) -> m.Message:
         if pending.result is None:
             arrived = asyncio.get_running_loop().create_future()
             pending.wake = lambda: None if arrived.done() else arrived.set_result(None)
@@ -387,11 +315,11 @@ class AsyncKVStoreClient:
         return pending.result
 
     @staticmethod
-    def _abandon(wire: _Wire, pending: Pending) -> None:
+    def _abandon(wire: Wire, pending: Pending) -> None:
         if not wire.mailbox.abandon(pending):
             wire.close()
 
-    async def _await_notice(self, wire: _Wire, effect: Arrivals) -> m.LeaseNotice | None:
+    async def _await_notice(self, wire: Wire, effect: Arrivals) -> m.LeaseNotice | None:
         while True:
             notice = wire.mailbox.notice(effect.lease)
             if notice is not None:
@@ -408,7 +336,7 @@ class AsyncKVStoreClient:
             finally:
                 wire.mailbox.wake.pop(effect.lease, None)
 
-    async def _connected(self, deadline: float) -> _Wire:
+    async def _connected(self, deadline: float) -> Wire:
         """The connection, made now if there is none. Operations that come meanwhile wait for it, each for its time."""
         if self._wire is not None and self._wire.open and self.core.link is not None:
             return self._wire
@@ -424,7 +352,7 @@ class AsyncKVStoreClient:
         finally:
             self._connecting.release()
 
-    async def _connect(self, deadline: float) -> _Wire:
+    async def _connect(self, deadline: float) -> Wire:
         if self._wire is not None:  # it is being closed
             self.lost(self._wire)
         wire = self._wire = await self._open(max(0.001, deadline - time.monotonic()))
@@ -437,15 +365,15 @@ class AsyncKVStoreClient:
             raise
         return wire
 
-    async def _open(self, timeout_s: float) -> _Wire:
+    async def _open(self, timeout_s: float) -> Wire:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(timeout_s):
                 if not isinstance(self.address, str):
-                    return (await loop.create_connection(lambda: _Wire(self), *self.address))[1]
+                    return (await loop.create_connection(lambda: Wire(self), *self.address))[1]
                 while (sock := connect_unix(self.address)) is None:  # noqa: ASYNC110 - nothing tells when to try
                     await asyncio.sleep(CONNECT_AGAIN_S)
-                return (await loop.create_unix_connection(lambda: _Wire(self), sock=sock))[1]
+                return (await loop.create_unix_connection(lambda: Wire(self), sock=sock))[1]
         except TimeoutError:
             raise DeadlineExceeded(f"no connection to the daemon at {self.address} in time.") from None
         except OSError as error:
@@ -458,16 +386,3 @@ class AsyncKVStoreClient:
     def _tell(self, method: str, params: m.Message) -> None:
         if self._wire is not None:
             self._wire.tell(method, params)
-
-
-async def _in_thread(function: Callable[[], Any]) -> Any:
-    """Run in a thread to the end, even if cancelled: until then the memory belongs to the function."""
-    work = asyncio.get_running_loop().run_in_executor(None, function)
-    try:
-        return await asyncio.shield(work)
-    except asyncio.CancelledError:
-        while not work.done():
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.wait([work])
-        work.exception()  # nobody is left to be told
-        raise

@@ -8,31 +8,29 @@ is no second implementation to drift from the first.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar, cast
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 import msgspec
 
 from kvstore import __version__
+from kvstore.client import replies as answers
 from kvstore.client.blocks import Buffer, LeasedBlock, Loaded, Room, as_bytes, copy_parts
+from kvstore.client.effects import Arrivals, Call, Calls, Flow, Link, Work
 from kvstore.client.slabs import Bytes, Extents, SlabMap, SlabNotMapped
 from kvstore.errors import InvalidParams, LimitExceeded, ProtocolError, UnknownNamespace
 from kvstore.keys import TokenIds, as_token_array, namespace_digest
 from kvstore.quotas import QuotaRule
 from kvstore.types import (
-    DIGEST_BYTES,
     BlockHeader,
     ChunkMatch,
     Dropped,
     DropReason,
     Exists,
-    Hit,
     LoadOutcome,
     Miss,
     MissReason,
     Namespace,
-    Stored,
     StoreOutcome,
     TierCode,
 )
@@ -40,59 +38,6 @@ from kvstore.wire import messages as m
 
 T = TypeVar("T")
 _header = msgspec.msgpack.Decoder(BlockHeader)
-_tier = {code.value: code for code in TierCode}
-
-
-class Call(NamedTuple):
-    """Run a verb. `send` is the payload of the request, `into` the places for the payload of the reply."""
-
-    method: str
-    params: m.Message
-    send: Sequence[memoryview] = ()
-    into: Sequence[memoryview] = ()
-
-
-class Calls(NamedTuple):
-    """Run several verbs in one round trip; answered with the list of results."""
-
-    calls: list[Call]
-
-
-class Arrivals(NamedTuple):
-    """Wait for the next notice of a lease; answered with it, or None once the monotonic `deadline` has passed."""
-
-    lease: int
-    deadline: float
-
-
-class Work(NamedTuple):
-    """Run a function that copies `nbytes` of memory, or blocks otherwise (then 0)."""
-
-    function: Callable[[], Any]
-    nbytes: int
-
-
-Effect = Call | Calls | Arrivals | Work
-Flow = Generator[Effect, Any, T]
-
-
-@dataclass(slots=True)
-class Link:
-    """One established connection.
-
-    Attributes
-    ----------
-    epoch : int
-        Rises with every connection; leases and reservations of an earlier one are worthless.
-    slabs : SlabMap or None
-        Shared memory; None for a remote client.
-    """
-
-    epoch: int
-    boot: bytes
-    slabs: SlabMap | None
-    max_block_bytes: int
-    known: set[bytes]
 
 
 class Core:
@@ -177,12 +122,12 @@ class Core:
 
     def lookup(self, keys: Sequence[bytes], prefix: bool, namespace: Namespace | None) -> Flow[list[TierCode]]:
         """Where blocks are."""
-        joined = join_keys(keys)
+        joined = answers.join_keys(keys)
         reply: m.LookupReply = yield from self.in_namespace(
             namespace, lambda ns: Call("lookup", m.Lookup(ns, joined, prefix))
         )
-        self.speeds = _speeds([reply])
-        return _codes(reply, len(keys))
+        self.speeds = answers.speeds([reply])
+        return answers.codes(reply, len(keys))
 
     def lookup_many(
         self, queries: Sequence[tuple[Namespace, Sequence[bytes]]], prefix: bool
@@ -192,14 +137,16 @@ class Core:
         fresh = [ns for ns, _ in queries if namespace_digest(ns) not in link.known]
         if fresh:
             yield from self._introduce(fresh)
-        calls = [Call("lookup", m.Lookup(namespace_digest(ns), join_keys(keys), prefix)) for ns, keys in queries]
+        calls = [
+            Call("lookup", m.Lookup(namespace_digest(ns), answers.join_keys(keys), prefix)) for ns, keys in queries
+        ]
         try:
             replies = yield Calls(calls)
         except UnknownNamespace:
             yield from self._introduce([ns for ns, _ in queries])
             replies = yield Calls(calls)
-        self.speeds = _speeds(replies)
-        return [_codes(reply, len(keys)) for reply, (_, keys) in zip(replies, queries, strict=True)]
+        self.speeds = answers.speeds(replies)
+        return [answers.codes(reply, len(keys)) for reply, (_, keys) in zip(replies, queries, strict=True)]
 
     def match(
         self,
@@ -219,7 +166,8 @@ class Core:
         )
         try:
             found = [
-                ChunkMatch(f.start, f.stop, f.key, f.blocks, _tier[f.tier], f.capture, f.overhead) for f in reply.found
+                ChunkMatch(f.start, f.stop, f.key, f.blocks, answers.TIERS[f.tier], f.capture, f.overhead)
+                for f in reply.found
             ]
         except KeyError as error:
             raise ProtocolError(f"match: there is no tier {error}.") from None
@@ -232,7 +180,7 @@ class Core:
     ) -> Flow[tuple[int, float, int, list[LeasedBlock | Miss]]]:
         """Lease blocks and wait for those on their way: (id, local expiry, epoch, blocks)."""
         sent = time.monotonic()
-        joined = join_keys(keys)
+        joined = answers.join_keys(keys)
         reply: m.LeaseReply = yield from self.in_namespace(
             namespace, lambda ns: Call("lease", m.Lease(ns, joined, ttl_s, headers))
         )
@@ -259,7 +207,9 @@ class Core:
         try:
             for grant, bytes_in_place in zip(granted, parts, strict=True):
                 header = _header.decode(grant.header) if grant.header else None
-                blocks[grant.index] = LeasedBlock(grant.index, grant.nbytes, _tier[grant.tier], bytes_in_place, header)
+                blocks[grant.index] = LeasedBlock(
+                    grant.index, grant.nbytes, answers.TIERS[grant.tier], bytes_in_place, header
+                )
             for refusal in refused:
                 blocks[refusal.index] = Miss(MissReason(refusal.reason))
         except (IndexError, KeyError, ValueError, msgspec.MsgspecError) as error:
@@ -319,7 +269,7 @@ class Core:
             targets: list[memoryview | None] = []
             for index, block in enumerate(blocks):
                 into_one = None if into is None else into[index]
-                targets.append(None if isinstance(block, Miss) else _target(block, into_one))
+                targets.append(None if isinstance(block, Miss) else answers.target(block, into_one))
             local = [
                 (block.parts, target)
                 for block, target in zip(blocks, targets, strict=True)
@@ -332,7 +282,7 @@ class Core:
                     yield Call("fetch", m.Fetch(lease, block.index), into=[target])
             if not valid(expires, epoch):
                 return [Miss(MissReason.LOST)] * len(keys)
-            return [_outcome(b, t, into is None) for b, t in zip(blocks, targets, strict=True)]
+            return [answers.outcome(b, t, into is None) for b, t in zip(blocks, targets, strict=True)]
         finally:
             self.release(lease, epoch)
 
@@ -366,7 +316,7 @@ class Core:
     ) -> Flow[tuple[int, float, int, list[Room | Exists | Dropped]]]:
         """Ask for room: (id, local expiry, epoch, blocks)."""
         sent = time.monotonic()
-        join_keys([key for key, _, _ in offers])  # each is a digest, and they are not too many
+        answers.join_keys([key for key, _, _ in offers])  # each is a digest, and they are not too many
         wire = [m.Offer(key, nbytes, msgspec.msgpack.encode(header)) for key, nbytes, header in offers]
         reply: m.ReserveReply = yield from self.in_namespace(
             namespace, lambda ns: Call("reserve", m.Reserve(ns, wire, ttl_s, wait_s))
@@ -378,7 +328,7 @@ class Core:
             for room, bytes_in_place in zip(reply.rooms, parts, strict=True):
                 blocks[room.index] = Room(room.index, offers[room.index][1], bytes_in_place)
             for other in reply.others:
-                blocks[other.index] = cast(Any, _status(other.status))
+                blocks[other.index] = cast(Any, answers.outcome_of(other.status))
         except (IndexError, ValueError) as error:
             self.abort(reply.reservation, link.epoch)
             raise ProtocolError(f"a reservation is not understood: {error}.") from None
@@ -399,7 +349,7 @@ class Core:
     def commit(self, reservation: int, indexes: Sequence[int], durable: bool) -> Flow[dict[int, StoreOutcome]]:
         """Make filled blocks visible; what became of each."""
         reply: m.CommitReply = yield Call("commit", m.Commit(reservation, list(indexes), durable))
-        return {outcome.index: _status(outcome.status) for outcome in reply.outcomes}
+        return {outcome.index: answers.outcome_of(outcome.status) for outcome in reply.outcomes}
 
     def put(
         self,
@@ -444,51 +394,3 @@ class Core:
         """The rules about quotas and what each holds, after a change."""
         reply: m.QuotaReply = yield Call("quota", m.Quota(rule, remove))
         return reply.rules, reply.tiers
-
-
-def join_keys(keys: Sequence[bytes]) -> bytes:
-    """Keys as they travel; raises `InvalidParams` if one is not a digest or there are too many."""
-    joined = b"".join(keys)
-    if set(map(len, keys)) - {DIGEST_BYTES}:
-        raise InvalidParams(f"keys: each must be {DIGEST_BYTES} bytes.", "")
-    if len(keys) > m.MAX_KEYS:
-        raise InvalidParams(f"keys: {len(keys)} are more than the {m.MAX_KEYS} of one request.", "")
-    return joined
-
-
-def _codes(reply: m.LookupReply, asked: int) -> list[TierCode]:
-    if len(reply.tiers) > asked:
-        raise ProtocolError("a lookup was answered for more keys than it named.")
-    try:
-        return [_tier[code] for code in reply.tiers]
-    except KeyError as error:
-        raise ProtocolError(f"a lookup was answered with the unknown tier {error}.") from None
-
-
-def _speeds(replies: Sequence[m.LookupReply]) -> dict[TierCode, tuple[float, float, float]]:
-    """What loads cost from the lower tiers that some lookups named; what this client has no name for is passed over."""
-    return {_tier[code]: speed for reply in replies for code, speed in reply.speeds.items() if code in _tier}
-
-
-def _status(status: str) -> StoreOutcome:
-    if status == "stored":
-        return Stored()
-    if status == "exists":
-        return Exists()
-    return Dropped(DropReason(status))
-
-
-def _target(block: LeasedBlock, into: Buffer | None) -> memoryview:
-    if into is None:
-        return memoryview(bytearray(block.nbytes))
-    view = as_bytes(into, writable=True)
-    if len(view) != block.nbytes:
-        raise InvalidParams(f"into: a buffer of {len(view)} bytes was given for a block of {block.nbytes}.", "")
-    return view
-
-
-def _outcome(block: LeasedBlock | Miss, target: memoryview | None, keep: bool) -> Loaded | LoadOutcome:
-    if isinstance(block, Miss) or target is None:
-        return block if isinstance(block, Miss) else Miss(MissReason.LOST)
-    header = block.header or BlockHeader()
-    return Loaded(target.obj, header, block.tier) if keep else Hit(header, block.nbytes)  # type: ignore[arg-type]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from kvstore.client.core import Call, Flow
+from kvstore.client.effects import Call, Flow
 from kvstore.client.sync import KVStoreClient
 from kvstore.wire import messages as m
 

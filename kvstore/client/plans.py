@@ -7,7 +7,9 @@ import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from kvstore.client.core import Call, Core, Flow, join_keys
+from kvstore.client.core import Core
+from kvstore.client.effects import Call, Flow
+from kvstore.client.replies import join_keys
 from kvstore.plan import Plan, Step
 from kvstore.types import Namespace
 from kvstore.wire import messages as m

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
-from kvstore.client.core import Call
+from kvstore.client.effects import Call
 from kvstore.client.sync import KVStoreClient
 from kvstore.errors import InvalidParams, UnknownMethod
 from kvstore.types import Namespace

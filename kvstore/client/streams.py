@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING
 
-from kvstore.client.core import Call, Flow
+from kvstore.client.effects import Call, Flow
 from kvstore.client.events import HELD, RESET, Event, Position, read_reply
 from kvstore.wire import messages as m
 

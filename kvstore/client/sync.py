@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import select
-import socket
-import threading
 import time
 from collections.abc import Sequence
 from typing import Any, TypeVar, cast
 
-from kvstore.client.address import CONNECT_AGAIN_S, at_end, connect_unix, parse_address
+from kvstore.client import replies
+from kvstore.client.address import at_end, parse_address
 from kvstore.client.blocks import Buffer, LeasedBlock, Loaded, as_bytes
-from kvstore.client.core import Arrivals, Call, Calls, Core, Effect, Flow, Work, join_keys
+from kvstore.client.core import Core
+from kvstore.client.driver import Driver
+from kvstore.client.effects import Call
 from kvstore.client.events import Position
 from kvstore.client.handles import Lease, Reservation
-from kvstore.client.mailbox import Mailbox, Pending
 from kvstore.client.plans import PlanRun
 from kvstore.client.streams import EventStream
-from kvstore.errors import ConnectionLost, DeadlineExceeded, InvalidParams, KVStoreError
+from kvstore.errors import InvalidParams
 from kvstore.keys import PrefixChain, TokenIds
 from kvstore.plan import Plan
 from kvstore.quotas import QuotaRule
 from kvstore.types import BlockHeader, ChunkMatch, LoadOutcome, Miss, Namespace, StoreOutcome, TierCode
-from kvstore.wire import envelope, frame
 from kvstore.wire import messages as m
 
 T = TypeVar("T")
 
 
-class KVStoreClient:
+class KVStoreClient(Driver):
     """A connection to a kvstore daemon.
 
     Connects on first use and again after the connection was lost. Safe to use from several threads; their calls take
@@ -67,15 +64,8 @@ class KVStoreClient:
         name: str = "",
     ) -> None:
         self._given = address
-        self.address = parse_address(address)
-        self.timeout_s = timeout_s
-        self.core = Core(namespace, name, token or os.environ.get("KVSTORE_CLIENT_TOKEN", ""))
-        self.core.tell = self._tell
-        self.core.forget = self._forget
-        self._lock = threading.RLock()
-        self._socket: socket.socket | None = None
-        self._poll = select.poll()
-        self._mailbox = Mailbox(self._tell)
+        core = Core(namespace, name, token or os.environ.get("KVSTORE_CLIENT_TOKEN", ""))
+        super().__init__(parse_address(address), core, timeout_s)
 
     # -- operations ----------------------------------------------------------------------------------------------------
 
@@ -236,22 +226,22 @@ class KVStoreClient:
 
         With `cancel`, no longer do: how many of them will not come. What is being read already still comes.
         """
-        joined = join_keys(keys)
+        joined = replies.join_keys(keys)
         return self.drive(self.core.count(namespace, lambda ns: Call("prefetch", m.Prefetch(ns, joined, cancel))), None)
 
     def pin(self, keys: Sequence[bytes], *, namespace: Namespace | None = None, ttl_s: float = 3600.0) -> int:
         """Keep blocks from eviction; how many were found."""
-        joined = join_keys(keys)
+        joined = replies.join_keys(keys)
         return self.drive(self.core.count(namespace, lambda ns: Call("pin", m.Pin(ns, joined, ttl_s))), None)
 
     def unpin(self, keys: Sequence[bytes], *, namespace: Namespace | None = None) -> int:
         """End pins; how many blocks were found."""
-        joined = join_keys(keys)
+        joined = replies.join_keys(keys)
         return self.drive(self.core.count(namespace, lambda ns: Call("unpin", m.Unpin(ns, joined))), None)
 
     def drop(self, keys: Sequence[bytes] | None = None, *, namespace: Namespace | None = None) -> int:
         """Forget blocks in every tier, or without keys the whole namespace; how many there were."""
-        joined = None if keys is None else join_keys(keys)
+        joined = None if keys is None else replies.join_keys(keys)
         return self.drive(self.core.count(namespace, lambda ns: Call("drop", m.Drop(ns, joined))), None)
 
     def stats(self) -> dict[str, Any]:
@@ -334,174 +324,3 @@ class KVStoreClient:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-    # -- driving -------------------------------------------------------------------------------------------------------
-
-    def drive(self, flow: Flow[T], timeout_s: float | None) -> T:
-        """Run an operation to its end, within a deadline."""
-        deadline = time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)
-        with self._lock:
-            try:
-                self._ensure(deadline)
-                return self._run(flow, deadline)
-            finally:
-                flow.close()
-
-    def _run(self, flow: Flow[T], deadline: float) -> T:
-        try:
-            effect = next(flow)
-            while True:
-                try:
-                    answer = self._perform(effect, deadline)
-                except KVStoreError as error:
-                    effect = flow.throw(error)
-                else:
-                    effect = flow.send(answer)
-        except StopIteration as stop:
-            return stop.value
-
-    def _perform(self, effect: Effect, deadline: float) -> Any:
-        if isinstance(effect, Call):
-            return self._wait(self._send(effect, deadline), deadline)
-        if isinstance(effect, Calls):
-            pending = [self._send(call, deadline) for call in effect.calls]
-            return [self._wait(one, deadline) for one in pending]
-        if isinstance(effect, Work):
-            return effect.function()
-        return self._await_notice(effect)
-
-    def _send(self, call: Call, deadline: float) -> Pending:
-        total = sum(len(part) for part in call.send)
-        pending, data = self._mailbox.call(call.method, call.params, total, call.into)
-        self._write(data, deadline)
-        for part in call.send:
-            self._write(part, deadline)
-        return pending
-
-    def _wait(self, pending: Pending, deadline: float) -> m.Message:
-        while pending.result is None:
-            if not self._receive(deadline):
-                if not self._mailbox.abandon(pending):
-                    self._disconnect()
-                raise DeadlineExceeded(f"the daemon did not answer {pending.method} in time.")
-        if isinstance(pending.result, KVStoreError):
-            raise pending.result
-        return pending.result
-
-    def _await_notice(self, effect: Arrivals) -> m.LeaseNotice | None:
-        while True:
-            notice = self._mailbox.notice(effect.lease)
-            if notice is not None or not self._receive(effect.deadline):
-                return notice
-
-    # -- socket --------------------------------------------------------------------------------------------------------
-
-    def _ensure(self, deadline: float) -> None:
-        if self._socket is not None and not any(event & ~select.POLLIN for _, event in self._poll.poll(0)):
-            return
-        self._disconnect()
-        timeout = max(0.001, deadline - time.monotonic())
-        self._socket = _connect(self.address, timeout)
-        self._socket.setblocking(False)
-        self._poll = select.poll()
-        self._poll.register(self._socket, select.POLLIN | select.POLLRDHUP)
-        self._mailbox = Mailbox(self._tell)
-        fd_path = f"{self.address}.fd" if isinstance(self.address, str) else None
-        try:
-            self._run(self.core.hello(fd_path, self.timeout_s), deadline)
-        except BaseException:
-            self._disconnect()
-            raise
-
-    def _disconnect(self) -> None:
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
-            self.core.unlink()
-
-    def _write(self, data: bytes | memoryview, deadline: float) -> None:
-        if self._socket is None:
-            raise ConnectionLost("the connection to the daemon is gone.")
-        try:
-            sent = self._send_now(self._socket, data)
-            while sent < len(data):
-                _wait_to_write(self._socket, deadline)
-                sent += self._send_now(self._socket, memoryview(data)[sent:])
-        except TimeoutError:
-            self._disconnect()  # half a frame may be out
-            raise DeadlineExceeded("the daemon did not take a request in time.") from None
-        except OSError as error:
-            self._disconnect()
-            raise ConnectionLost(f"the connection to the daemon broke ({error}).") from None
-        except BaseException:  # interrupted: half a frame may be out
-            self._disconnect()
-            raise
-
-    @staticmethod
-    def _send_now(sock: socket.socket, data: bytes | memoryview) -> int:
-        try:
-            return sock.send(data)
-        except BlockingIOError:
-            return 0
-
-    def _receive(self, deadline: float) -> bool:
-        """Take in what the daemon sends next; whether something came before the deadline."""
-        if self._socket is None:
-            raise ConnectionLost("the connection to the daemon is gone.")
-        left = deadline - time.monotonic()
-        if left <= 0:
-            return False
-        try:
-            if not self._poll.poll(1e3 * left):
-                return False
-            nbytes = self._socket.recv_into(self._mailbox.reader.buffer())
-        except BlockingIOError:  # it seemed to be there
-            return True
-        except OSError as error:
-            self._disconnect()
-            raise ConnectionLost(f"the connection to the daemon broke ({error}).") from None
-        except BaseException:  # interrupted: bytes may be lost, and the answer to this call would belong to nobody
-            self._disconnect()
-            raise
-        if not nbytes:
-            self._disconnect()
-            raise ConnectionLost("the daemon closed the connection.")
-        try:
-            self._mailbox.reader.advance(nbytes)
-        except KVStoreError:
-            self._disconnect()
-            raise
-        return True
-
-    def _tell(self, method: str, params: m.Message) -> None:
-        with self._lock, contextlib.suppress(KVStoreError):
-            if self._socket is not None:
-                self._write(frame.pack(envelope.encode_notice(method, params)), time.monotonic() + self.timeout_s)
-
-    def _forget(self, lease: int) -> None:
-        self._mailbox.forget(lease)
-
-
-def _wait_to_write(sock: socket.socket, deadline: float) -> None:
-    poll = select.poll()
-    poll.register(sock, select.POLLOUT)
-    if not poll.poll(max(1.0, 1e3 * (deadline - time.monotonic()))):
-        raise TimeoutError
-
-
-def _connect(address: tuple[str, int] | str, timeout_s: float) -> socket.socket:
-    try:
-        if isinstance(address, str):
-            deadline = time.monotonic() + timeout_s
-            while (sock := connect_unix(address)) is None:
-                if time.monotonic() > deadline:
-                    raise TimeoutError
-                time.sleep(CONNECT_AGAIN_S)
-            return sock
-        sock = socket.create_connection(address, timeout_s)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return sock
-    except TimeoutError:
-        raise DeadlineExceeded(f"no connection to the daemon at {address} in time.") from None
-    except OSError as error:
-        raise ConnectionLost(f"no daemon at {address} ({error.strerror or error}).") from None

@@ -12,7 +12,7 @@ from daemons import NAMESPACE, NS, TOKEN, DaemonProcess, MakeDaemon, key, payloa
 
 from kvstore import AsyncKVStoreClient, KVStoreClient
 from kvstore.client import EventStream, Mirror
-from kvstore.client.core import Call
+from kvstore.client.effects import Call
 from kvstore.client.events import RESET, Event, Position, read_event
 from kvstore.errors import ConnectionLost, InvalidParams, ProtocolError
 from kvstore.events import Entry, EventLog, merge
