@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from kvstore.errors import ConfigError
-from kvstore_connectors.blend.capture import Chunk, assemble
+from kvstore_connectors.blend.capture import Chunk
 from kvstore_connectors.blend.prompt import Capture
-from kvstore_connectors.blend.recompute import prefill
 from kvstore_connectors.blend.selectors.planner import planner
-from kvstore_connectors.blend.work import Work
+from kvstore_connectors.blend.trial import Outcome, Sample, Trial, reference
 from kvstore_connectors.build_model import as_ids
 from kvstore_connectors.vllm.blend_gate import Verdict
 
@@ -59,27 +58,17 @@ def probe(
             f"probe: {len(usable)} chunks of {QUESTION_TOKENS} tokens are too few.", "Give at least three documents."
         )
     chance = random.Random(seed)
-    divergences: list[float] = []
-    agreed = total = 0
+    lead, capture = as_ids(list(system)), Capture.SYSTEM if system else Capture.ISOLATED
+    outcomes: list[Outcome] = []
     for done in range(prompts):
         *picked, asked = chance.sample(usable, min(chunks_each + 1, len(usable)))
-        question = as_ids(list(asked[:QUESTION_TOKENS]))
-        built = builder.compute(picked)
+        ids = tuple(as_ids(list(one)) for one in picked)
         ready = [
-            Chunk(as_ids(list(ids)), tuple(kv), len(system), Capture.SYSTEM if system else Capture.ISOLATED)
-            for ids, kv in zip(picked, built, strict=True)
+            Chunk(one, tuple(kv), len(system), capture) for one, kv in zip(ids, builder.compute(picked), strict=True)
         ]
-        prompt, cache = assemble(model, rotation, as_ids(list(system)), ready, question)
-        work = Work(model, prompt, cache)
-        for _ in work.repair(planner(prompt), share):
-            pass
-        start = int(prompt.question[0])
-        blended = model.logits(work.hidden[work.rows >= start]).log_softmax(-1)
-        hidden, _ = prefill(model, prompt.ids)
-        full = model.logits(hidden[start:]).log_softmax(-1)
-        divergences.append(float((full.exp() * (full - blended)).sum(-1).mean()))
-        agreed += int((full.argmax(-1) == blended.argmax(-1)).sum())
-        total += len(full)
+        sample = Sample("documents", lead, ids, as_ids(list(asked[:QUESTION_TOKENS])), lead[:0])
+        trial = Trial(model, rotation, sample, ready, reference(model, sample).logits)
+        outcomes.append(trial.repair(planner(trial.prompt), share))
         told(done + 1)
     return Verdict(
         model=namespace.model,
@@ -87,8 +76,8 @@ def probe(
         share=share,
         selector="auto",
         prompts=prompts,
-        kl=sum(divergences) / len(divergences),
-        top1=agreed / total,
+        kl=sum(one.kl for one in outcomes) / len(outcomes),
+        top1=sum(one.hit for one in outcomes) / len(outcomes),
         most_kl=MOST_KL,
         least_top1=LEAST_TOP1,
     )
