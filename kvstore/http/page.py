@@ -14,6 +14,7 @@ from importlib.resources import files
 from kvstore.http import flow
 from kvstore.http.charts import HEIGHT, WIDTH
 from kvstore.http.now import EVENTS
+from kvstore.http.numbers import NOTHING
 from kvstore.http.view import View
 
 _MARK = re.compile(r"\{\{(\w+)(?::(\w+))?\}\}")
@@ -154,7 +155,7 @@ def render(
     asked : tuple of str
         Namespace and prompt that were looked up.
     """
-    view.rows["config"] = [list(setting) for setting in settings]
+    view.rows["config"] = [[name, value or NOTHING, origin] for name, value, origin in settings]
     colours = {tier: _colour(tier) for tier in tiers}
     fill: dict[str, Callable[[str], str]] = {
         "text": lambda name: _text(view, name),
