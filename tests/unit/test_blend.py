@@ -171,6 +171,18 @@ def test_relay_takes_half_by_words_and_the_rest_by_what_is_looked_at_then(name: 
     assert work.cost == pytest.approx((count + len(QUESTION)) / work.prompt.reused)
 
 
+def test_the_planner_reads_the_question_where_one_is_asked() -> None:
+    model = tiny()
+    chosen = {}
+    for mode in ("isolated", "live"):
+        for asked in (QUESTION, QUESTION[:1]):
+            prompt, _ = assemble(model, model.rotary, SYSTEM, captured(model, mode), asked)
+            chosen[mode, len(asked)] = planner(prompt).name
+    assert chosen == {
+        ("isolated", 6): "question", ("live", 6): "question", ("isolated", 1): "initial", ("live", 1): "external"
+    }  # fmt: skip
+
+
 def test_first_chunk_behind_the_prefix_is_exact() -> None:
     model = tiny()
     prompt, cache = assemble(model, model.rotary, SYSTEM, captured(model, "system")[:1], QUESTION)

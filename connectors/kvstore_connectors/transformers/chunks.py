@@ -242,7 +242,7 @@ class Chunks:
         share : float
             Share of the reused tokens to compute again.
         selector : str
-            How these are chosen; ``auto`` goes by how the chunks were captured.
+            How these are chosen; ``auto`` is the planner's choice.
 
         Raises
         ------

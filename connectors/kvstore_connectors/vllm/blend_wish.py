@@ -34,7 +34,7 @@ class Wish(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     share : float
         Share of reused tokens to compute again.
     selector : str
-        How these are chosen; ``auto`` goes by how the chunks were captured.
+        How these are chosen; ``auto`` is the planner's choice.
     labels : list of str
         Rights to read that the request's sender has; given by the gateway, never by users.
     """

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 GRADUAL = ((0.0, 1.5), (0.25, 1.0), (0.5, 0.75))
 """CacheBlend's gradual filtering: where it narrows, and to what multiple of the count; 1 on the average."""
 
+LEAST_ASKED = 4
+"""Tokens behind the last chunk that can tell what is asked about."""
 
 SELECTORS: dict[str, Selector] = {
     selector.name: selector
@@ -64,7 +66,12 @@ def selector_for(name: str, prompt: Prompt) -> Selector:
 
 
 def planner(prompt: Prompt) -> Selector:
-    """External mass where it was measured for all chunks; else what the question looks at."""
+    """What the question looks at, however the chunks were captured.
+
+    Measured (docs/chunks.md): it is ahead of external mass on chunks captured live, too. Where next to nothing is
+    asked, nothing can be read: then external mass, if it was measured for all chunks, else the first tokens of each.
+    """
+    if len(prompt.question) >= LEAST_ASKED:
+        return SELECTORS["question"]
     repaired = [span for span in prompt.spans if span.capture is not Capture.EXACT]
-    live = all(span.capture is Capture.LIVE and span.external is not None for span in repaired)
-    return SELECTORS["external"] if repaired and live else SELECTORS["question"]
+    return SELECTORS["external" if all(span.external is not None for span in repaired) else "initial"]
