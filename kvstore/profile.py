@@ -127,12 +127,22 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     @property
     def passed(self) -> list[Rung]:
         """The rungs that may run, from the largest to the smallest; without those that a smaller one outdoes."""
-        good = [r for r in self.rungs if r.kl_upper <= self.most_kl and r.top1 >= self.least_top1 and r.ratio > 1]
         found: list[Rung] = []
-        for rung in sorted(good, key=lambda rung: (-rung.ratio, rung.kl)):
+        for rung in sorted(filter(self._is_good, self.rungs), key=lambda rung: (-rung.ratio, rung.kl)):
             if not found or rung.kl < found[-1].kl:
                 found.append(rung)
         return found[::-1]
+
+    def _is_good(self, rung: Rung) -> bool:
+        return rung.kl_upper <= self.most_kl and rung.top1 >= self.least_top1 and rung.ratio > 1
+
+    def verdicts(self) -> dict[str, str]:
+        """Of each chain: ``passed``, ``outdone`` by a smaller one, or ``refused`` by the gate."""
+        passed = self.passed
+        return {
+            rung.chain: "passed" if rung in passed else "outdone" if self._is_good(rung) else "refused"
+            for rung in self.rungs
+        }
 
     @property
     def rotary(self) -> Rotary:

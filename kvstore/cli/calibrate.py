@@ -65,5 +65,5 @@ def calibrate(
         return
     print(f"{profile.model}, {profile.contexts} contexts of {profile.tokens} tokens")
     print(f"gate: KL at most {max_kl} at the end of its interval, top-1 at least {min_top1}")
-    print("\n".join(codec_plot.table(found.rows, {rung.chain for rung in profile.passed})))
+    print("\n".join(codec_plot.table(found.rows, profile.verdicts())))
     print(f"\n{path}: a daemon with --codecs-profiles {path.parent} keeps namespaces of fidelity lossy:{profile.name}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 WIDTH, HEIGHT, PAD = 720, 440, 64
@@ -35,12 +35,12 @@ def short(chain: str) -> str:
     return re.sub(r"basis=[0-9a-f]+,?", "", chain).removeprefix("prerope|").removesuffix("|zstd").replace("()", "")
 
 
-def table(rows: Sequence[Any], allowed: set[str] | None = None) -> list[str]:
-    """Lines of a table of `codec_eval.Row`s, or of a profile's rungs; with verdicts if it is known what is allowed."""
+def table(rows: Sequence[Any], verdicts: Mapping[str, str] | None = None) -> list[str]:
+    """Lines of a table of `codec_eval.Row`s, or of a profile's rungs; with verdicts by chain, if there are some."""
     head = f"{'chain':24} {'smaller':>7}  {'KL':>16}  {'top-1':>14}  {'NLL':>16}  enc GiB/s   dec"
-    lines = [head if allowed is None else f"{head}  gate"]
+    lines = [head if verdicts is None else f"{head}  gate"]
     for row in rows:
-        verdict = "" if allowed is None else f"  {'passed' if row.chain in allowed else 'refused'}"
+        verdict = "" if verdicts is None else f"  {verdicts[row.chain]}"
         lines.append(
             f"{short(row.chain):24} {row.ratio:7.2f}  {_with(row, 'kl', '.4f'):>16}  {_with(row, 'top1', '.3f'):>14}  "
             f"{_with(row, 'nll', '+.4f'):>16}  {row.encode_gib_s:9.2f} {row.decode_gib_s:5.2f}{verdict}"
