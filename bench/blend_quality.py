@@ -213,7 +213,7 @@ def ways(prompt: Prompt, only: set[str]) -> Iterator[tuple[str, Selector, float]
     known: list[tuple[str, Selector, float]] = [("none", SELECTORS["initial"], 0.0), ("random", Chance(), SHARE)]
     known += [("everything", SELECTORS["initial"], 1.0), ("planner", planner(prompt), SHARE)]
     for selector in SELECTORS.values():
-        if selector.name != "external" or all(span.external is not None for span in prompt.spans):
+        if not selector.name.startswith("external") or all(span.external is not None for span in prompt.spans):
             known.append((selector.name, selector, SHARE))
             if getattr(selector, "reads_question", False):
                 known.append((f"{selector.name}, counted", Counted(selector), SHARE))

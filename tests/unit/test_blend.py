@@ -20,6 +20,7 @@ from kvstore_connectors.blend.influence import Influences
 from kvstore_connectors.blend.llama import Llama
 from kvstore_connectors.blend.prompt import top
 from kvstore_connectors.blend.recompute import Pass, empty_cache, prefill
+from kvstore_connectors.blend.selectors.focused import Focused, focused
 from kvstore_connectors.blend.selectors.planner import SELECTORS
 
 BASE: dict[str, Any] = {
@@ -134,7 +135,7 @@ def drained(steps: Any) -> Any:
 
 
 def usable(mode: str) -> Iterator[Selector]:
-    return (selector for selector in SELECTORS.values() if mode == "live" or selector.name != "external")
+    return (selector for selector in SELECTORS.values() if mode == "live" or not selector.name.startswith("external"))
 
 
 @pytest.mark.parametrize("mode", ["isolated", "system", "live"])
@@ -169,6 +170,30 @@ def test_relay_takes_half_by_words_and_the_rest_by_what_is_looked_at_then(name: 
     assert work.changed[by_words].all()
     assert len(by_words) < count
     assert work.cost == pytest.approx((count + len(QUESTION)) / work.prompt.reused)
+
+
+def test_the_largest_gap_parts_what_is_looked_at() -> None:
+    assert focused(torch.tensor([0.1, 3.0, 0.2, 2.5])) == {1, 3}
+    assert focused(torch.tensor([1.0])) == {0}
+    assert focused(torch.tensor([1.0, 1.0])) == {0}
+
+
+@pytest.mark.parametrize("steady", [1, 2, 9])
+def test_chunks_that_are_not_looked_at_are_left_as_they_were(steady: int) -> None:
+    model = tiny()
+    prompt, cache = assemble(model, model.rotary, SYSTEM, captured(model, "isolated"), QUESTION)
+    before = [LayerKV(held.keys.clone(), held.values.clone()) for held in cache]
+    work = Work(model, prompt, cache)
+    seen = set[int]()
+    for _ in work.repair(Focused(SELECTORS["question"], "focused", steady), 0.9):  # type: ignore[arg-type]
+        seen |= set(prompt.chunk_of[work.rows].tolist())
+    left = set(prompt.chunk_of[work.rows].tolist())
+    assert (left == seen) == (steady == 9)  # of four layers, nine never agree
+    for index, span in enumerate(prompt.spans):
+        if index not in left:
+            rows = slice(span.start, span.stop)
+            assert torch.equal(cache[-1].values[rows], before[-1].values[rows])
+    assert torch.equal(work.rows[-len(QUESTION) :], prompt.question)
 
 
 def test_the_planner_reads_the_question_where_one_is_asked() -> None:

@@ -174,7 +174,7 @@ def _ways(names: Sequence[str], shares: Sequence[float], prompt: Prompt) -> Iter
     for name in names:
         if name == NONE:
             yield name, selector_named("initial"), 0.0  # of a share of nothing any selector chooses nothing
-        elif name != "external" or measured:
+        elif not name.startswith("external") or measured:
             for share in shares:
                 yield name, planner(prompt) if name == AUTO else selector_named(name), share
 

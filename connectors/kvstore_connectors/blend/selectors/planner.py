@@ -8,6 +8,7 @@ from kvstore.errors import ConfigError
 from kvstore_connectors.blend.prompt import Capture
 from kvstore_connectors.blend.selectors.deviation import Deviation
 from kvstore_connectors.blend.selectors.external import External
+from kvstore_connectors.blend.selectors.focused import Focused
 from kvstore_connectors.blend.selectors.initial import Initial
 from kvstore_connectors.blend.selectors.question import Question
 from kvstore_connectors.blend.selectors.relay import Relay
@@ -37,6 +38,8 @@ SELECTORS: dict[str, Selector] = {
         Trail(),
         Relay(),
         Relay("relay-peak", by="peak"),
+        Focused(Question(), "question-focused"),
+        Focused(External(), "external-focused"),
     )
 }
 
