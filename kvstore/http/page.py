@@ -73,7 +73,7 @@ TABLES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "ladder": (
         "Steps down the ladder, since start",
         "No block was encoded, so none could become smaller instead of leaving.",
-        ("Tier", "#Encoded", "#May step down", "#Stepped down", "#Bytes freed", "#Lost", "#Time in codecs"),
+        ("Tier", "#Times encoded", "#May step down", "#Stepped down", "#Bytes freed", "#Lost", "#Time in codecs"),
     ),
     "blends": (
         "Prompts put together from chunks, as engines report them",
