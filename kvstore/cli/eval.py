@@ -51,6 +51,9 @@ def evaluate(
     system: Annotated[str, Parameter(help="Text in front of every prompt; by default `Continue the text.`")] = "",
     seed: Annotated[int, Parameter(help="Of the places in the texts; the same seed gives the same prompts.")] = 0,
     device: Annotated[str, Parameter(help="Where to compute: cpu, cuda.")] = "cpu",
+    max_kl: Annotated[
+        float | None, Parameter(help="Also name the least share of each selector that keeps the KL below this.")
+    ] = None,
     codecs: Annotated[
         bool, Parameter(negative=(), help="Measure codecs of the precision ladder instead of blending.")
     ] = False,
@@ -62,7 +65,7 @@ def evaluate(
         _codecs(model, texts, prompts, device, plot, json)
         return
     try:
-        from kvstore_connectors.blend.evaluate import CAPTURES, DEFAULT, SHARES
+        from kvstore_connectors.blend.evaluate import CAPTURES, DEFAULT, SHARES, least_shares
         from kvstore_connectors.blend.evaluate import evaluate as measure
         from kvstore_connectors.blend.samples import SYSTEM, Shape, builtin_texts, cut, read_texts
         from kvstore_connectors.build_model import load_model, load_tokenizer
@@ -81,15 +84,20 @@ def evaluate(
     )  # fmt: skip
     out.progress("")
     name = model.resolve().name
+    enough = [] if max_kl is None else least_shares(found.rows, max_kl)
     if plot is not None:
         plot.write_text(blend_plot.svg(found.rows, name))
     if json:
         settings = {"seed": seed, "chunks": chunks, "chunk_tokens": chunk_tokens, "question_tokens": question_tokens}
-        out.print_json({"model": name, **settings, **found.to_json()})
+        least = [{"capture": row.capture, "selector": row.selector, "share": row.share} for row in enough]
+        out.print_json({"model": name, **settings, "max_kl": max_kl, "least_shares": least, **found.to_json()})
         return
     print(f"{name}: {found.prompts} prompts of {found.prompt_tokens} tokens ({', '.join(found.kinds)}); "
           f"full prefill takes {found.prefill_seconds:.2f} s, NLL {found.nll:.3f}")  # fmt: skip
     print("\n".join(blend_plot.table(found.rows)))
+    if max_kl is not None:
+        print(f"\nKL at most {max_kl} at the end of its interval:" + ("" if enough else " none"))
+        print("\n".join(f"  {row.capture:9} {row.selector:18} {row.share:4.0%}" for row in enough))
 
 
 def _codecs(model: Path, texts: list[Path] | None, contexts: int, device: str, plot: Path | None, json: bool) -> None:

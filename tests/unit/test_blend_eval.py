@@ -13,7 +13,7 @@ from test_blend import BASE, tiny  # noqa: E402
 
 from kvstore.cli import blend_plot  # noqa: E402
 from kvstore.errors import ConfigError  # noqa: E402
-from kvstore_connectors.blend.evaluate import Evaluation, Row, evaluate  # noqa: E402
+from kvstore_connectors.blend.evaluate import Evaluation, Row, evaluate, least_shares  # noqa: E402
 from kvstore_connectors.blend.intervals import bootstrap, wilson  # noqa: E402
 from kvstore_connectors.blend.samples import Shape, builtin_texts, cut, read_texts  # noqa: E402
 from kvstore_connectors.blend.trial import Sample, divergence, likelihood  # noqa: E402
@@ -59,6 +59,17 @@ def test_nothing_computed_again_loses_most(found: Evaluation) -> None:
         low, high = none.kl_interval
         assert low <= none.kl <= high
         assert none.saved < 1
+
+
+def test_the_least_share_that_keeps_a_target(found: Evaluation) -> None:
+    exact = least_shares(found.rows, 1e-5)
+    assert {(one.capture, one.selector, one.share) for one in exact} == {
+        *((capture, name, 1.0) for capture in ("isolated", "system", "live") for name in ("auto", "initial")),
+        ("live", "external", 1.0),
+    }
+    most = max(one.kl_interval[1] for one in found.rows)
+    assert row(found, "isolated", "none", 0.0) in least_shares(found.rows, most)
+    assert least_shares(found.rows, -1.0) == []
 
 
 def test_external_is_measured_where_there_is_mass_only(found: Evaluation) -> None:

@@ -168,6 +168,27 @@ def evaluate(
     )
 
 
+def least_shares(rows: Sequence[Row], most_kl: float) -> list[Row]:
+    """For each way of capturing and selector, the row of the least share that keeps a quality target.
+
+    Parameters
+    ----------
+    rows : sequence of Row
+    most_kl : float
+        What the upper end of the interval of the divergence may be.
+
+    Returns
+    -------
+    list of Row
+        None of a selector that keeps it at no share that was measured; cheapest first.
+    """
+    found: dict[tuple[str, str], Row] = {}
+    for row in sorted(rows, key=lambda row: row.share):
+        if row.kl_interval[1] <= most_kl:
+            found.setdefault((row.capture, row.selector), row)
+    return sorted(found.values(), key=lambda row: (row.capture, row.computed))
+
+
 def _ways(names: Sequence[str], shares: Sequence[float], prompt: Prompt) -> Iterator[tuple[str, Selector, float]]:
     """Selectors that can serve a prompt, each with its shares."""
     measured = all(span.external is not None for span in prompt.spans if span.capture is not Capture.EXACT)
