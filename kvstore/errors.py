@@ -181,9 +181,7 @@ class FidelityRefused(RequestError):
     """A namespace asks for a fidelity that the daemon has no profile for, or one of another model or revision."""
 
     code = "KV405"
-    default_remedy = (
-        "Run `kvstore calibrate` on this model and name its folder in codecs.profiles, or use `exact`."
-    )
+    default_remedy = "Run `kvstore calibrate` on this model and name its folder in codecs.profiles, or use `exact`."
 
 
 class Unavailable(KVStoreError):
