@@ -26,6 +26,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +34,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from kvstore.cli import blend_plot
 from kvstore_connectors.blend import Prompt, Selector, Work
 from kvstore_connectors.blend.intervals import bootstrap, wilson
 from kvstore_connectors.blend.llama import Llama
@@ -42,6 +44,7 @@ from kvstore_connectors.blend.selectors.planner import SELECTORS, planner
 from kvstore_connectors.blend.trial import Sample, Trial, captures, greedy, reference
 
 SHARE = 0.15
+DRAWN = ("none", "random", "v-deviation", "initial", "external", "trail", "question, counted", "question")
 KINDS = ["single", "two_hop", "carry_over"]
 REWORDED = (
     {
@@ -304,13 +307,11 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model", required=True, help="directory of a Llama: config.json, tokenizer.json, *.safetensors"
-    )
+    parser.add_argument("--model", help="directory of a Llama: config.json, tokenizer.json, *.safetensors")
     parser.add_argument(
         "--adapter", help="LoRA directory, merged for the questions; natural text uses the model as it is"
     )
-    parser.add_argument("--tasks", required=True, help="rag_tasks.py")
+    parser.add_argument("--tasks", help="rag_tasks.py")
     parser.add_argument("--count", type=int, default=200, help="questions of each kind")
     parser.add_argument("--reworded", type=int, default=100, help="questions of each kind in each other wording")
     parser.add_argument("--natural", type=int, default=60, help="prompts of natural text")
@@ -323,9 +324,15 @@ def main() -> None:
     parser.add_argument("--keep-lines", help="write what was measured of each prompt here, as JSON lines")
     parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS, help="kinds of questions (default all)")
     parser.add_argument("--append", action="store_true", help="keep the runs that the file has")
+    parser.add_argument("--plot", type=Path, help="measure nothing: draw the natural text of the first run in --out")
     parser.add_argument("--shard", help=argparse.SUPPRESS)
     parser.add_argument("--out", default="bench/results/blend_quality.json")
     options = parser.parse_args()
+    if options.plot:
+        draw(Path(options.out), options.plot)
+        return
+    if not options.model or not options.tasks:
+        parser.error("--model and --tasks are needed")
     if options.shard:
         measure(options)
         return
@@ -358,6 +365,17 @@ def save(run: dict[str, Any], path: Path, *, earlier: bool) -> None:
         texts.append(f'{{"command": {json.dumps(one["command"])},\n"device": {json.dumps(one["device"])},\n"rows": [\n')
         texts[-1] += lines + "\n]}"
     path.write_text('{"runs": [\n' + ",\n".join(texts) + "\n]}\n")
+
+
+def draw(path: Path, svg: Path) -> None:
+    """Plot the natural text of the first run in a file: divergence over what was computed, by capture."""
+    run = json.loads(path.read_text())["runs"][0]
+    rows = [
+        SimpleNamespace(capture=row["capture"], selector=row["selector"], kl=row["kl"], computed=row["cost"])
+        for row in run["rows"]
+        if row["kind"] == "natural" and row["capture"] and row["selector"] in DRAWN
+    ]
+    svg.write_text(blend_plot.svg(rows, "natural text"))
 
 
 def rounded(value: Any) -> Any:

@@ -44,7 +44,7 @@ def svg(rows: Sequence[Any], model: str) -> str:
     names = list(dict.fromkeys(row.selector for row in rows))
     shown = [row for row in rows if row.kl > 0]
     powers = [math.log10(row.kl) for row in shown] or [-1.0]
-    low, high = math.floor(min(powers)), max(math.ceil(max(powers)), math.floor(min(powers)) + 1)
+    low, high = min(powers) - 0.1, max(powers) + 0.1
     widest = max([row.computed for row in rows] or [0.0]) * 1.05 or 1.0
     wide, tall = WIDTH * max(1, len(captures)), HEIGHT + 20 * math.ceil(len(names) / 4)
     parts = [
@@ -72,16 +72,17 @@ def svg(rows: Sequence[Any], model: str) -> str:
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def _height(power: float, low: int, high: int) -> float:
+def _height(power: float, low: float, high: float) -> float:
     return HEIGHT - PAD - (HEIGHT - 2 * PAD) * (power - low) / (high - low)
 
 
-def _frame(left: float, title: str, low: int, high: int, widest: float) -> list[str]:
+def _frame(left: float, title: str, low: float, high: float, widest: float) -> list[str]:
     parts = [_text(left, 24, title)]
-    for power in range(low, high + 1):
-        y = _height(power, low, high)
+    steps = [step * 10.0**power for power in range(math.floor(low), math.ceil(high)) for step in (1, 2, 5)]
+    for value in (step for step in steps if low <= math.log10(step) <= high):
+        y = _height(math.log10(value), low, high)
         parts.append(f'<line x1="{left}" x2="{left + WIDTH - PAD - 12}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>')
-        parts.append(_text(left - 6, y + 4, f"1e{power}", "end"))
+        parts.append(_text(left - 6, y + 4, f"{value:g}", "end"))
     for step in range(5):
         share = widest * step / 4
         parts.append(_text(left + (WIDTH - PAD - 12) * step / 4, HEIGHT - PAD + 16, f"{share:.0%}", "middle"))
