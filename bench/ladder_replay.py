@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -244,8 +245,8 @@ def lengths(path: Path) -> Iterator[tuple[Any, int]]:
     kinds = {"sys_prompt": "sys_prompt", "passage": "passages_ids", "history": "history", "web_search": "web_search",
              "user_input": "user_input"}  # fmt: skip
     for file in sorted(path.parent.glob("[1-9]_*.jsonl")):
-        for line in file.read_text().splitlines():
-            record = json.loads(line)
+        for text in re.findall(r"\{[^{}]*\}", file.read_text()):  # some stand over several lines
+            record = json.loads(text)
             name = next(name for name in record if name.endswith("_id"))
             yield (kinds[name.removesuffix("_id")], record[name]), int(record["token_length"])
 
