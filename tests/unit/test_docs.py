@@ -68,6 +68,17 @@ def test_snippets_run(make_daemon: MakeDaemon, page: str, i: int, text: str):
     assert "Stored()" in done.stdout
 
 
+def test_every_file_of_the_daemon_is_in_the_structures():
+    text = (DOCS / "structures.md").read_text("utf-8")
+    named = set(re.findall(r"[\w]+\.py", text))
+    files = [file for file in [*ROOT.glob("kvstore/*.py"), *ROOT.glob("kvstore/*/*.py")] if file.stem[:2] != "__"]
+    whole = set(re.findall(r"`(kvstore/\w+)/`", text))
+    missing = [
+        place for file in files if file.name not in named and str((place := file.relative_to(ROOT)).parent) not in whole
+    ]
+    assert not missing, "add a row"
+
+
 def test_every_dependency_is_justified():
     asked = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["dependencies"]
     wanted = {re.split(r"[^\w-]", line)[0] for line in asked}
