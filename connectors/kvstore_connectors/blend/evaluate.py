@@ -150,7 +150,7 @@ def evaluate(
         full = reference(model, sample)
         references.append(full)
         likelihoods.append(likelihood(full.logits, sample.question))
-        made = captures(model, sample)
+        made = captures(model, sample, [Capture(kind) for kind in kinds])
         for kind in kinds:
             trial = Trial(model, rotation, sample, made[Capture(kind)], full.logits)
             for name, selector, share in _ways(selectors, shares, trial.prompt):

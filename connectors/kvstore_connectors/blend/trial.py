@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -99,14 +100,17 @@ def reference(model: Model, sample: Sample) -> Reference:
     return Reference(logits, time.perf_counter() - begun)
 
 
-def captures(model: Model, sample: Sample) -> dict[Capture, list[Chunk]]:
-    """The sample's chunks as each way of capturing leaves them."""
+def captures(
+    model: Model, sample: Sample, kinds: Collection[Capture] = (Capture.ISOLATED, Capture.SYSTEM, Capture.LIVE)
+) -> dict[Capture, list[Chunk]]:
+    """The sample's chunks as each of these ways of capturing leaves them; live only if it says what stood before."""
     found: dict[Capture, list[Chunk]] = {}
-    lead = pack(model, [sample.system])[1] if len(sample.system) else []
+    lead = pack(model, [sample.system])[1] if len(sample.system) and Capture.SYSTEM in kinds else []
     for kind, front in ((Capture.ISOLATED, []), (Capture.SYSTEM, lead)):
-        kv, first = pack(model, sample.chunks, front)[0], len(sample.system) if front else 0
-        found[kind] = [Chunk(ids, tuple(one), first, kind) for ids, one in zip(sample.chunks, kv, strict=True)]
-    if sample.others:
+        if kind in kinds:
+            kv, first = pack(model, sample.chunks, front)[0], len(sample.system) if front else 0
+            found[kind] = [Chunk(ids, tuple(one), first, kind) for ids, one in zip(sample.chunks, kv, strict=True)]
+    if sample.others and Capture.LIVE in kinds:
         pairs = zip(sample.chunks, sample.others, strict=True)
         found[Capture.LIVE] = [capture(model, ids, sample.system, before) for ids, before in pairs]
     return found
