@@ -25,7 +25,7 @@ CHAINS = (
     "prerope|kv4(k=3,v=3)", "prerope|kv4(k=2,v=2)",
 )  # fmt: skip
 """Lossy chains that need nothing but the model's rotation: rungs, if they pass."""
-STEPS = (5, 10, 20, 40)
+STEPS = (5, 10, 15, 20, 40)
 """Steps of `pca` that are tried in the fitted basis."""
 WITH_IMPORTANCE = ("prerope|mikv", "prerope|mikv(hi=4,lo=2)")
 """What needs to know which tokens matter: nothing that a daemon can use yet."""
