@@ -189,8 +189,8 @@ class Ladder(WrappedTier):
     ) -> LoadOutcome:
         try:
             frame = await self._work(self._encoding.decode, form, outcome.header, buffer, into)
-        except (CodecError, CorruptBlock, ConfigError) as error:
-            known = not isinstance(error, CannotDecode | ConfigError)
+        except (CodecError, CorruptBlock, ConfigError, ImportError) as error:  # codecs need torch, which may be gone
+            known = not isinstance(error, CannotDecode | ConfigError | ImportError)
             self.counters.corrupt += known
             self.undecodable += not known
             await self.inner.drop(block)
