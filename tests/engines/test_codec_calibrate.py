@@ -10,7 +10,7 @@ import model as models
 import msgspec
 import pytest
 import torch
-from daemons import MakeDaemon, until
+from kit import Daemon
 from transformers import AutoModelForCausalLM
 
 from kvstore.codecs import Context, importance, parse
@@ -158,28 +158,37 @@ def test_eval_shows_each_chain_with_its_intervals(
     assert (tmp_path / "p.svg").read_text().count("<circle") >= 8
 
 
-def test_a_prompt_comes_back_from_disk_by_the_rungs_of_its_profile(tmp_path: Path, make_daemon: MakeDaemon) -> None:
+def test_a_prompt_comes_back_from_disk_by_the_rungs_of_its_profile(tmp_path: Path) -> None:
     path = calibrated(tmp_path, **{"fit-contexts": "0"})
-    daemon = make_daemon({"disk.bytes": "64MiB", "codecs.profiles": str(path.parent)}).start()
+    daemon = Daemon(tmp_path / "d", disk=True, flags=["--codecs-profiles", str(path.parent)])
+    daemon.start()
+    try:
+        comes_back(daemon)
+    finally:
+        daemon.kill()
+
+
+def comes_back(daemon: Daemon) -> None:
+    """Store a prompt exact and lossy, start the daemon again, and load both."""
     model = AutoModelForCausalLM.from_pretrained(models.tiny_llama(layers=3, heads=4, kv_heads=2, head_dim=16))
     prompt = torch.tensor([ids(200, 9)])
     runs = []
     for fidelity in ("exact", "lossy:tiny"):
-        with KVStoreCache(model, address=daemon.socket, fidelity=fidelity, block_tokens=64) as kv:
+        with KVStoreCache(model, address=daemon.address, fidelity=fidelity, block_tokens=64) as kv:
             kv.generate(prompt, max_new_tokens=1)
             assert kv.last.store.stored == 3
-    until(lambda: daemon.stats()["queue"]["blocks"] == 0, "the queue to be empty")
     daemon.stop()
     daemon.start()
     for fidelity in ("exact", "lossy:tiny"):
-        with KVStoreCache(model, address=daemon.socket, fidelity=fidelity, block_tokens=64) as kv:
+        with KVStoreCache(model, address=daemon.address, fidelity=fidelity, block_tokens=64) as kv:
             past = kv.load(prompt)
             assert past.loaded_tokens == 192
             runs.append(torch.stack([torch.stack([layer.keys, layer.values]) for layer in past.layers]))
     exact, lossy = runs
     assert 0 < float((exact - lossy).norm() / exact.norm()) < 0.1
-    held = daemon.stats()["tiers"]["disk"]["codecs"]["held"]
+    with daemon.client() as client:
+        held = client.stats()["tiers"]["disk"]["codecs"]["held"]
     assert sum(counts["blocks"] for counts in held.values()) == 3
-    with KVStoreCache(model, address=daemon.socket, fidelity="lossy:other", block_tokens=64) as kv:
+    with KVStoreCache(model, address=daemon.address, fidelity="lossy:other", block_tokens=64) as kv:
         kv.generate(prompt, max_new_tokens=1)  # refused, and so only not cached
         assert kv.last.loaded_tokens == kv.last.store.stored == 0
