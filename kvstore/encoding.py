@@ -104,6 +104,11 @@ class Encoding:
         self.exact = exact
         self._profiles = profiles
 
+    @property
+    def wants_codecs(self) -> bool:
+        """Whether anything is encoded here, and codecs are needed."""
+        return self.exact != "raw" or self._profiles is not None
+
     def rungs(self, form: Form) -> tuple[list[tuple[Rung, Chain]], Context]:
         """Rungs of a lossy namespace, from the largest to the smallest, and what their chains need.
 
@@ -120,11 +125,13 @@ class Encoding:
         """What a new block is encoded by; None if it stays raw. What is durable loses nothing."""
         if nbytes != form.whole:
             return None
-        from kvstore.codecs import parse
-
         if form.lossy and not durable:
             return self.rungs(form)[0][0][1]
-        return None if self.exact == "raw" else parse(self.exact)
+        if self.exact == "raw":
+            return None
+        from kvstore.codecs import parse  # brings torch, which takes seconds: only where it was loaded at the start
+
+        return parse(self.exact)
 
     def encode(self, form: Form, header: BlockHeader, payload: Sequence[memoryview], chain: Chain) -> Encoded | None:
         """A raw payload, encoded; None if it does not become smaller. Raises `CodecError`."""

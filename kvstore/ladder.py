@@ -94,7 +94,7 @@ class Ladder(WrappedTier):
     async def start(self) -> None:
         """Recover what is there; load the codecs now if they will be needed, not while somebody waits."""
         await self.inner.start()
-        if self._encoding.exact != "raw":
+        if self._encoding.wants_codecs:
             await asyncio.to_thread(importlib.import_module, "kvstore.codecs")
 
     def _form(self, scope: Scope) -> Form | None:
