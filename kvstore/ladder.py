@@ -50,6 +50,10 @@ STEP_S = 2.0
 LOOK = 1024
 """Blocks, in the order of eviction, among which the next to step down are looked for."""
 
+SPARE = 64
+MOST_FORMS = 8192
+"""Namespaces whose layout is remembered before it is looked which of them the daemon still knows."""
+
 
 class Ladder(WrappedTier):
     """Encode on the way in, decode on the way out, step down under pressure.
@@ -81,6 +85,7 @@ class Ladder(WrappedTier):
         self._encoding = Encoding(exact, profiles)
         self._fields = fields
         self._forms: dict[Scope, Form | None] = {}
+        self._most_forms = MOST_FORMS
         self._threads = ThreadPoolExecutor(threads, "codec", initializer=_one_core)
         self._lock = asyncio.Lock()
         self._standing = Standing()
@@ -102,6 +107,9 @@ class Ladder(WrappedTier):
             fields = self._fields(scope)
             if fields is None:
                 return None
+            if len(self._forms) >= self._most_forms:  # of namespaces that the daemon forgot
+                self._forms = {known: form for known, form in self._forms.items() if self._fields(known) is not None}
+                self._most_forms = max(MOST_FORMS, 2 * len(self._forms))
             self._forms[scope] = form_of(fields)
             self._take_stock(scope)
         return self._forms[scope]
@@ -144,9 +152,16 @@ class Ladder(WrappedTier):
         """Keep a block from eviction, and where it stands, until a monotonic time."""
         pinned = self.inner.pin(block, until)
         self._pins.pop(block, None)
-        if pinned and until:
+        if pinned and until and self._standing.may_step(block):  # no other block is ever changed
+            if len(self._pins) > 2 * self._standing.can_step + SPARE:
+                self._forget_pins()
             self._pins[block] = until
         return pinned
+
+    def _forget_pins(self) -> None:
+        """Drop pins that are over, or of blocks that left."""
+        now, standing = time.monotonic(), self._standing
+        self._pins = {b: until for b, until in self._pins.items() if until > now and standing.may_step(b)}
 
     def describe_state(self) -> dict[str, Any]:
         """State of the tier, and `codecs`: what is held by each chain, what passed through it, what stepped down."""
@@ -252,7 +267,7 @@ class Ladder(WrappedTier):
         if order is None or not self._standing.can_step or not self._is_tight(nbytes):
             return
         async with self._lock:
-            self._pins = {block: until for block, until in self._pins.items() if until > time.monotonic()}
+            self._forget_pins()
             until = time.monotonic() + STEP_S
             for _ in range(STEPS_A_PUT):
                 if not self._next:  # looking is far dearer than stepping

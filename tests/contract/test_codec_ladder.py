@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 
 import numpy as np
@@ -233,6 +234,28 @@ async def test_a_pinned_block_stays_where_it_is(tmp_path: Path) -> None:
         await store(tier, number, LOSSY)
     assert tier.inner.size(block_id(0, LOSSY)) == before
     assert tier.stepped > 0
+    await tier.close()
+
+
+async def test_what_is_remembered_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pins of blocks that never step, or left, and layouts of namespaces that nobody knows any more."""
+    monkeypatch.setattr("kvstore.ladder.MOST_FORMS", 8)
+    known = dict(NAMES)
+    tier = Ladder(DiskTier(tmp_path / "disk", 64 << 20), known.get, profiles=profiles(tmp_path))
+    await tier.start()
+    for number in range(200):
+        assert isinstance(await store(tier, number, LOSSY if number % 2 else EXACT), Stored)
+        assert tier.pin(block_id(number, LOSSY if number % 2 else EXACT), time.monotonic() + 60)
+        if number % 2:
+            await tier.drop(block_id(number, LOSSY))
+    assert len(tier._pins) <= 65
+    for number in range(100):
+        scope = Scope("u0", number.to_bytes(32, "big"))
+        known[scope] = EXACT
+        assert tier.size(BlockId(scope, bytes(32))) is None
+        assert tier._form(scope) is not None
+        del known[scope]
+    assert len(tier._forms) <= 9
     await tier.close()
 
 
