@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,6 +33,7 @@ from kvstore.types import (
     StoreOutcome,
     TierCode,
 )
+from kvstore.writebehind import LINGER_S, WriteBehind
 
 SCOPE = Scope("uid-1", b"n" * 32)
 NBYTES = 40_000
@@ -454,6 +456,39 @@ async def test_durable_blocks_go_first(houses: Houses) -> None:
     gate.open.set()
     await house.settle()
     assert order == [block_id(n) for n in (0, 9, 1, 2)]
+
+
+async def test_writes_leave_the_medium_to_loads(houses: Houses, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While blocks come up one is written at a time; for a moment afterwards two; then as many as may be."""
+    house, under_way, most = houses(), 0, 0
+    loading, now = [True], [100.0]
+    monkeypatch.setattr("kvstore.writebehind.time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    async def hold() -> None:
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        for _ in range(8):
+            await asyncio.sleep(0)
+        under_way -= 1
+
+    queue = WriteBehind(house.chain.host, FakeTier(lambda verb, block: hold()), 6, lambda: loading[0])
+    seen = []
+    for first in (0, 8, 16):
+        most = 0
+        for number in range(first, first + 8):
+            house.admit(number)
+            block = house.chain.host.get(block_id(number))
+            assert block is not None
+            queue.submit(block)
+        while queue.blocks:
+            await asyncio.sleep(0)
+        seen.append(most)
+        if loading[0]:
+            loading[0] = False
+        else:
+            now[0] += 2 * LINGER_S
+    assert seen == [1, 2, 6]
 
 
 # -- durable outcomes --------------------------------------------------------------------------------------------------
