@@ -24,7 +24,7 @@ PIP_QUIET := -qq --disable-pip-version-check --no-input
 # A real engine on the CPU: no network, no telemetry, and threads that wait without spinning.
 ENGINE_ENV := HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0
 
-.PHONY: help serve test lint unit engines sglang demo demo-rag bench docs site clean
+.PHONY: help serve test lint unit engines sglang demo demo-rag bench test-gpu bench-gpu sanitize-gpu docs site clean
 
 help:
 	@sed -n '1,5s/^# //p' Makefile
@@ -68,6 +68,15 @@ GPU_RESULTS ?= bench/results/h200
 test-gpu:
 	$(GPU_RUN) -m pytest -c /dev/null --rootdir=. -p no:cacheprovider --confcutdir=tests/gpu tests/gpu -k "not cpu" $(ARGS)
 	$(GPU_RUN) -m pytest -c /dev/null --rootdir=. -p no:cacheprovider --confcutdir=tests/gpu tests/engines/test_vllm_device.py $(ARGS)
+
+# Out-of-bounds accesses and races in the kernels; without PyTorch's pool, so that every tensor has its own bounds.
+SANITIZE_TOOLS ?= memcheck racecheck
+sanitize-gpu:
+	for tool in $(SANITIZE_TOOLS); do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 KVSTORE_GPU_TESTS=watched PYTHONPATH=.:gpu:connectors:$$PYTHONPATH \
+	  compute-sanitizer --tool $$tool --error-exitcode 9 $(GPU_PYTHON) -m pytest -c /dev/null --rootdir=. \
+	    -p no:cacheprovider --confcutdir=tests/gpu tests/gpu -k "cuda" $(ARGS) || exit 1; \
+	done
 
 bench-gpu:
 	$(GPU_RUN) bench/gpu_kernels.py --out $(GPU_RESULTS)/kernels.json
