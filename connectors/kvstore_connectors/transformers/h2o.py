@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvstore.codecs import importance
 from kvstore.codecs.h2o import H2O
-from kvstore.errors import ConfigError, InvalidParams
+from kvstore.errors import InvalidParams
+from kvstore_connectors.transformers.attention import Detour
 from kvstore_connectors.transformers.support import base_model, check_model
 
 
@@ -110,8 +109,7 @@ class HeavyHitterCache(Cache):
         check_model(self._model)
         layers = int(self._model.config.num_hidden_layers)
         super().__init__(layers=[HeavyHitterLayer(rule, by_visibility) for _ in range(layers)])
-        self._name = f"kvstore_h2o_{id(self):x}"
-        self._own = ""
+        self._detour = Detour(self._model, self._attention, "sdpa")
 
     @property
     def kept(self) -> int:
@@ -119,23 +117,13 @@ class HeavyHitterCache(Cache):
         return max(layer.keys.shape[2] if layer.is_initialized else 0 for layer in self.layers)
 
     def __enter__(self) -> HeavyHitterCache:
-        if self._own:
-            raise ConfigError("H2O decoding: this cache is in use already.", "")
-        self._own = self._model.config._attn_implementation
-        inner = ALL_ATTENTION_FUNCTIONS["sdpa"]
-
-        def attention(module: Any, query: torch.Tensor, *rest: Any, **options: Any) -> Any:
-            out = inner(module, query, *rest, **options)
-            self.layers[module.layer_idx].attended(query[0].transpose(0, 1))
-            return out
-
-        ALL_ATTENTION_FUNCTIONS.register(self._name, attention)
-        ALL_MASK_ATTENTION_FUNCTIONS.register(self._name, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-        self._model.set_attn_implementation(self._name)
+        self._detour.__enter__()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._model.set_attn_implementation(self._own)
-        self._own = ""
-        for registry in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
-            registry._global_mapping.pop(self._name, None)
+        self._detour.__exit__(*exc)
+
+    def _attention(self, inner: Any, module: Any, query: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        out = inner(module, query, *rest, **options)
+        self.layers[module.layer_idx].attended(query[0].transpose(0, 1))
+        return out

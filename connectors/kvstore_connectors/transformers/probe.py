@@ -6,20 +6,17 @@ values are read where the model writes them into its cache, queries where it han
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import DynamicCache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvstore.errors import ConfigError
 from kvstore.rope import Rotary, rotary
+from kvstore_connectors.transformers.attention import Detour
 from kvstore_connectors.transformers.support import base_model, check_model
-
-_NAME = "kvstore_probe"
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +128,12 @@ class Probe:
     def queries(self, tokens: Sequence[int], block: torch.Tensor | None = None) -> list[torch.Tensor]:
         """Queries of each layer ``[token, head, dim]``, after RoPE, of a text, behind the KV of a context if given."""
         found: list[torch.Tensor] = []
-        with _attention(self.model, found):
+
+        def seen(inner: Any, module: Any, query: torch.Tensor, *rest: Any, **options: Any) -> Any:
+            found.append(query[0].transpose(0, 1))
+            return inner(module, query, *rest, **options)
+
+        with Detour(self.model, seen, "sdpa"):
             if block is None:
                 self.prefill(tokens)
             else:
@@ -142,29 +144,3 @@ class Probe:
                 "Importance of tokens cannot be measured on it.",
             )
         return found
-
-
-@contextmanager
-def _attention(model: Any, found: list[torch.Tensor]) -> Iterator[None]:
-    """Have the model hand its queries to us on their way to its own attention function."""
-    own = model.config._attn_implementation
-    inner = ALL_ATTENTION_FUNCTIONS["sdpa"]
-
-    def seen(module: Any, query: torch.Tensor, *rest: Any, **options: Any) -> Any:
-        found.append(query[0].transpose(0, 1))
-        return inner(module, query, *rest, **options)
-
-    ALL_ATTENTION_FUNCTIONS.register(_NAME, seen)
-    masks = _mask_functions()
-    masks.register(_NAME, masks["sdpa"])
-    model.set_attn_implementation(_NAME)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(own)
-
-
-def _mask_functions() -> Any:
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-
-    return ALL_MASK_ATTENTION_FUNCTIONS
