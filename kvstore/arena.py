@@ -16,8 +16,10 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 from kvstore.errors import ConfigError, InternalError
 from kvstore.memory import populate
@@ -30,7 +32,20 @@ _MFD_HUGETLB = 0x0004
 _F_SEAL_SEAL, _F_SEAL_SHRINK, _F_SEAL_GROW = 0x1, 0x2, 0x4
 
 
-class Slab:
+class Region:
+    """Memory of one trust domain, cut into pages. Its id is never reused in one life of the daemon."""
+
+    def __init__(self, region_id: int, domain: str, nbytes: int) -> None:
+        self.id = region_id
+        self.domain = domain
+        self.nbytes = nbytes
+        self.pages = nbytes // PAGE_BYTES
+
+    def close(self) -> None:
+        """Let go of the memory."""
+
+
+class Slab(Region):
     """One sealed memory file of one trust domain.
 
     Attributes
@@ -46,10 +61,7 @@ class Slab:
     """
 
     def __init__(self, slab_id: int, domain: str, nbytes: int, huge: bool) -> None:
-        self.id = slab_id
-        self.domain = domain
-        self.nbytes = nbytes
-        self.pages = nbytes // PAGE_BYTES
+        super().__init__(slab_id, domain, nbytes)
         self.huge = huge
         flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | (_MFD_HUGETLB if huge else 0)
         self.fd = os.memfd_create(f"kvstore-slab-{slab_id}", flags)
@@ -84,11 +96,14 @@ class Slab:
         self.fd = -1
 
 
+R = TypeVar("R", bound=Region)
+
+
 @dataclass(slots=True)
 class _Domain:
     """Slabs and free runs of one trust domain. Runs are (slab id, first page) -> length in pages."""
 
-    slabs: dict[int, Slab] = field(default_factory=dict)
+    slabs: dict[int, Region] = field(default_factory=dict)
     runs: dict[tuple[int, int], int] = field(default_factory=dict)
     ends: dict[tuple[int, int], int] = field(default_factory=dict)
     bins: list[dict[tuple[int, int], None]] = field(default_factory=lambda: [{} for _ in range(40)])
@@ -124,8 +139,8 @@ class _Domain:
         raise InternalError("arena: no free run although pages are counted as free.")
 
 
-class Arena:
-    """All slabs of the host tier.
+class Pool(ABC, Generic[R]):
+    """Slabs cut into pages and lent as extents; where the slabs come from, a subclass says.
 
     Parameters
     ----------
@@ -146,11 +161,10 @@ class Arena:
         self.page_bytes = PAGE_BYTES
         self._ahead = min(ahead_bytes, self.capacity)
         self._domains: dict[str, _Domain] = {}
-        self._slabs: dict[int, Slab] = {}
+        self._slabs: dict[int, R] = {}
         self._holders: dict[int, set[int]] = {}
-        self._dropping: dict[int, Slab] = {}
+        self._dropping: dict[int, R] = {}
         self._next_id = 1
-        self.huge = self._huge_pages_free() >= slab_bytes
         self._closed = False
         self.on_low: Callable[[str], None] = lambda domain: None
 
@@ -176,20 +190,17 @@ class Arena:
         free = sum(d.free for d in self._domains.values()) * PAGE_BYTES
         return len(self._slabs) * self.slab_bytes - free
 
-    def slab(self, slab_id: int) -> Slab | None:
+    def slab(self, slab_id: int) -> R | None:
         """The slab of that id if it exists and is not being dropped."""
         return self._slabs.get(slab_id)
 
-    def views(self, extents: Iterable[Extent]) -> list[memoryview]:
-        """The bytes of some extents, mapped into this process."""
-        return [self._slabs[e.slab].view[e.offset : e.offset + e.nbytes] for e in extents]
-
     # -- lending -------------------------------------------------------------------------------------------------------
 
-    def allocate(self, domain: str, nbytes: int) -> tuple[Extent, ...] | None:
+    def allocate(self, domain: str, nbytes: int, *, split: bool = True) -> tuple[Extent, ...] | None:
         """Extents of together exactly `nbytes`, each starting on a page, or None if there is no room.
 
-        All extents but the last are whole pages. Nothing is evicted here; the caller evicts and asks again.
+        All extents but the last are whole pages; there is one only if it may not `split`. Nothing is evicted here; the
+        caller evicts and asks again.
         """
         pages = -(-nbytes // PAGE_BYTES)
         if pages == 0:
@@ -205,7 +216,7 @@ class Arena:
             run = state.find(pages)
         if run is not None:
             return (self._carve(state, run, pages, nbytes),)
-        if state.free < pages:
+        if not split or state.free < pages:
             return None
         extents: list[Extent] = []
         while pages:
@@ -252,22 +263,20 @@ class Arena:
         self._add(self._make_slab(domain))
         return True
 
-    def _add(self, slab: Slab) -> None:
+    def _add(self, slab: R) -> None:
         state = self._domains.setdefault(slab.domain, _Domain())
         self._slabs[slab.id] = state.slabs[slab.id] = slab
         self._holders[slab.id] = set()
         state.free += slab.pages
         state.add_run(slab.id, 0, slab.pages)
 
-    def _make_slab(self, domain: str) -> Slab:
-        slab_id = self._next_id
+    @abstractmethod
+    def _make_slab(self, domain: str) -> R:
+        """A slab that was not there before."""
+
+    def _new_id(self) -> int:
         self._next_id += 1
-        if self.huge:
-            try:
-                return Slab(slab_id, domain, self.slab_bytes, huge=True)
-            except OSError:  # others took the reserved huge pages meanwhile
-                self.huge = False
-        return Slab(slab_id, domain, self.slab_bytes, huge=False)
+        return self._next_id - 1
 
     def wants_ahead(self, domain: str) -> bool:
         """Whether another slab should be made ready for this domain."""
@@ -275,7 +284,7 @@ class Arena:
         free = state.free * PAGE_BYTES if state else 0
         return not self._closed and free < self._ahead and self.total + self.slab_bytes <= self.capacity
 
-    def make_ahead(self, domain: str) -> Slab:
+    def make_ahead(self, domain: str) -> R:
         """A new slab, usable at once, that the caller should populate in a thread before somebody needs it."""
         slab = self._make_slab(domain)
         self._add(slab)
@@ -294,7 +303,7 @@ class Arena:
                 self._drop_slab(state, slab)
                 return
 
-    def _drop_slab(self, state: _Domain, slab: Slab) -> None:
+    def _drop_slab(self, state: _Domain, slab: R) -> None:
         state.take_run(slab.id, 0)
         state.free -= slab.pages
         del state.slabs[slab.id], self._slabs[slab.id]
@@ -314,15 +323,6 @@ class Arena:
             holders.discard(session)
             if not holders and slab_id in self._dropping:
                 del self._dropping[slab_id], self._holders[slab_id]
-
-    @staticmethod
-    def _huge_pages_free() -> int:
-        try:
-            with open("/proc/meminfo") as info:
-                fields = {line.split(":")[0]: int(line.split()[1]) for line in info}
-        except OSError:
-            return 0
-        return fields.get("HugePages_Free", 0) * fields.get("Hugepagesize", 0) * 1024
 
     # -- invariants ----------------------------------------------------------------------------------------------------
 
@@ -363,3 +363,34 @@ class Arena:
             slab.close()
         self._slabs.clear()
         self._domains.clear()
+
+
+class Arena(Pool[Slab]):
+    """All slabs of the host tier, `huge` if the machine has set huge pages aside. Parameters are those of `Pool`."""
+
+    def __init__(self, capacity: int, slab_bytes: int = 64 << 20, ahead_bytes: int = 256 << 20) -> None:
+        super().__init__(capacity, slab_bytes, ahead_bytes)
+        self.huge = _huge_pages_free() >= self.slab_bytes
+
+    def views(self, extents: Iterable[Extent]) -> list[memoryview]:
+        """The bytes of some extents, mapped into this process."""
+        return [self._slabs[e.slab].view[e.offset : e.offset + e.nbytes] for e in extents]
+
+    def _make_slab(self, domain: str) -> Slab:
+        slab_id = self._new_id()
+        if self.huge:
+            try:
+                return Slab(slab_id, domain, self.slab_bytes, huge=True)
+            except OSError:  # others took the reserved huge pages meanwhile
+                self.huge = False
+        return Slab(slab_id, domain, self.slab_bytes, huge=False)
+
+
+def _huge_pages_free() -> int:
+    """Bytes of huge pages that nobody has taken."""
+    try:
+        with open("/proc/meminfo") as info:
+            fields = {line.split(":")[0]: int(line.split()[1]) for line in info}
+    except OSError:
+        return 0
+    return fields.get("HugePages_Free", 0) * fields.get("Hugepagesize", 0) * 1024
