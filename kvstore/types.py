@@ -171,12 +171,17 @@ class BlockHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class TierCode(IntEnum):
-    """Where a block is, as one byte in a `lookup` reply. Smaller is nearer."""
+    """Where a block is, as one byte in a `lookup` reply. Smaller is nearer.
+
+    But for GPU: what is in the memory of a GPU is in host memory, too, and a lookup says HOST of it. It is the word for
+    a leased block that can be read there.
+    """
 
     ABSENT = 0
     HOST = 1
     DISK = 2
     REDIS = 3
+    GPU = 4
 
 
 class MissReason(StrEnum):
