@@ -162,12 +162,16 @@ class BlockHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         Position of the first token in the prompt the KV was computed in.
     chunk : ChunkInfo or None
         Only on the last block of a chunk.
+    importance : bytes
+        How much of the attention each token got, as a multiple of an even share, float16 little-endian; empty if not
+        measured (`kvstore.codecs.importance.unpack`).
     """
 
     parent: bytes = b""
     tokens: bytes = b""
     position: int = 0
     chunk: ChunkInfo | None = None
+    importance: Annotated[bytes, msgspec.Meta(max_length=2 * MAX_CHUNK_TOKENS)] = b""
 
 
 class TierCode(IntEnum):

@@ -10,6 +10,7 @@ Sources, all ``[kv_head, token]``, float32:
 - `attention_mean`: the same over the number of queries that could see the key.
 - `window`: SnapKV (2404.14469), the last queries only.
 - `expected_attention`: from the mean and covariance of queries, for queries to come (2510.00636).
+- `even_shares`: attention as a multiple of what an even spread would give: what is stored with blocks (`pack`).
 - `reconstruction`: the largest weight over the queries of a repeated context, after KVzip (2505.23416); the only one
   here that does not depend on what the prompt happened to ask.
 """
@@ -19,12 +20,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
+from kvstore.errors import CannotEncode
 from kvstore.rope import Rotary
 
 QUERIES = 256
 """Queries of a window: what bounds the memory."""
+_LARGEST = 65504.0
 
 
 def log_sum_exp(queries: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -93,6 +97,16 @@ def attention_mean(
     return attention_sum(queries, keys, lse, positions) / sees.clamp(min=1)
 
 
+def even_shares(queries: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Sum over the queries of how many times an even share of its attention each gave a key, ``[kv_head, token]``.
+
+    A query at position p spreads its attention over p + 1 keys; a weight times p + 1 is 1 where it prefers none. So
+    queries far on in a long context count as much as early ones, and blocks of different contexts compare.
+    """
+    lse = log_sum_exp(queries, keys, positions)
+    return attention_sum(queries, keys, lse - torch.log1p(positions.to(lse)), positions)
+
+
 def window(
     queries: torch.Tensor, keys: torch.Tensor, lse: torch.Tensor, positions: torch.Tensor, last: int = 32
 ) -> torch.Tensor:
@@ -151,3 +165,26 @@ def _mean_turn(rotary: Rotary, start: int, ahead: int, dim: int) -> torch.Tensor
     table = rotary.table(torch.arange(start, start + ahead))
     unit = torch.eye(dim)[None].expand(ahead, dim, dim)
     return rotary.turn(unit, table).mean(0).T
+
+
+def pack(weights: torch.Tensor) -> bytes:
+    """Weights of a block's tokens, at least 0, as its header carries them: float16, little-endian."""
+    return weights.detach().cpu().float().clamp(0, _LARGEST).numpy().astype("<f2").tobytes()
+
+
+def unpack(data: bytes, tokens: int) -> torch.Tensor | None:
+    """Weights out of a block's header, float32 ``[token]``; None if they were not measured.
+
+    Raises
+    ------
+    CannotEncode
+        They are not one finite number, at least 0, for each token.
+    """
+    if not data:
+        return None
+    if len(data) != 2 * tokens:
+        raise CannotEncode(f"the header has {len(data)} bytes of importance for {tokens} tokens.")
+    found = np.frombuffer(data, "<f2").astype(np.float32)
+    if not (np.isfinite(found).all() and (found >= 0).all()):
+        raise CannotEncode("the importance in the header is not finite, or negative.")
+    return torch.from_numpy(found)

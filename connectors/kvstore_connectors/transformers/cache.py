@@ -20,6 +20,7 @@ from kvstore_connectors.base import Breaker, Link, Tally, check_fidelity, log, s
 from kvstore_connectors.transformers.history import autocast
 from kvstore_connectors.transformers.hooks import watch
 from kvstore_connectors.transformers.identity import model_layout, model_namespace, stamp
+from kvstore_connectors.transformers.importance import Shares, Watch
 from kvstore_connectors.transformers.prefix import PrefixCache, StoreReport
 from kvstore_connectors.transformers.support import (
     Rows,
@@ -76,6 +77,10 @@ class KVStoreCache:
     fidelity : str
         ``exact``, or ``lossy:PROFILE``: the daemon's lower tiers may keep blocks by the rungs of a profile that
         `kvstore calibrate` wrote for this model. Without such a profile the daemon refuses, and nothing is cached.
+    importance : bool
+        Measure how much attention each token gets and store it with the blocks, for `mikv` and for eviction by cost.
+        While the connector is open the model's attention goes through it (see `kvstore_connectors.transformers
+        .importance` for what that takes).
     timeout_s : float
         Longest time that a daemon which does not answer can cost, once.
     load_deadline_s : float
@@ -107,6 +112,7 @@ class KVStoreCache:
         tenant: str = "",
         weights: str = "full",
         fidelity: str = "exact",
+        importance: bool = False,
         timeout_s: float = 0.25,
         load_deadline_s: float = 3.0,
     ) -> None:
@@ -136,8 +142,9 @@ class KVStoreCache:
         self._named = threading.Lock()
         self._refused: set[str] = set()
         self.refresh()
+        self.watch = Watch(self._base) if importance else None
         handles = watch(self._decoder, weakref.ref(self))
-        self._end = weakref.finalize(self, _end, handles, self._breaker, self._link)
+        self._end = weakref.finalize(self, _end, handles, self._breaker, self._link, self.watch)
         self._breaker.start(max(0.0, begun + FIRST_CONTACT_S - time.monotonic()))
 
     # -- use -----------------------------------------------------------------------------------------------------------
@@ -199,7 +206,8 @@ class KVStoreCache:
         rows = token_rows(input_ids)
         check_padding(rows, attention_mask, getattr(self._base, "generation_config", None))
         namespace = self.namespace_now(salt)
-        past = PrefixCache(self, self._base.config, namespace, self._stamp, rows)
+        shares = None if self.watch is None else Shares()
+        past = PrefixCache(self, self._base.config, namespace, self._stamp, rows, shares)
         self._fill(past, rows)
         if copies > 1:
             past.batch_repeat_interleave(copies)
@@ -218,7 +226,7 @@ class KVStoreCache:
             refused = "the model's weights or adapters were changed since the cache was made"
         if refused or past.namespace is None:
             return self._refuse(refused or "the model has no identity")
-        report = self._transfers.store(past.namespace, self._offers(past.namespace, rows), kv)
+        report = self._transfers.store(past.namespace, self._offers(past.namespace, rows, past.shares), kv)
         for name, amount in report._asdict().items():
             if amount:
                 self._tally.add(f"{name}_blocks", amount)
@@ -318,13 +326,15 @@ class KVStoreCache:
         chain.extend(tokens)
         return chain
 
-    def _offers(self, namespace: Namespace, rows: Rows) -> list[Offer]:
+    def _offers(self, namespace: Namespace, rows: Rows, shares: Shares | None) -> list[Offer]:
         size = self._layout.block_tokens
         offers = {}
         for row, tokens in enumerate(rows):
             for block, (key, parent) in enumerate(self._chain(namespace, tokens).blocks()):
-                begin = block * size
-                header = BlockHeader(parent=parent, tokens=tokens[begin : begin + size].tobytes(), position=begin)
+                begin, end = block * size, (block + 1) * size
+                weights = b"" if shares is None else shares.of(row, begin, end)
+                ids = tokens[begin:end].tobytes()
+                header = BlockHeader(parent=parent, tokens=ids, position=begin, importance=weights)
                 offers.setdefault(key, Offer(key, header, row, block))
         return list(offers.values())
 
@@ -351,8 +361,10 @@ def _option(name: str, config: Any, kwargs: dict[str, Any]) -> Any:
     return kwargs[name] if name in kwargs else getattr(config, name, None)
 
 
-def _end(handles: list[Any], breaker: Breaker, link: Link) -> None:
+def _end(handles: list[Any], breaker: Breaker, link: Link, watched: Watch | None) -> None:
     for handle in handles:
         handle.remove()
+    if watched is not None:
+        watched.end()
     breaker.close()
     link.close()

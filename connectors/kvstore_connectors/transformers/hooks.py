@@ -33,6 +33,8 @@ def watch(decoder: Any, keeper: Callable[[], Any]) -> list[Any]:
     def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = inputs_of(args, kwargs)
         past = mine(module, inputs)
+        if (owner := keeper()) is not None and owner.watch is not None and module is owner.decoder:
+            owner.watch.look(past)
         if past is not None:
             _report_all_but_misuse(lambda: past.before_forward(inputs, module.training))
 

@@ -14,6 +14,7 @@ from transformers import DynamicCache
 from kvstore.errors import InvalidParams
 from kvstore.types import Namespace
 from kvstore_connectors.transformers.history import History, Witness, hides_tokens
+from kvstore_connectors.transformers.importance import Shares
 from kvstore_connectors.transformers.layout import LayerKV
 from kvstore_connectors.transformers.support import Rows
 
@@ -53,16 +54,25 @@ class PrefixCache(DynamicCache):
         The model's state when it was made; only for that state the namespace is right.
     prompt_tokens, loaded_tokens : int
         Tokens of the prompt, and how many of them came out of the store.
+    shares : Shares or None
+        Attention that its tokens got, if the keeper measures that.
     """
 
     def __init__(
-        self, keeper: KVStoreCache, config: Any, namespace: Namespace | None, mark: object, prompt: Rows
+        self,
+        keeper: KVStoreCache,
+        config: Any,
+        namespace: Namespace | None,
+        mark: object,
+        prompt: Rows,
+        shares: Shares | None = None,
     ) -> None:
         super().__init__(config=config)
         self.namespace = namespace
         self.mark = mark
         self.prompt_tokens = prompt.shape[1]
         self.loaded_tokens = 0
+        self.shares = shares
         self._keeper = keeper
         self._config = config
         self._prompt = prompt
@@ -85,6 +95,7 @@ class PrefixCache(DynamicCache):
     def __deepcopy__(self, memo: dict[int, Any]) -> PrefixCache:
         """A copy that goes on independently; both may be stored."""
         twin = PrefixCache(self._keeper, self._config, self.namespace, self.mark, self._prompt)
+        twin.shares = None if self.shares is None else self.shares.copy()
         twin.layers = copy.deepcopy(self.layers, memo)
         twin.loaded_tokens, twin._unused, twin._tainted = self.loaded_tokens, self._unused, self._tainted
         self._check_untouched()
@@ -193,6 +204,8 @@ class PrefixCache(DynamicCache):
         with self._change():
             super().crop(tokens_to_remove)
             self._history.crop(self.get_seq_length())
+            if self.shares is not None:
+                self.shares.crop(self.get_seq_length())
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Put the prompts of the batch into another order."""
@@ -215,12 +228,15 @@ class PrefixCache(DynamicCache):
     def _select(self, indices: Any) -> None:
         chosen = np.asarray(indices.cpu() if isinstance(indices, torch.Tensor) else indices)
         self._history.select(chosen)
+        if self.shares is not None:
+            self.shares.select(chosen)
         self._prompt = self._prompt[chosen]
 
     def reset(self) -> None:
         """Begin anew, with an empty cache."""
         super().reset()
         self.loaded_tokens = 0
+        self.shares = None if self.shares is None else Shares()
         self._history = History(self._prompt[:, :0])
         self._witness = Witness(self.layers)
 
