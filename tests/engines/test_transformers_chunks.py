@@ -152,6 +152,24 @@ def test_a_share_is_computed_again_and_brings_the_answer_nearer(kv: KVStoreCache
     assert away[0] > away[1] > away[2] > 0
 
 
+def test_as_much_is_computed_again_as_loading_takes_time_for(kv: KVStoreCache) -> None:
+    chunks = Chunks(kv)
+    chunks.store(DOCS)
+    ids, _ = prompt_of(*DOCS[::-1])
+    chunks.load(ids, share=0.2)
+    least = chunks.last.computed_tokens
+    for _ in range(20):
+        chunks._controller.loaded(1 << 10, 1e3)
+    chunks.load(ids, share=0.2, amount="loading")
+    assert chunks.last.computed_tokens == ids.shape[1] > least
+    for _ in range(200):
+        chunks._controller.loaded(1 << 10, 1e-9)
+    chunks.load(ids, share=0.2, amount="loading")
+    assert chunks.last.computed_tokens == least
+    with pytest.raises(InvalidParams, match="amount"):
+        chunks.load(ids, amount="all")  # type: ignore[arg-type]
+
+
 def test_captured_chunks_bring_what_external_needs(kv: KVStoreCache) -> None:
     ids, spans = prompt_of(*DOCS)
     some = Chunks(kv)

@@ -78,11 +78,17 @@ def test_a_request_overrides_what_it_names() -> None:
 @pytest.mark.parametrize(
     "said",
     [[], 1, {"blnd": True}, {"blend": 1}, {"share": 1.5}, {"spans": [[1]]}, {"spans": [[-1, 2]]}, {"labels": [""]},
-     {"separator": [1 << 31]}, {"spans": [[0, 1]] * 5000}],
+     {"amount": "all"}, {"separator": [1 << 31]}, {"spans": [[0, 1]] * 5000}],
 )  # fmt: skip
 def test_a_request_that_is_not_understood(said: Any) -> None:
     with pytest.raises(InvalidParams):
         read_wish({"kvstore": said}, Wish())
+
+
+def test_the_servers_amount() -> None:
+    assert default_wish(0.2, "auto", "", "loading", blend=True, capture=False).amount == "loading"
+    with pytest.raises(ConfigError, match="blend_amount"):
+        default_wish(0.2, "auto", "", "all", blend=True, capture=False)
 
 
 def test_the_servers_separator() -> None:

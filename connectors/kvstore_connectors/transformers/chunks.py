@@ -17,6 +17,7 @@ from kvstore.client import chunk_parts, report_blend
 from kvstore.errors import ConfigError, InvalidParams, StorageError, Unavailable
 from kvstore.keys import content_key
 from kvstore_connectors.base import report_defect
+from kvstore_connectors.blend.amount import AMOUNTS, Amount, Controller, chunk_bytes
 from kvstore_connectors.blend.influence import Influences
 from kvstore_connectors.blend.prompt import LayerKV, Prompt, Span
 from kvstore_connectors.blend.recompute import empty_cache, prefill
@@ -100,6 +101,7 @@ class Chunks:
         self._system: list[int] = token_rows(system)[0].tolist() if len(system) else []
         self._labels = list(labels)
         self._salt = salt
+        self._controller = Controller()
         self.last = Blend()
 
     # -- storing -------------------------------------------------------------------------------------------------------
@@ -203,14 +205,15 @@ class Chunks:
         find: bool = True,
         share: float = 0.15,
         selector: str = "auto",
+        amount: Amount = "share",
         **kwargs: Any,
     ) -> Any:
         """`model.generate` behind a blended prompt; without chunks, or without the daemon, behind an exact one.
 
         Takes what `model.generate` and `load` take, for one prompt.
         """
-        wish = partial(self.load, spans=spans, separator=separator, find=find, share=share, selector=selector)
-        return self._kv.serve(inputs, kwargs, wish)
+        wish = partial(self.load, spans=spans, separator=separator, find=find)
+        return self._kv.serve(inputs, kwargs, partial(wish, share=share, selector=selector, amount=amount))
 
     def load(
         self,
@@ -222,6 +225,7 @@ class Chunks:
         find: bool = True,
         share: float = 0.15,
         selector: str = "auto",
+        amount: Amount = "share",
         copies: int = 1,
     ) -> PrefixCache:
         """A cache for `generate(past_key_values=...)` with the KV of all tokens but the last, put together from chunks.
@@ -243,6 +247,8 @@ class Chunks:
             Share of the reused tokens to compute again.
         selector : str
             How these are chosen; ``auto`` is the planner's choice.
+        amount : {"share", "loading"}
+            That share, or as many as take as long as loading the chunks does, but no less than that share.
 
         Raises
         ------
@@ -255,6 +261,8 @@ class Chunks:
         _check_spans(spans, len(row))
         if not 0 <= share <= 1:
             raise InvalidParams(f"share: {share} is not between 0 and 1.", "")
+        if amount not in AMOUNTS:
+            raise InvalidParams(f"amount: {amount!r} is none of {', '.join(AMOUNTS)}.", "")
         selector_for(selector, Prompt(torch.zeros(1, dtype=torch.int64), ()))  # an unknown name is told at once
         past = self._kv.load(input_ids, attention_mask, salt=self._salt)
         exact = past.loaded_tokens
@@ -266,6 +274,8 @@ class Chunks:
                 found = self._kv.link.run("search", partial(ask, namespace=namespace)) or []
                 gathered = self._gather(namespace, row, past, _wanted(found, exact, len(row) - 1))
                 if gathered is not None:
+                    if amount == "loading":
+                        share = self._controller.share(*gathered, share)
                     self._blend(namespace, past, *gathered, share, selector)
             except ConfigError:  # a selector that does not fit these chunks
                 raise
@@ -296,17 +306,22 @@ class Chunks:
                     return None
                 return load_chunks(client, namespace, described, cache, self._opened.rotary, deadline, tally)
 
+            begun = time.monotonic()
             found = link.run("blend", fetch)
+            if found is not None:
+                self._controller.loaded(chunk_bytes(found, cache), time.monotonic() - begun)
         return None if found is None else (Prompt(ids, tuple(found), exact), cache)
 
     @torch.no_grad()
     def _blend(
         self, namespace: Namespace, past: PrefixCache, prompt: Prompt, cache: list[LayerKV], share: float, name: str
     ) -> None:
+        begun = time.monotonic()
         work = Work(self._opened, prompt, cache)
         for _ in work.repair(selector_for(name, prompt), share):
             pass
-        count, computed = len(prompt.ids) - 1, int(work.changed.sum())
+        count, computed = len(prompt.ids) - 1, int(work.changed.sum())  # waits for the device
+        self._controller.repaired(work.token_layers, time.monotonic() - begun)
         past.fill([(held.keys.transpose(0, 1)[None], held.values.transpose(0, 1)[None]) for held in cache], count)
         past.taint(TAINT)
         self.last = Blend(count + 1, prompt.exact, len(prompt.spans), prompt.reused, computed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from kvstore_connectors.blend.amount import Amount
 from kvstore_connectors.vllm.identity import Scope
 
 
@@ -50,6 +51,8 @@ class BlendJob:
         Share of reused tokens to compute again.
     selector : str
         How they are chosen.
+    amount : {"share", "loading"}
+        That share, or what loading takes time for, but no less than that share.
     sound : bool
         False if the promise can not be kept: all is computed.
     """
@@ -65,6 +68,7 @@ class BlendJob:
     spans: list[BlendSpan]
     share: float
     selector: str
+    amount: Amount = "share"
     sound: bool = True
 
 

@@ -18,6 +18,7 @@ from kvstore.errors import ConfigError, InvalidParams
 from kvstore.keys import content_key
 from kvstore.types import Namespace
 from kvstore_connectors.base import Tally, log
+from kvstore_connectors.blend.amount import AMOUNTS
 from kvstore_connectors.vllm.blend_gate import Gate
 from kvstore_connectors.vllm.blend_jobs import BlendJob, BlendSpan, CaptureJob
 from kvstore_connectors.vllm.blend_search import MOST_TOKENS, Chunk, Search, Searches
@@ -201,7 +202,7 @@ class Blends:
         """Give the blocks from `first` on names of their own: of this very prompt, blended in this way."""
         if state.tainted is not None and state.tainted <= first:
             return
-        how = f"{state.wish.share!r}/{state.wish.selector}".encode()
+        how = f"{state.wish.share!r}/{state.wish.amount}/{state.wish.selector}".encode()
         tag = hashlib.sha256(_TAINT + how + state.tokens.tobytes()).digest()
         hashes = request.block_hashes
         parent = bytes(hashes[first - 1]) if first else b""
@@ -250,6 +251,7 @@ class Blends:
             spans=[self._span(chunk, plan) for chunk in plan.spans],
             share=state.wish.share,
             selector=state.wish.selector,
+            amount=state.wish.amount,
             sound=busy.isdisjoint(table[: begin // self._engine_block]),
         )
         self._tally.add("blend_prompts")
@@ -340,7 +342,9 @@ class Blends:
         self._searches.close()
 
 
-def default_wish(share: float, selector: str, separator: str, *, blend: bool, capture: bool) -> Wish:
+def default_wish(
+    share: float, selector: str, separator: str, amount: str = "share", *, blend: bool, capture: bool
+) -> Wish:
     """The server's defaults out of its settings.
 
     Raises
@@ -353,4 +357,7 @@ def default_wish(share: float, selector: str, separator: str, *, blend: bool, ca
         raise ConfigError(f"blend_separator: {separator!r} is not a list of token ids.", "Write '198,198'.") from None
     if not 0 <= share <= 1:
         raise ConfigError(f"blend_share: {share} is not between 0 and 1.", "")
-    return Wish(blend=blend, capture=capture, separator=ids, share=share, selector=selector)
+    how = AMOUNTS.get(amount)
+    if how is None:
+        raise ConfigError(f"blend_amount: {amount!r} is none of {', '.join(AMOUNTS)}.", "")
+    return Wish(blend=blend, capture=capture, separator=ids, share=share, selector=selector, amount=how)

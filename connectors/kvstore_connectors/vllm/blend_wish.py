@@ -8,6 +8,7 @@ import msgspec
 
 from kvstore.errors import InvalidParams
 from kvstore.types import Label
+from kvstore_connectors.blend.amount import Amount
 
 Position = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
 TokenId = Annotated[int, msgspec.Meta(ge=0, le=(1 << 31) - 1)]
@@ -33,6 +34,8 @@ class Wish(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         Look for stored chunks at any place.
     share : float
         Share of reused tokens to compute again.
+    amount : {"share", "loading"}
+        That share, or as many as take as long as the loading, but no less than that share.
     selector : str
         How these are chosen; ``auto`` is the planner's choice.
     labels : list of str
@@ -45,6 +48,7 @@ class Wish(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     separator: Annotated[list[TokenId], msgspec.Meta(max_length=64)] = []
     find: bool = True
     share: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 0.15
+    amount: Amount = "share"
     selector: Annotated[str, msgspec.Meta(max_length=64)] = "auto"
     labels: Annotated[list[Label], msgspec.Meta(max_length=16)] = []
 

@@ -18,12 +18,14 @@ from kvstore.errors import InternalError
 from kvstore.keys import derived_key, namespace_digest
 from kvstore.types import Namespace, Stored
 from kvstore_connectors.base import Link, Tally, report_defect
+from kvstore_connectors.blend.amount import Controller, chunk_bytes
 from kvstore_connectors.blend.prompt import LayerKV, Prompt, Span
 from kvstore_connectors.blend.selectors.planner import selector_for
 from kvstore_connectors.blend.work import Work
 from kvstore_connectors.chunk_loads import Described, Wanted, describe, load_chunks
 from kvstore_connectors.vllm.blend_jobs import BlendJob, CaptureJob
 from kvstore_connectors.vllm.blend_rows import Rows
+from kvstore_connectors.vllm.blend_scheduler import MOST_COMPUTED
 from kvstore_connectors.vllm.identity import request_namespace
 from kvstore_connectors.vllm.jobs import LoadJob
 from kvstore_connectors.vllm.transfers import TTL_S, fill_room
@@ -73,6 +75,7 @@ class Blender:
         self._model = model
         self._rotation = rotation
         self._gate = gate
+        self._controller = Controller()
         self._token_bytes = 2 * rows.layers * rows.shape[0] * rows.shape[1] * rows.dtype.itemsize
 
     # -- blending ------------------------------------------------------------------------------------------------------
@@ -144,16 +147,26 @@ class Blender:
 
     def _repair(self, model: EngineModel, job: BlendJob, prompt: Prompt, cache: list[LayerKV]) -> int:
         """Compute the tokens that need it and write the prompt into the engine's cache; how many were computed."""
+        share = self._share(model, job, prompt, cache)
+        begun = time.monotonic()
         work = Work(model, prompt, cache)
-        for _ in work.repair(selector_for(job.selector, prompt), job.share):
+        for _ in work.repair(selector_for(job.selector, prompt), share):
             pass
         for layer, held in enumerate(cache):
             self._rows.write(layer, job.table, job.exact, held.keys[job.exact :], held.values[job.exact :])
-        computed = int(work.changed.sum())
+        computed = int(work.changed.sum())  # waits for the device
+        self._controller.repaired(work.token_layers, time.monotonic() - begun)
         self._tally.add("blended_tokens", len(prompt.ids) - job.exact)
         self._tally.add("blend_computed_tokens", computed)
         self._tally.add("blend_reused_tokens", len(prompt.ids) - job.exact - computed)
         return computed
+
+    def _share(self, model: EngineModel, job: BlendJob, prompt: Prompt, cache: list[LayerKV]) -> float:
+        """Share of reused tokens to compute again; the same on all ranks, though their clocks differ."""
+        if job.amount == "share":
+            return job.share
+        found = self._controller.share(prompt, cache, job.share, max(job.share, MOST_COMPUTED))
+        return float(model.total(torch.tensor([found], device=prompt.ids.device), "max"))
 
     # -- chunks --------------------------------------------------------------------------------------------------------
 
@@ -166,7 +179,11 @@ class Blender:
         described = self._describe(client, job, namespace)
         if described is None:
             return None
-        return load_chunks(client, namespace, described, cache, self._rotation, deadline, self._tally)
+        begun = time.monotonic()
+        spans = load_chunks(client, namespace, described, cache, self._rotation, deadline, self._tally)
+        if spans is not None:
+            self._controller.loaded(chunk_bytes(spans, cache), time.monotonic() - begun)
+        return spans
 
     def _describe(self, client: Any, job: BlendJob, namespace: Namespace) -> list[Described] | None:
         digest = namespace_digest(namespace)

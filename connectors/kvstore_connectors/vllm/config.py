@@ -51,6 +51,8 @@ class ConnectorConfig:
         Share of reused tokens that is computed again, where a request names none.
     blend_selector : str
         How these are chosen, where a request does not say.
+    blend_amount : str
+        ``share``: that share; ``loading``: as many as take as long as the loading, but no less than that share.
     blend_separator : str
         Token ids, separated by commas, between which chunks stand, where a request names none.
     capture : bool
@@ -72,6 +74,7 @@ class ConnectorConfig:
     blend: bool = False
     blend_share: float = 0.15
     blend_selector: str = "auto"
+    blend_amount: str = "share"
     blend_separator: str = ""
     capture: bool = False
 

@@ -108,6 +108,7 @@ class KVStoreConnector(KVConnectorBase_V1):
             config.blend_share,
             config.blend_selector,
             config.blend_separator,
+            config.blend_amount,
             blend=config.blend,
             capture=config.capture,
         )
