@@ -22,8 +22,9 @@ import uvloop
 from kvstore import __version__, machine
 from kvstore.chain import TierChain
 from kvstore.config import Loaded, split_address
-from kvstore.errors import ConfigError, KVStoreError
+from kvstore.errors import ConfigError, DeviceUnavailable, KVStoreError
 from kvstore.eviction import make_policy
+from kvstore.gpu_desk import GpuDesk, off_state, open_tier
 from kvstore.namespaces import describe_namespace, read_description
 from kvstore.obs.snapshot import snapshot
 from kvstore.service import Service, only_exact
@@ -76,6 +77,7 @@ class Daemon:
         self._fds: FdServer | None = None
         self._tracing: Tracing | None = None
         self._profiles: Profiles | None = None
+        self._gpu_off = ""
 
     # -- start ---------------------------------------------------------------------------------------------------------
 
@@ -111,6 +113,7 @@ class Daemon:
             chunk_bytes=s.chunks.index_bytes,
             chunk_variants=s.chunks.variants,
             refuse_fidelity=self._refuse_fidelity,
+            gpu=await self._gpu_tier(host),
         )
         self.service.snapshot = self.snapshot
         self._restore_namespaces()
@@ -153,6 +156,17 @@ class Daemon:
         if s.redis.url:
             tiers.append(self._ladder(Breaker(self._redis_tier(), deadline_s=4 * s.redis.timeout_s), s.codecs.redis))
         return tiers
+
+    async def _gpu_tier(self, host: HostTier) -> GpuDesk | None:
+        """The GPU tier, if it is asked for and can be had; if not, log, banner and snapshot say why."""
+        if not self._settings.gpu.bytes:
+            return None
+        try:
+            return await asyncio.to_thread(open_tier, self._settings.gpu, host)
+        except DeviceUnavailable as error:
+            self._gpu_off = error.cause
+            log.warning("the GPU tier is off: %s %s", error.cause, error.remedy)
+            return None
 
     def _ladder(self, tier: Tier, exact: str) -> Tier:
         """A tier that keeps blocks encoded as their namespace allows."""
@@ -322,7 +336,12 @@ class Daemon:
         """Everything there is to show."""
         shared = {} if self._exchange is None else {"event_exchange": self._exchange.state()}
         profiles = [] if self._profiles is None else self._profiles.state()
-        return snapshot(self.service, self.traffic, self.started, self.ready) | shared | {"profiles": profiles}
+        shown: dict[str, Any] = (
+            snapshot(self.service, self.traffic, self.started, self.ready) | shared | {"profiles": profiles}
+        )
+        if self._gpu_off:
+            shown["tiers"]["gpu"] = off_state(self._gpu_off)
+        return shown
 
     def readiness(self) -> tuple[bool, str]:
         """Whether work can be done, and a sentence."""
@@ -373,6 +392,8 @@ class Daemon:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if hasattr(self, "service") and self.service.gpu is not None:
+            await self.service.gpu.close()
         if hasattr(self, "chain"):
             await self.chain.close()
         if hasattr(self, "_sockets"):
@@ -391,6 +412,10 @@ class Daemon:
         if s.listen.tcp:
             lines.append(f"  tcp      {s.listen.tcp}  (with a token)")
         lines.append(f"  memory   up to {format_size(s.host.bytes)} in shared memory ({pages})")
+        if (gpu := self.service.gpu) is not None:
+            lines.append(f"  gpu      {format_size(gpu.tier.pool.capacity)} of {gpu.name}, for copies of hot blocks")
+        elif self._gpu_off:
+            lines.append(f"  gpu      off: {self._gpu_off}")
         for tier in self.chain.below:
             state, usage = tier.describe_state(), tier.usage()
             size, found = format_size(usage.capacity), f"{usage.blocks} blocks found"

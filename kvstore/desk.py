@@ -78,10 +78,12 @@ class Desk:
         holding = [(tier, size) for tier in self._chain.below if (size := tier.size(block)) is not None]
         below = [(tier.name, size) for tier, size in holding]
         chains = {tier.name: chain for tier, _ in holding if (chain := tier.chain(block))}
+        gpu = self._service.gpu
+        copies = ["gpu"] if gpu is not None and gpu.tier.get(block) is not None else []
         if in_host is not None:
             return Sighting(
                 block.key.hex(),
-                ["host", *(name for name, _ in below)],
+                [*copies, "host", *(name for name, _ in below)],
                 in_host.nbytes,
                 reachable,
                 age_s=now - in_host.since,
@@ -174,6 +176,8 @@ class Desk:
 
     def _orders(self):
         orders = {"host": self._chain.host.order}
+        if self._service.gpu is not None:
+            orders["gpu"] = self._service.gpu.tier.order
         return orders | {tier.name: tier.order for tier in self._chain.below if tier.order is not None}
 
     async def drop(self, ns: bytes, domain: str = "") -> int:

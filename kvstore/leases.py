@@ -54,7 +54,10 @@ class Session:
 
 @dataclass(slots=True, eq=False)
 class Lease:
-    """The right to read blocks. `blocks` is by index in the request; blocks still on their way up join later."""
+    """The right to read blocks. `blocks` is by index in the request; blocks still on their way up join later.
+
+    `ends` are called when it ends: what else was lent with it goes back.
+    """
 
     id: int
     session: Session
@@ -63,6 +66,7 @@ class Lease:
     blocks: dict[int, HostBlock] = field(default_factory=dict)
     pending: int = 0
     ended: bool = False
+    ends: list[Callable[[], None]] = field(default_factory=list)
 
     def wanted(self) -> bool:
         """Whether blocks on their way up are still wanted."""
@@ -174,6 +178,8 @@ class Ledger:
         lease.session.lent -= len(lease.blocks)
         self._host.unacquire(lease.blocks.values())
         lease.blocks.clear()
+        while lease.ends:
+            lease.ends.pop()()
 
     # -- reservations --------------------------------------------------------------------------------------------------
 

@@ -38,6 +38,7 @@ from kvstore.errors import (
 )
 from kvstore.events import EventLog
 from kvstore.feed import Feed
+from kvstore.gpu_desk import GpuDesk
 from kvstore.leases import Lease, Ledger, Place, Reservation, Session
 from kvstore.namespaces import NamespaceRecord, NamespaceRegistry, is_exact
 from kvstore.quota_desk import QuotaDesk
@@ -85,6 +86,8 @@ class Service:
         Bytes of the chunk index, and variants of one chunk.
     refuse_fidelity : callable
         Why a namespace may not have the fidelity it asks for; empty if it may.
+    gpu : GpuDesk, optional
+        The GPU tier, if there is one.
     """
 
     def __init__(
@@ -98,8 +101,10 @@ class Service:
         chunk_bytes: int = 64 << 20,
         chunk_variants: int = 5,
         refuse_fidelity: Callable[[Namespace], str] = only_exact,
+        gpu: GpuDesk | None = None,
     ) -> None:
         self.chain = chain
+        self.gpu = gpu
         self.host = chain.host
         self.ledger = Ledger(chain.host)
         self.namespaces = NamespaceRegistry()
@@ -110,7 +115,8 @@ class Service:
         self.boot = secrets.token_bytes(16)
         log = EventLog(event_ring)
         self.chunks = ChunkDesk(chain, chunk_bytes, chunk_variants)
-        chain.watch(Watchers(self.chunks.watcher(log), self.desk.departures))
+        copies = () if gpu is None else (gpu.tier,)
+        chain.watch(Watchers(*copies, self.chunks.watcher(log), self.desk.departures))
         self.feed = Feed(log, chain.holdings(), self.namespaces, self.boot)
         self.draining = False
         self.missed: Counter[str] = Counter()
@@ -253,6 +259,22 @@ class Service:
     def _refuse(self, index: int, reason: MissReason) -> m.Refusal:
         self.missed[reason.value] += 1
         return m.Refusal(index, reason.value)
+
+    def reach(self, session: Session, p: m.Reach) -> m.ReachReply:
+        """Where a lease's blocks lie on the GPU, too; they are lent there until it ends."""
+        lease, gpu = self.ledger.lease(session, p.lease), self.gpu
+        if gpu is None or session.remote:
+            return m.ReachReply(b"", [])
+        copies = gpu.reach(lease) if p.gpu == gpu.gpu else {}
+        places = [m.Place(index, copy.extent.slab, copy.extent.offset) for index, copy in copies.items()]
+        return m.ReachReply(gpu.gpu, places)
+
+    def open_slab(self, session: Session, p: m.OpenSlab) -> m.OpenSlabReply:
+        """The handle of a slab of GPU memory."""
+        slab = None if self.gpu is None or session.remote else self.gpu.slab(p.slab, session.domain)
+        if slab is None:
+            raise ForeignHandle(f"there is no slab {p.slab} of GPU memory for this connection.")
+        return m.OpenSlabReply(slab.nbytes, slab.handle)
 
     def release(self, session: Session, p: m.Release) -> m.Empty:
         """End leases; those that have ended already are passed over."""

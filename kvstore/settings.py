@@ -119,6 +119,22 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
     policy: Annotated[str, Rule("Eviction policy.", "lhd", choice("kvstore.eviction:names"))]
 
 
+class Gpu(msgspec.Struct, frozen=True, kw_only=True):
+    """GPU tier: copies of blocks in the memory of one GPU, for the engines on it."""
+
+    bytes: Annotated[
+        int,
+        Rule("Memory of the GPU that is taken at start, 16MiB or more; 0 for no such tier.", "0", size(0)),
+    ]
+    device: Annotated[int, Rule("Which GPU, as CUDA numbers them for the daemon.", "0", integer(0, 63))]
+    policy: Annotated[str, Rule("Eviction policy.", "lhd", choice("kvstore.eviction:names"))]
+    admission: Annotated[
+        str,
+        Rule("When a block is copied there: when an engine on that GPU leases it, or at the second time.", "second",
+             choice("first", "second")),
+    ]  # fmt: skip
+
+
 class Disk(msgspec.Struct, frozen=True, kw_only=True):
     """Disk tier: blocks in files under one directory."""
 
@@ -300,6 +316,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     listen: Listen
     host: Host
+    gpu: Gpu
     disk: Disk
     redis: Redis
     codecs: Codecs

@@ -277,9 +277,15 @@ def gpu(loaded: Loaded) -> Result:
     """CUDA devices and cupy."""
     devices, cupy = _cuda_devices(), _version("cupy-cuda13x") or _version("cupy-cuda12x")
     found = f"{devices} CUDA device{'' if devices == 1 else 's'}, cupy {cupy or 'not installed'}"
+    asked = loaded.settings.gpu
+    if asked.bytes and devices <= asked.device:
+        wanted = f"The GPU tier stays off: gpu.bytes is {format_size(asked.bytes)} of device {asked.device}."
+        return Result("warn", found, wanted, "Look at nvidia-smi, or leave --gpu-bytes out.")
     if devices and not cupy:
-        return Result("warn", found, "Kernels fall back to their plain references.", "pip install cupy-cuda13x")
-    return Result("ok", found, "" if devices else "The GPU tier is off; everything else works.")
+        return Result("warn", found, "No kernels, and no GPU tier.", "pip install cupy-cuda13x")
+    if asked.bytes:
+        return Result("ok", f"{found}; gpu.bytes {format_size(asked.bytes)} of device {asked.device}")
+    return Result("ok", found, "The GPU tier is off; everything else works.")
 
 
 def vllm(loaded: Loaded) -> Result:

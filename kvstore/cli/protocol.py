@@ -83,7 +83,7 @@ def protocol_page() -> str:
     for name, params in m.NOTICES.items():
         lines += [f"### {name}", "", _doc(params), "", *_fields(params), ""]
     lines += ["## Parts", ""]
-    for part in (m.Grant, m.Refusal, m.Offer, m.Room, m.NoRoom, m.Outcome, m.Verdict, m.Event):
+    for part in (m.Grant, m.Refusal, m.Place, m.Offer, m.Room, m.NoRoom, m.Outcome, m.Verdict, m.Event):
         lines += [f"### {part.__name__}", "", _doc(part), "", *_fields(part), ""]
     lines += ["## Values", "", "Tiers: " + ", ".join(f"{code.value} {code.name.lower()}" for code in TierCode) + "."]
     lines += ["", "Reasons of a miss: " + ", ".join(f"`{reason}`" for reason in MissReason) + "."]

@@ -13,6 +13,7 @@ from kvstore.client.address import CONNECT_AGAIN_S, connect_unix, parse_address
 from kvstore.client.aio_wire import Wire, in_thread
 from kvstore.client.blocks import Buffer, LeasedBlock, Loaded, as_bytes
 from kvstore.client.core import Core
+from kvstore.client.device import Importer, reaching
 from kvstore.client.effects import Arrivals, Call, Calls, Effect, Flow, Work
 from kvstore.client.events import Position
 from kvstore.client.handles import AsyncReservation, Lease
@@ -43,10 +44,11 @@ class AsyncKVStoreClient:
         token: str | None = None,
         timeout_s: float = 5.0,
         name: str = "",
+        device: Importer | None = None,
     ) -> None:
         self.address = parse_address(address)
         self.timeout_s = timeout_s
-        self.core = Core(namespace, name, token or os.environ.get("KVSTORE_CLIENT_TOKEN", ""))
+        self.core = Core(namespace, name, token or os.environ.get("KVSTORE_CLIENT_TOKEN", ""), device)
         self.core.tell = self._tell
         self.core.forget = self._forget
         self._wire: Wire | None = None
@@ -107,7 +109,7 @@ class AsyncKVStoreClient:
         headers: bool = False,
     ) -> Lease:
         """See `KVStoreClient.lease`. The lease is an ordinary context manager: giving it back waits for nothing."""
-        flow = self.core.lease(keys, namespace, ttl_s, wait_s, headers)
+        flow = reaching(self.core, self.core.lease(keys, namespace, ttl_s, wait_s, headers))
         return Lease(self, *await self.drive(flow, self.timeout_s + wait_s))
 
     async def read(self, lease: Lease, block: LeasedBlock, into: Buffer) -> None:

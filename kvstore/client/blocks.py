@@ -65,6 +65,8 @@ class LeasedBlock(msgspec.Struct, eq=False, gc=False):
         Its bytes, in order, in place. Nearly always one part. Empty for a remote client.
     header : BlockHeader or None
         Present if headers were asked for.
+    device : array of uint8, or None
+        The same bytes in the memory of this process's GPU, where the daemon has them there (`kvstore.client.device`).
     """
 
     index: int
@@ -72,6 +74,7 @@ class LeasedBlock(msgspec.Struct, eq=False, gc=False):
     tier: TierCode
     parts: list[Bytes]
     header: BlockHeader | None
+    device: Any = None
 
     @property
     def array(self) -> Bytes | None:

@@ -16,6 +16,7 @@ import msgspec
 from kvstore import __version__
 from kvstore.client import replies as answers
 from kvstore.client.blocks import Buffer, LeasedBlock, Loaded, Room, as_bytes, copy_parts
+from kvstore.client.device import Importer
 from kvstore.client.effects import Arrivals, Call, Calls, Flow, Link, Work
 from kvstore.client.slabs import Bytes, Extents, SlabMap, SlabNotMapped
 from kvstore.errors import InvalidParams, LimitExceeded, ProtocolError, UnknownNamespace
@@ -51,10 +52,12 @@ class Core:
         How the daemon lists this client.
     token : str
         Secret for a daemon on another host.
+    device : Importer, optional
+        How to reach the daemon's memory of this process's GPU.
     """
 
-    def __init__(self, namespace: Namespace | None, name: str, token: str) -> None:
-        self.namespace = namespace
+    def __init__(self, namespace: Namespace | None, name: str, token: str, device: Importer | None = None) -> None:
+        self.namespace, self.device = namespace, device
         self.name = name or f"python/{__version__}"
         self.token = token
         self.link: Link | None = None
@@ -72,7 +75,7 @@ class Core:
         if reply.shared_memory:
             if fd_path is None:
                 raise ProtocolError("the daemon offers shared memory over TCP.")
-            slabs = SlabMap(fd_path, reply.session, timeout_s)
+            slabs = SlabMap(fd_path, reply.session, reply.boot, timeout_s)
         self._epoch += 1
         known = {namespace_digest(n) for n in namespaces}
         self.link = Link(self._epoch, reply.boot, slabs, reply.max_block_bytes, known)

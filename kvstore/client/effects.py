@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from kvstore.client.slabs import SlabMap
 from kvstore.wire import messages as m
+
+if TYPE_CHECKING:
+    from kvstore.client.device import DeviceMap
 
 T = TypeVar("T")
 
@@ -55,6 +58,8 @@ class Link:
         Rises with every connection; leases and reservations of an earlier one are worthless.
     slabs : SlabMap or None
         Shared memory; None for a remote client.
+    device : DeviceMap or None
+        GPU memory, for a client that can reach it.
     """
 
     epoch: int
@@ -62,3 +67,4 @@ class Link:
     slabs: SlabMap | None
     max_block_bytes: int
     known: set[bytes]
+    device: DeviceMap | None = None

@@ -6,6 +6,7 @@ import mmap
 import os
 import socket
 import threading
+import weakref
 from collections.abc import Iterable
 
 import numpy as np
@@ -24,6 +25,11 @@ class SlabNotMapped(Exception):
     """A slab was met for the first time. Never leaves the client."""
 
 
+_mapped: weakref.WeakValueDictionary[tuple[bytes, int], Bytes] = weakref.WeakValueDictionary()
+"""Slabs mapped in this process, by the daemon's life and their ids: its clients share them, and what pins them."""
+_mapping = threading.Lock()
+
+
 class SlabMap:
     """Slabs of one session, mapped when first needed and kept until the session ends.
 
@@ -33,13 +39,16 @@ class SlabMap:
         The daemon's descriptor socket.
     token : bytes
         Session token from `hello`.
+    boot : bytes
+        Which life of the daemon this is, from `hello`: ids of slabs are not used twice in one.
     timeout_s : float
         Time the daemon has for an answer.
     """
 
-    def __init__(self, path: str, token: bytes, timeout_s: float) -> None:
+    def __init__(self, path: str, token: bytes, boot: bytes, timeout_s: float) -> None:
         self._path = path
         self._token = token
+        self._boot = boot
         self._timeout_s = timeout_s
         self._slabs: dict[int, Bytes] = {}
         self._lock = threading.Lock()
@@ -88,14 +97,23 @@ class SlabMap:
         with self._lock:
             if slab_id in self._slabs:
                 return
-            fd, nbytes = self._request(slab_id)
+            fd, nbytes = self._request(slab_id)  # also says whether this session may have it
             try:
-                mapping = mmap.mmap(fd, nbytes)
+                self._slabs[slab_id] = self._share(slab_id, fd, nbytes)
             finally:
                 os.close(fd)
-            # The daemon has touched the memory already; this only fills our page tables, without holding the GIL.
-            threading.Thread(target=populate, args=(mapping,), name="kvstore-populate", daemon=True).start()
-            self._slabs[slab_id] = np.frombuffer(mapping, dtype=np.uint8)
+
+    def _share(self, slab_id: int, fd: int, nbytes: int) -> Bytes:
+        """The mapping of a slab, a new one only if no client of this process has it."""
+        with _mapping:
+            slab = _mapped.get((self._boot, slab_id))
+            if slab is None or len(slab) != nbytes:
+                mapping = mmap.mmap(fd, nbytes)
+                slab = np.frombuffer(mapping, dtype=np.uint8)
+                _mapped[self._boot, slab_id] = slab
+                # The daemon has touched the memory already; this only fills our page tables, without holding the GIL.
+                threading.Thread(target=populate, args=(mapping,), name="kvstore-populate", daemon=True).start()
+            return slab
 
     def _request(self, slab_id: int) -> tuple[int, int]:
         try:

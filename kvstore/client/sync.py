@@ -11,6 +11,7 @@ from kvstore.client import replies
 from kvstore.client.address import at_end, parse_address
 from kvstore.client.blocks import Buffer, LeasedBlock, Loaded, as_bytes
 from kvstore.client.core import Core
+from kvstore.client.device import Importer, reaching
 from kvstore.client.driver import Driver
 from kvstore.client.effects import Call
 from kvstore.client.events import Position
@@ -45,6 +46,8 @@ class KVStoreClient(Driver):
         Longest time an operation may take, unless it says otherwise.
     name : str
         How the daemon lists this client.
+    device : Importer, optional
+        How this process opens GPU memory of the daemon (`kvstore.client.device`), to read leased blocks there, too.
 
     Examples
     --------
@@ -62,9 +65,10 @@ class KVStoreClient(Driver):
         token: str | None = None,
         timeout_s: float = 5.0,
         name: str = "",
+        device: Importer | None = None,
     ) -> None:
         self._given = address
-        core = Core(namespace, name, token or os.environ.get("KVSTORE_CLIENT_TOKEN", ""))
+        core = Core(namespace, name, token or os.environ.get("KVSTORE_CLIENT_TOKEN", ""), device)
         super().__init__(parse_address(address), core, timeout_s)
 
     # -- operations ----------------------------------------------------------------------------------------------------
@@ -149,7 +153,7 @@ class KVStoreClient(Driver):
     ) -> Lease:
         """Lease blocks for reading in place. Blocks in lower tiers are brought up; those that take longer than `wait_s`
         are ``Miss(DEADLINE)``."""
-        flow = self.core.lease(keys, namespace, ttl_s, wait_s, headers)
+        flow = reaching(self.core, self.core.lease(keys, namespace, ttl_s, wait_s, headers))
         return Lease(self, *self.drive(flow, self.timeout_s + wait_s))
 
     def read(self, lease: Lease, block: LeasedBlock, into: Buffer) -> None:

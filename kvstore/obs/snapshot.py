@@ -12,6 +12,7 @@ from kvstore.tiers.base import TierCounters
 from kvstore.types import Scope, TierCode
 
 if TYPE_CHECKING:
+    from kvstore.gpu_desk import GpuDesk
     from kvstore.service import Service
     from kvstore.tiers.base import Tier
     from kvstore.wire.traffic import Traffic
@@ -33,7 +34,11 @@ def snapshot(service: Service, traffic: Traffic, started: float, ready: bool) ->
         "leases": len(service.ledger.leases),
         "leases_expired": service.ledger.expired,
         "reservations": len(service.ledger.reservations),
-        "tiers": {"host": _host(service), **{queue.tier.name: _lower(queue) for queue in chain.queues}},
+        "tiers": {
+            **({} if service.gpu is None else {"gpu": _gpu(service.gpu)}),
+            "host": _host(service),
+            **{queue.tier.name: _lower(queue) for queue in chain.queues},
+        },
         "queue": {"blocks": chain.dirty_blocks, "bytes": sum(queue.bytes for queue in chain.queues)},
         "prefetch": {"blocks": len(chain.ahead), "bytes": chain.ahead.bytes, "refused": chain.ahead.refused},
         "events": service.feed.state(),
@@ -82,6 +87,17 @@ def _host(service: Service) -> dict[str, Any]:
         "huge_pages": host.arena.huge,
         "pins_refused": host.pins_refused,
         **host.breakdown(),
+    }
+
+
+def _gpu(gpu: GpuDesk) -> dict[str, Any]:
+    usage = gpu.tier.usage()
+    return _counters(gpu.tier.counters) | {
+        "capacity": usage.capacity,
+        "used": usage.used,
+        "blocks": usage.blocks,
+        "slabs": gpu.tier.pool.total // gpu.tier.pool.slab_bytes,
+        **gpu.state(),
     }
 
 

@@ -29,6 +29,8 @@ from kvstore.wire.desk import (
     StatsReply,
 )
 from kvstore.wire.desk import Verdict as Verdict
+from kvstore.wire.device import OpenSlab, OpenSlabReply, Reach, ReachReply
+from kvstore.wire.device import Place as Place
 from kvstore.wire.fields import MAX_KEYS as MAX_KEYS
 from kvstore.wire.fields import MAX_MATCH_TOKENS as MAX_MATCH_TOKENS
 from kvstore.wire.fields import Digest, Handle, Indexes, Keys, Seconds, Span
@@ -314,6 +316,8 @@ METHODS: dict[str, tuple[type[Message], type[Message]]] = {
     "hello": (Hello, HelloReply),
     "lookup": (Lookup, LookupReply),
     "lease": (Lease, LeaseReply),
+    "reach": (Reach, ReachReply),
+    "open_slab": (OpenSlab, OpenSlabReply),
     "release": (Release, Empty),
     "reserve": (Reserve, ReserveReply),
     "commit": (Commit, CommitReply),

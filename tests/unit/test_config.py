@@ -76,6 +76,8 @@ def test_each_setting_can_be_given_by_flag_environment_and_file(key: str, tmp_pa
         "log.level": "error",
         "log.json": "true",
         "host.policy": "lru",
+        "gpu.policy": "lru",
+        "gpu.admission": "first",
         "disk.policy": "lru",
         "disk.admission": "second",
         "redis.admission": "second",

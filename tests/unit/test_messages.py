@@ -51,6 +51,8 @@ PARAMS: dict[str, st.SearchStrategy[m.Message]] = {
     "hello": st.builds(m.Hello, small, texts, st.lists(namespaces, max_size=2), texts),
     "lookup": st.builds(m.Lookup, digests, keys, st.booleans()),
     "lease": st.builds(m.Lease, digests, keys, seconds, st.booleans()),
+    "reach": st.builds(m.Reach, handles, st.binary(min_size=16, max_size=16)),
+    "open_slab": st.builds(m.OpenSlab, handles),
     "release": st.builds(m.Release, st.lists(handles, max_size=5)),
     "reserve": st.builds(m.Reserve, digests, st.lists(offers, max_size=3), seconds, seconds),
     "commit": st.builds(m.Commit, handles, st.lists(small, max_size=4), st.booleans()),
@@ -97,6 +99,10 @@ RESULTS: dict[str, st.SearchStrategy[m.Message]] = {
         st.lists(st.builds(m.Room, small, extents), max_size=2),
         st.lists(st.builds(m.NoRoom, small, texts), max_size=2),
     ),
+    "reach": st.builds(
+        m.ReachReply, st.binary(max_size=16), st.lists(st.builds(m.Place, small, counts, counts), max_size=2)
+    ),
+    "open_slab": st.builds(m.OpenSlabReply, counts, st.binary(max_size=64)),
     "commit": st.builds(m.CommitReply, st.lists(st.builds(m.Outcome, small, texts), max_size=3)),
     "stats": st.builds(m.StatsReply, st.dictionaries(texts, plain, max_size=3)),
     "quota": st.builds(m.QuotaReply, st.lists(rules, max_size=2), st.dictionaries(texts, plain, max_size=2)),
