@@ -61,23 +61,28 @@ class Rotary:
         """Turn keys ``[token, head, dim]`` by a table made with `table`, in float32; ``back`` undoes it."""
         import torch
 
+        return self.turn_(keys.to(torch.float32, copy=True), table, back=back)
+
+    def turn_(
+        self, keys: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor], *, back: bool = False
+    ) -> torch.Tensor:
+        """As `turn`, in place: keys ``[…, token, head, dim]`` in float32."""
         pairs = len(self.frequencies)
         if keys.shape[-1] < 2 * pairs:
             raise ConfigError(
                 f"{2 * pairs} rotary dimensions do not fit a head of {keys.shape[-1]}", "Check the RoPE settings."
             )
-        out = keys.to(torch.float32, copy=True)
         cos, sin = table[0][:, None, :], table[1][:, None, :]
         if back:
             sin = -sin
-        turned = out[..., : 2 * pairs]
+        turned = keys[..., : 2 * pairs]
         first, second = (
             (turned[..., 0::2], turned[..., 1::2]) if self.interleaved else (turned[..., :pairs], turned[..., pairs:])
         )
-        new = first * cos - second * sin
+        new = (first * cos).sub_(second * sin)
         second.mul_(cos).addcmul_(first, sin)
         first.copy_(new)
-        return out
+        return keys
 
 
 def rotary(config: Mapping[str, Any]) -> Rotary:

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import torch
 
+from kvstore.codecs.scratch import scratch
 from kvstore.errors import CannotDecode, CannotEncode
 from kvstore.rope import Rotary
 
@@ -141,6 +142,9 @@ class Step(ABC):
 class BlockStep(Step):
     """Block to block, in float32, one unit of layers at a time."""
 
+    keys_only: ClassVar[bool] = False
+    """Leaves values alone: the unit that `inverse` is given may have no values, ``[layer][K][token][kv_head][dim]``."""
+
     @abstractmethod
     def forward(self, unit: torch.Tensor, spec: BlockSpec, layer: int, context: Context) -> torch.Tensor:
         """Transform a unit that starts at a layer of its block; never in place."""
@@ -176,6 +180,21 @@ class BlockCoder(Step):
     @abstractmethod
     def decode(self, planes: Sequence[Bytes], spec: BlockSpec, layer: int, out: torch.Tensor, context: Context) -> None:
         """Fill the unit ``out`` from all planes, or from a prefix of at least `required`."""
+
+    def decode_sides(
+        self,
+        planes: Sequence[Bytes],
+        spec: BlockSpec,
+        layer: int,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        context: Context,
+    ) -> None:
+        """As `decode`, with keys and values ``[layer][token][kv_head][dim]`` apart, maybe of two dtypes."""
+        unit = scratch("sides", spec.shape, torch.float32)
+        self.decode(planes, spec, layer, unit, context)
+        keys.copy_(unit[:, 0])
+        values.copy_(unit[:, 1])
 
     def tolerance(
         self, unit: torch.Tensor, spec: BlockSpec, layer: int, planes: int, context: Context

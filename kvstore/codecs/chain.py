@@ -17,6 +17,7 @@ import xxhash
 
 from kvstore.codecs import frame
 from kvstore.codecs.base import BlockCoder, BlockSpec, BlockStep, Bytes, ByteStep, Context, Step
+from kvstore.codecs.scratch import scratch
 from kvstore.errors import CannotDecode, CannotEncode, CorruptBlock
 
 
@@ -235,14 +236,23 @@ class Chain:
     def _decode_unit(
         self, parts: Sequence[Bytes], spec: BlockSpec, first: int, target: torch.Tensor, context: Context
     ) -> None:
-        unit = torch.empty(spec.shape, dtype=torch.float32) if self.blocks else target
-        self.coder.decode(parts, spec, first, unit, context)
-        for step in reversed(self.blocks):
-            unit = step.inverse(unit, spec, first, context)
-        if unit is not target:
-            target.copy_(unit)
+        if not self.blocks:
+            self.coder.decode(parts, spec, first, target, context)
+        elif all(step.keys_only for step in self.blocks):  # values need not pass through float32
+            unit = scratch("unit", (spec.layers, 1, *spec.shape[2:]), torch.float32)
+            self.coder.decode_sides(parts, spec, first, unit[:, 0], target[:, 1], context)
+            target[:, :1].copy_(self._undone(unit, spec, first, context))
+        else:
+            unit = scratch("unit", spec.shape, torch.float32)
+            self.coder.decode(parts, spec, first, unit, context)
+            target.copy_(self._undone(unit, spec, first, context))
         if self.lossy and spec.dtype == "float16" and not bool(torch.isfinite(target).all()):
             raise CorruptBlock("a decoded value is outside the range of float16.")
+
+    def _undone(self, unit: torch.Tensor, spec: BlockSpec, first: int, context: Context) -> torch.Tensor:
+        for step in reversed(self.blocks):
+            unit = step.inverse(unit, spec, first, context)
+        return unit
 
     def _plan(self, spec: BlockSpec, context: Context, *, decoding: bool = False) -> _Plan:
         try:

@@ -111,26 +111,38 @@ class KV4(BlockCoder):
         return keys, values
 
     def decode(self, planes: Sequence[Bytes], spec: BlockSpec, layer: int, out: torch.Tensor, context: Context) -> None:
+        self.decode_sides(planes, spec, layer, out[:, 0], out[:, 1], context)
+
+    def decode_sides(
+        self,
+        planes: Sequence[Bytes],
+        spec: BlockSpec,
+        layer: int,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        context: Context,
+    ) -> None:
         del layer, context
         kept, k_groups, v_groups, codes, _ = self._fields(spec)
         sinks = self.kept(spec)
         rows = spec.tokens - sinks
         ends = np.cumsum([spec.torch_dtype.itemsize * kept, 2 * k_groups, 2 * k_groups, 2 * v_groups, 2 * v_groups])
         first, k_low, k_scale, v_low, v_scale, base = np.split(planes[0], ends)
-        keys, values = self._slots(spec, [base, *planes[1:]])
+        k_bits, v_bits = self._slots(spec, [base, *planes[1:]])
         if kept:
             exact = from_bytes(first, spec.torch_dtype)
             if not bool(torch.isfinite(exact).all()):
                 raise CorruptBlock("a kept value is not finite.")
-            out[:, :, :sinks] = exact.view(spec.layers, 2, sinks, *spec.shape[3:])
+            exact = exact.view(spec.layers, 2, sinks, *spec.shape[3:])
+            keys[:, :sinks], values[:, :sinks] = exact[:, 0], exact[:, 1]
         if not rows:
             return
-        k = torch.from_numpy(quant.unpack(keys, codes)).view(spec.layers, rows, spec.channels)
+        k = torch.from_numpy(quant.unpack(k_bits, codes)).view(spec.layers, rows, spec.channels)
         low, scale = _numbers(k_low, k_scale, (spec.layers, -1, 1, spec.channels))
-        self._keys(k, low, scale, len(keys), out[:, 0, sinks:].view(spec.layers, rows, spec.channels))
-        v = torch.from_numpy(quant.unpack(values, codes)).view(spec.layers, rows, *spec.shape[3:])
+        self._keys(k, low, scale, len(k_bits), keys[:, sinks:].view(spec.layers, rows, spec.channels))
+        v = torch.from_numpy(quant.unpack(v_bits, codes)).view(spec.layers, rows, *spec.shape[3:])
         low, scale = _numbers(v_low, v_scale, (*v.shape[:3], 1))
-        unrotated(v, low, scale, self.v, len(values), out[:, 1, sinks:])
+        unrotated(v, low, scale, self.v, len(v_bits), values[:, sinks:], spec.torch_dtype)
 
     def _keys(self, codes: torch.Tensor, low: torch.Tensor, scale: torch.Tensor, known: int, out: torch.Tensor) -> None:
         layers, rows, channels = codes.shape
@@ -161,16 +173,22 @@ class KV4(BlockCoder):
 
 
 def unrotated(
-    codes: torch.Tensor, low: torch.Tensor, scale: torch.Tensor, bits: int, known: int, out: torch.Tensor
+    codes: torch.Tensor,
+    low: torch.Tensor,
+    scale: torch.Tensor,
+    bits: int,
+    known: int,
+    out: torch.Tensor,
+    dtype: torch.dtype,
 ) -> None:
     """Values of rotated codes, rotated back, into ``out``; ``codes`` is changed.
 
     A constant over a head becomes one element by the rotation, so only codes around zero are rotated. They are
-    integers of at most 8 bits, which bfloat16 has exactly: blocks that are bfloat16 anyway are rotated in it, at
-    twice the speed.
+    integers of at most 8 bits, which bfloat16 has exactly: what becomes bfloat16 (``dtype``, the block's) is rotated in
+    it, at twice the speed.
     """
     size = hadamard.size_of(codes.shape[-1])
-    kind = torch.bfloat16 if out.dtype == torch.bfloat16 else torch.float32
+    kind = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     half = 1 << (known - 1)
     rows = (codes.numel() // size, size)
     signed = scratch("signed", rows, kind).copy_(codes.sub_(half).view(torch.int8).view(rows))

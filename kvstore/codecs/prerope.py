@@ -19,6 +19,7 @@ class PreRope(BlockStep):
     """Turn keys back by the block's positions; turn them forward on the way out."""
 
     name: ClassVar[str] = "prerope"
+    keys_only: ClassVar[bool] = True
     lossy: ClassVar[bool] = True  # float32 rounding, far below that of bfloat16
 
     def reference(self, context: Context) -> str:
@@ -42,7 +43,10 @@ def _turned(unit: torch.Tensor, spec: BlockSpec, layer: int, context: Context, *
         error = CannotEncode if back else CannotDecode
         raise error(f"{2 * len(rotary.frequencies)} rotary dimensions do not fit a head of {spec.head_dim}.")
     table = _table(rotary, spec.position, spec.tokens)
+    if not rotary.skipped_layers:
+        rotary.turn_(unit[:, 0], table, back=back)
+        return unit
     for index in range(spec.layers):
         if layer + index not in rotary.skipped_layers:
-            unit[index, 0] = rotary.turn(unit[index, 0], table, back=back)
+            rotary.turn_(unit[index, 0], table, back=back)
     return unit
