@@ -13,7 +13,11 @@ def populate(mapping: mmap.mmap) -> bool:
     """Touch every page of a mapping without holding the interpreter lock; whether the kernel could do it."""
     anchor = ctypes.c_char.from_buffer(mapping)
     try:
-        address, length = ctypes.c_void_p(ctypes.addressof(anchor)), ctypes.c_size_t(len(mapping))
-        return _libc.madvise(address, length, _MADV_POPULATE_WRITE) == 0
+        return populate_at(ctypes.addressof(anchor), len(mapping))
     finally:
         del anchor  # an exported pointer would keep the mapping from being closed
+
+
+def populate_at(address: int, nbytes: int) -> bool:
+    """`populate` for a part of a mapping, given by its address; whole pages."""
+    return _libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), _MADV_POPULATE_WRITE) == 0

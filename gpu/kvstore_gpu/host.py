@@ -1,21 +1,28 @@
-"""Host memory that kernels can reach: slabs of the daemon, registered with CUDA when first met.
+"""Host memory that kernels and the copy engine can reach: slabs of the daemon, registered with CUDA as they are met.
 
-A slab is mapped once by the client and stays mapped while anybody holds a view of it. Registering pins it (2 GiB in
-0.08 s on an H200) and gives it an address on the device; it ends when the mapping does.
+A slab is mapped once by the process and stays mapped while anybody holds a view of it. Registering pins memory and
+gives it an address on the device. Meanwhile the driver lets nobody else in, the engine's launches included, and memory that
+was never touched is touched under that lock: half a gigabyte held an engine up for a quarter of a second. So memory is
+touched first, and registered in windows; the engine gets in between. No copy may span two windows (`reach`).
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from mmap import PAGESIZE
 from typing import Any
 
 import numpy as np
 import torch
 
 from kvstore.errors import DeviceUnavailable
+from kvstore.memory import populate_at
 from kvstore_gpu import checks
+
+WINDOW = 32 << 20
+"""Bytes registered at a time, counted from the first page of the mapping."""
 
 _MAPPED = 2
 """cudaHostRegisterMapped"""
@@ -24,8 +31,8 @@ _ALREADY = 712
 """cudaErrorHostMemoryAlreadyRegistered"""
 
 _lock = threading.Lock()
-_known: dict[int, int] = {}
-"""Bytes of each registered mapping, by its address."""
+_known: dict[int, dict[int, int]] = {}
+"""Of each mapping, by the address of its first page: the windows that are registered, by number, and where they end."""
 
 
 def root(view: np.ndarray) -> np.ndarray:
@@ -35,8 +42,8 @@ def root(view: np.ndarray) -> np.ndarray:
     return view
 
 
-def register(view: np.ndarray) -> None:
-    """Make the mapping that an array lies in known to CUDA; at once if it is already.
+def reach(view: np.ndarray) -> list[np.ndarray]:
+    """Make memory known to CUDA, at once if it is already: the view in pieces that one copy may span each.
 
     Raises
     ------
@@ -44,37 +51,70 @@ def register(view: np.ndarray) -> None:
         If the driver refuses: no more memory can be pinned.
     """
     whole = root(view)
-    start = whole.ctypes.data
-    if _known.get(start, 0) >= whole.nbytes:
-        return
+    base = _base(whole)
+    at = view.ctypes.data - base
+    pieces = []
+    for window in range(at // WINDOW, -(-(at + view.nbytes) // WINDOW)):
+        if window not in _known.get(base, ()):
+            _register(whole, window)
+        pieces.append(view[max(window * WINDOW - at, 0) : (window + 1) * WINDOW - at])
+    return pieces
+
+
+def ahead(whole: np.ndarray) -> Iterator[None]:
+    """Register a mapping window by window; the caller says when by asking for the next.
+
+    Raises
+    ------
+    DeviceUnavailable
+        As `reach`.
+    """
+    base = _base(whole)
+    for window in range(-(-(whole.ctypes.data + whole.nbytes - base) // WINDOW)):
+        if window not in _known.get(base, ()):
+            _register(whole, window)
+            yield
+
+
+def _base(whole: np.ndarray) -> int:
+    return whole.ctypes.data // PAGESIZE * PAGESIZE
+
+
+def _register(whole: np.ndarray, window: int) -> None:
+    base = _base(whole)
+    begin = max(base + window * WINDOW, whole.ctypes.data)
+    end = min(base + (window + 1) * WINDOW, whole.ctypes.data + whole.nbytes)
+    populate_at(base + window * WINDOW, end - base - window * WINDOW)  # a hint: else the driver touches
     with _lock:
-        if _known.get(start, 0) >= whole.nbytes:
+        if base not in _known:
+            _known[base] = {}
+            weakref.finalize(whole, _forget, base, whole.ctypes.data)
+        if window in _known[base]:
             return
-        code = int(_runtime().cudaHostRegister(start, whole.nbytes, _MAPPED))
+        code = int(_runtime().cudaHostRegister(begin, end - begin, _MAPPED))
         if code not in (0, _ALREADY):
             raise DeviceUnavailable(
-                f"{whole.nbytes} bytes of shared memory cannot be pinned (CUDA error {code}).",
+                f"{end - begin} bytes of shared memory cannot be pinned (CUDA error {code}).",
                 "`kvstore doctor` shows the limits of pinned memory.",
             )
-        _known[start] = whole.nbytes
-        weakref.finalize(whole, _forget, start)
+        _known[base][window] = end
 
 
 def _runtime() -> Any:
     return torch.cuda.cudart()
 
 
-def _forget(start: int) -> None:
+def _forget(base: int, start: int) -> None:
     # Before the mapping goes, since the array holds it until its own end.
     with _lock:
-        if _known.pop(start, None) is not None:
-            _runtime().cudaHostUnregister(start)
+        for window in _known.pop(base, ()):
+            _runtime().cudaHostUnregister(max(base + window * WINDOW, start))
 
 
 def registered() -> tuple[int, int]:
-    """Mappings and bytes that are pinned."""
+    """Mappings of which something is pinned, and the windows that are."""
     with _lock:
-        return len(_known), sum(_known.values())
+        return len(_known), sum(map(len, _known.values()))
 
 
 def addresses(blocks: Sequence[torch.Tensor], device: torch.device) -> list[int]:
@@ -91,8 +131,11 @@ def addresses(blocks: Sequence[torch.Tensor], device: torch.device) -> list[int]
 
 
 def _reachable(block: torch.Tensor) -> bool:
-    start, end = block.data_ptr(), block.data_ptr() + block.nbytes
+    begin, end = block.data_ptr(), block.data_ptr() + block.nbytes
     with _lock:
-        if any(base <= start and end <= base + nbytes for base, nbytes in _known.items()):
-            return True
+        for base, windows in _known.items():
+            needed = range((begin - base) // WINDOW, -(-(end - base) // WINDOW))
+            known = needed and needed[0] >= 0 and all(window in windows for window in needed)
+            if known and end <= windows[needed[-1]]:
+                return True
     return block.is_pinned()

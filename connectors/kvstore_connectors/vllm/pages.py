@@ -237,9 +237,7 @@ class DevicePages(Pages):
 
     def reach(self, piece: Piece) -> HostPart:
         """Make a block's memory known to the device; the first time it is met that takes some milliseconds."""
-        for part in piece.parts:
-            host.register(part)
-        pieces = [torch.from_numpy(part) for part in piece.parts]
+        pieces = [torch.from_numpy(run) for part in piece.parts for run in host.reach(part)]
         return HostPart(pieces, self.page_ids(piece.engine_ids), piece.first * self._split)
 
     def _scatter(self, parts: Sequence[Part], stream: torch.cuda.Stream) -> None:

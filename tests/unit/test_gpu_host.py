@@ -1,0 +1,95 @@
+"""Slabs made known to CUDA: in windows, each once, and let go of with the mapping. The driver is a stand-in."""
+
+from __future__ import annotations
+
+import mmap
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from kvstore.errors import DeviceUnavailable, InvalidParams
+from kvstore_gpu import host
+
+W = 4 * mmap.PAGESIZE
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    pinned: dict[int, int] = {}
+    codes: list[int] = []
+
+    def register(start: int, nbytes: int, flags: int) -> int:
+        if codes:
+            return codes.pop()
+        assert nbytes > 0
+        assert not any(start < s + n and s < start + nbytes for s, n in pinned.items())
+        pinned[start] = nbytes
+        return 0
+
+    runtime = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=lambda start: pinned.pop(start))
+    monkeypatch.setattr(host, "WINDOW", W)
+    monkeypatch.setattr(host, "_runtime", lambda: runtime)
+    return SimpleNamespace(pinned=pinned, codes=codes)
+
+
+def slab(nbytes: int) -> np.ndarray:
+    return np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)
+
+
+def test_a_view_is_reached_in_pieces_that_span_one_window_each(driver) -> None:
+    whole = slab(3 * W + 100)
+    whole[:] = np.random.default_rng(1).integers(0, 255, whole.nbytes, np.uint8)
+    view = whole[W - 5 : 2 * W + 7]
+    pieces = host.reach(view)
+    assert [len(piece) for piece in pieces] == [5, W, 7]
+    assert np.array_equal(np.concatenate(pieces), view)
+    assert all(np.shares_memory(piece, view) for piece in pieces)
+    assert sorted(driver.pinned.values()) == [W, W, W]
+    assert [len(piece) for piece in host.reach(whole[3 * W :])] == [100]
+    assert sum(driver.pinned.values()) == whole.nbytes
+    host.reach(view)
+    assert len(driver.pinned) == 4
+
+
+def test_memory_is_found_only_where_all_its_windows_are_registered(driver) -> None:
+    whole = slab(4 * W)
+    host.reach(whole[W : 2 * W])
+    cuda = torch.device("cuda")
+    inside = torch.from_numpy(whole[W + 1 : 2 * W])
+    assert host.addresses([inside], cuda) == [inside.data_ptr()]
+    for outside in (whole[W - 1 : W + 1], whole[2 * W - 1 : 2 * W + 1], whole[:1]):
+        with pytest.raises(InvalidParams, match="register"):
+            host.addresses([torch.from_numpy(outside)], cuda)
+
+
+def test_memory_that_begins_within_a_page(driver) -> None:
+    whole = np.zeros(2 * W, np.uint8)
+    assert np.concatenate(host.reach(whole)).nbytes == whole.nbytes
+    assert sum(driver.pinned.values()) == whole.nbytes
+    assert host.addresses([torch.from_numpy(whole)], torch.device("cuda")) == [whole.ctypes.data]
+
+
+def test_windows_ahead_one_at_a_time_and_gone_with_the_mapping(driver) -> None:
+    whole = slab(3 * W)
+    host.reach(whole[:1])
+    steps = host.ahead(whole)
+    next(steps)
+    assert len(driver.pinned) == 2
+    assert len(list(steps)) == 1
+    assert host.registered() == (1, 3)
+    del steps, whole
+    assert not driver.pinned
+    assert host.registered() == (0, 0)
+
+
+def test_a_driver_that_refuses_is_an_error_with_a_cause_and_the_next_try_counts(driver) -> None:
+    whole = slab(W)
+    driver.codes.append(2)
+    with pytest.raises(DeviceUnavailable, match="CUDA error 2"):
+        host.reach(whole)
+    with pytest.raises(InvalidParams):
+        host.addresses([torch.from_numpy(whole)], torch.device("cuda"))
+    host.reach(whole)
+    assert driver.pinned == {whole.ctypes.data: W}
