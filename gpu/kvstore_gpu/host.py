@@ -1,9 +1,9 @@
 """Host memory that kernels and the copy engine can reach: slabs of the daemon, registered with CUDA as they are met.
 
 A slab is mapped once by the process and stays mapped while anybody holds a view of it. Registering pins memory and
-gives it an address on the device. Meanwhile the driver lets nobody else in, the engine's launches included, and memory that
-was never touched is touched under that lock: half a gigabyte held an engine up for a quarter of a second. So memory is
-touched first, and registered in windows; the engine gets in between. No copy may span two windows (`reach`).
+gives it an address on the device. Meanwhile the driver lets nobody else in, the engine's launches included, and memory
+that was never touched is touched under that lock: half a gigabyte held an engine up for a quarter of a second. So
+memory is touched first, and registered in windows; the engine gets in between. No copy may span two windows (`reach`).
 """
 
 from __future__ import annotations
