@@ -26,6 +26,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from kvstore.codecs.base import BlockCoder, BlockSpec, Bytes, Context, need
 from kvstore.codecs.basis import Basis
@@ -104,10 +105,10 @@ class PCA(BlockCoder):
         head = as_bytes(unit[:, :, :sinks].to(spec.torch_dtype).contiguous())
         out[0][: head.size] = head
         targets = [out[0][head.size :], *out[1:]]
-        found = group.forward(unit[:, :, sinks:])
+        found = group.forward(unit[:, :, sinks:]).T
         for plane, target in enumerate(targets):
             most = LARGEST[plane]
-            codes = found[:, group.members[plane]].round_().clamp_(-most, most).T.contiguous().to(torch.int16)
+            codes = found[group.members[plane]].round_().clamp_(-most, most).to(torch.int16)
             _pack(codes.view(-1).numpy(), plane, target)
 
     def decode(self, planes: Sequence[Bytes], spec: BlockSpec, layer: int, out: torch.Tensor, context: Context) -> None:
@@ -118,12 +119,11 @@ class PCA(BlockCoder):
             if not bool(torch.isfinite(kept).all()):
                 raise CorruptBlock("a kept value is not finite.")
             out[:, :, :sinks] = kept.view(spec.layers, 2, sinks, *spec.shape[3:])
-        found = torch.zeros(rows, group.rank)
-        for plane, part in enumerate([planes[0][head:], *planes[1:]]):
-            members = group.members[plane]
-            codes = torch.from_numpy(_unpack(part, plane, len(members) * rows)).view(len(members), rows)
-            found[:, members] = codes.T.to(torch.float32)
-        out[:, :, sinks:] = group.inverse(found, spec.layers)
+        codes = [
+            torch.from_numpy(_unpack(part, plane, len(members) * rows)).view(len(members), rows)
+            for plane, (part, members) in enumerate(zip([planes[0][head:], *planes[1:]], group.members, strict=False))
+        ]
+        group.inverse(codes, out[:, :, sinks:], half=spec.dtype == "bfloat16")
 
 
 class _Group:
@@ -131,34 +131,53 @@ class _Group:
 
     def __init__(self, basis: Basis, index: int, step: float) -> None:
         self._basis, self._parts, self._step = basis, basis.groups[index], step
-        self.ratio = torch.cat([part.spread for part in self._parts]) / step
-        self.rank = len(self.ratio)
-        order = torch.argsort(self.ratio, descending=True, stable=True)
-        ratio = self.ratio[order]
-        self.members = [order[(ratio < high) & (ratio >= low)] for high, low in itertools.pairwise(EDGES)]
+        ratio = torch.cat([part.spread for part in self._parts]) / step
+        order = torch.argsort(ratio, descending=True, stable=True)
+        falling = ratio[order]
+        self.members = [order[(falling < high) & (falling >= low)] for high, low in itertools.pairwise(EDGES)]
         """Components of each plane."""
+        self._ends = list(itertools.accumulate(len(part.spread) for part in self._parts))
 
     def forward(self, unit: torch.Tensor) -> torch.Tensor:
-        """Components ``[token, component]``, in steps, of a unit ``[layer][K|V][token][kv_head][dim]``."""
+        """Components ``[token, component]``, in steps, of a unit ``[layer][K|V][token][kv_head][dim]``; those that are
+        in no plane are left out if they are the last ones, as they are in each part."""
         found = []
         for kind, part in zip(self._basis.kinds, self._parts, strict=True):
             rows = _side(unit, kind).permute(2, 0, 1, 3, 4).reshape(unit.shape[2], len(part.mean))
-            found.append((rows - part.mean) @ part.forward)
+            coded = int((part.spread >= LEAST * self._step).sum())
+            found.append(F.pad((rows - part.mean) @ part.forward[:, :coded], (0, len(part.spread) - coded)))
         return torch.cat(found, 1).mul_(1 / self._step)
 
-    def inverse(self, found: torch.Tensor, layers: int) -> torch.Tensor:
-        """The unit of some components."""
-        basis = self._basis
-        found = found * self._step
-        sides, at = [], 0
-        for kind, part in zip(basis.kinds, self._parts, strict=True):
-            rank = len(part.spread)
-            rows = torch.addmm(part.mean, found[:, at : at + rank], part.inverse)
-            sides.append(
-                rows.view(len(found), layers, len(kind), basis.kv_heads, basis.head_dim).permute(1, 2, 0, 3, 4)
-            )
-            at += rank
-        return torch.cat(sides, 1)
+    def inverse(self, codes: Sequence[torch.Tensor], out: torch.Tensor, *, half: bool) -> None:
+        """Fill a unit from the codes ``[component, token]`` of its first planes.
+
+        Codes of plane 0 need float32. The others are of at most 8 bits, which bfloat16 has exactly: what becomes
+        bfloat16 (``half``) is computed in it from these, at twice the speed.
+        """
+        begin = 0
+        for kind, part, end in zip(self._basis.kinds, self._parts, self._ends, strict=True):
+            rows = part.mean
+            for first, last, dtype in (
+                (0, 1, torch.float32),
+                (1, len(codes), torch.bfloat16 if half else torch.float32),
+            ):
+                if first >= last:
+                    continue
+                members = torch.cat(self.members[first:last])
+                mine = (members >= begin) & (members < end)
+                own = torch.cat([part.to(dtype) for part in codes[first:last]])[mine]
+                matrix = _rows(part.inverse, members[mine] - begin).to(dtype)
+                rows = torch.add(rows, own.T @ matrix, alpha=self._step)
+            shape = (out.shape[2], out.shape[0], len(kind), *out.shape[3:])
+            _side(out, kind).copy_(rows.view(shape).permute(1, 2, 0, 3, 4))
+            begin = end
+
+
+def _rows(matrix: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Rows of a matrix; no copy where they follow each other, as they do where keys and values share a part."""
+    if len(index) and int(index[-1]) - int(index[0]) == len(index) - 1:
+        return matrix[int(index[0]) : int(index[-1]) + 1]
+    return matrix[index]
 
 
 def _side(unit: torch.Tensor, kind: str) -> torch.Tensor:
