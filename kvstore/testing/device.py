@@ -27,16 +27,16 @@ class OrdinaryMemory:
     Parameters
     ----------
     folder : Path, optional
-        Where they are made; short, since a handle has 64 bytes.
+        Where they are made, in a folder of this device's own; short, since a handle has 64 bytes.
     before_copy : callable
         Called in the thread that copies, before each copy: to wait, or to raise `DeviceUnavailable`.
     """
 
-    def __init__(self, folder: Path | None = None, before_copy: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, folder: Path | None = None, before_copy: Callable[[], object] = lambda: None) -> None:
         self.name = "ordinary memory"
         self.gpu = GPU
         self.before_copy = before_copy
-        self._folder = Path(tempfile.mkdtemp(prefix="kvg-")) if folder is None else folder
+        self._folder = Path(tempfile.mkdtemp(prefix="kvg-", dir=folder))
         self._mappings: dict[int, np.ndarray] = {}
 
     def take(self, count: int, nbytes: int) -> list[Taken]:
@@ -93,8 +93,8 @@ def _map(path: Path) -> np.ndarray:
         return np.frombuffer(mmap.mmap(file.fileno(), 0), np.uint8)
 
 
-def open_ordinary(device: int) -> OrdinaryMemory:
+def open_ordinary(device: int, folder: Path | None = None) -> OrdinaryMemory:
     """In the place of `kvstore.gpu_memory.open_memory`: device 0 is there, others are not."""
     if device:
         raise DeviceUnavailable(f"there is no device {device}.", "")
-    return OrdinaryMemory()
+    return OrdinaryMemory(folder)
