@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -192,7 +193,8 @@ class GpuMachine(RuleBasedStateMachine):
 
     @initialize()
     def make(self) -> None:
-        self.world = World()
+        self.folder = tempfile.TemporaryDirectory(prefix="kvg-")
+        self.world = World(Path(self.folder.name))
         self.next = 0
         self.leases: list[tuple[list[HostBlock], list[GpuBlock]]] = []
         self.copying: list[tuple[HostBlock, Any]] = []
@@ -271,6 +273,7 @@ class GpuMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if hasattr(self, "world"):
             self.world.host.arena.close()
+            self.folder.cleanup()
 
 
 TestGpuMachine = GpuMachine.TestCase
