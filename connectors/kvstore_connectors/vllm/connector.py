@@ -31,12 +31,12 @@ LOOKUP_TIMEOUT_S = 0.2
 """After this time the daemon counts as gone; the scheduler has stopped waiting long before."""
 
 
-def open_client(config: ConnectorConfig, purpose: str, timeout_s: float) -> Any:
-    """A client for one thread; it connects later."""
+def open_client(config: ConnectorConfig, purpose: str, timeout_s: float, device: Any = None) -> Any:
+    """A client for one thread; it connects later. With a device it reads there what the daemon has there."""
     from kvstore.client import KVStoreClient
 
     return KVStoreClient(
-        config.address or None, token=config.token or None, timeout_s=timeout_s, name=f"vllm/{purpose}"
+        config.address or None, token=config.token or None, timeout_s=timeout_s, name=f"vllm/{purpose}", device=device
     )
 
 
@@ -73,7 +73,7 @@ class KVStoreConnector(KVConnectorBase_V1):
                 spec,
                 kv_cache_config.num_blocks,
                 block_tokens,
-                lambda purpose, timeout_s: open_client(config, purpose, timeout_s),
+                lambda purpose, timeout_s, device=None: open_client(config, purpose, timeout_s, device),
                 config,
             )
 

@@ -42,11 +42,14 @@ class Piece(NamedTuple):
         Place in the block of the first engine block.
     engine_ids : sequence of int
         The engine blocks, in order.
+    device : Tensor, uint8, or None
+        The block's bytes in the memory of the cache's device, if they are there, too.
     """
 
     parts: Sequence[Bytes]
     first: int
     engine_ids: Sequence[int]
+    device: Any = None
 
 
 class Pages(ABC):
@@ -211,8 +214,15 @@ class DevicePages(Pages):
         """See `Pages.load_all`."""
         if after is not None:
             self._in.wait_event(after)
-        self._loads.load([self.reach(piece) for piece in pieces], self._scatter, self._in)
-        self._in.synchronize()
+        near = [piece for piece in pieces if piece.device is not None]
+        far = [self.reach(piece) for piece in pieces if piece.device is None]
+        try:
+            if near:
+                self._scatter([self._part(piece) for piece in near], self._in)
+            if far:
+                self._loads.load(far, self._scatter, self._in)
+        finally:
+            self._in.synchronize()  # before the daemon's memory may be let go
 
     def load(self, payload: Bytes, first: int, engine_ids: Sequence[int], after: Any = None) -> None:
         """See `Pages.load`."""
@@ -239,6 +249,10 @@ class DevicePages(Pages):
         """Make a block's memory known to the device; the first time it is met that takes some milliseconds."""
         pieces = [torch.from_numpy(run) for part in piece.parts for run in host.reach(part)]
         return HostPart(pieces, self.page_ids(piece.engine_ids), piece.first * self._split)
+
+    def _part(self, piece: Piece) -> Part:
+        """A block that is on the device already."""
+        return Part(piece.device, self.page_ids(piece.engine_ids), piece.first * self._split)
 
     def _scatter(self, parts: Sequence[Part], stream: torch.cuda.Stream) -> None:
         paged.scatter(self._cache, parts, self._block_pages, stream=stream)

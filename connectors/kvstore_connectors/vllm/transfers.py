@@ -134,7 +134,7 @@ class Transfers:
             raise InternalError(
                 f"a load of {len(job.engine_ids)} engine blocks does not fit its {len(job.hashes)} blocks."
             )
-        return Piece(block.parts, skip, job.engine_ids[begin:end])
+        return Piece(block.parts, skip, job.engine_ids[begin:end], block.device)
 
     def _count_load(self, job: LoadJob, done: int, failed: set[int], begun: float, deadline: float) -> None:
         self._tally.add("load_seconds", time.monotonic() - begun)

@@ -25,6 +25,7 @@ from kvstore_connectors.vllm.layout import CANONICAL, PageViews, WriteOp, layer_
 from kvstore_connectors.vllm.pages import DevicePages, Pages, make_pages
 from kvstore_connectors.vllm.saver import Saver
 from kvstore_connectors.vllm.transfers import Fill, Transfers
+from kvstore_gpu.shared import importer
 
 IDLE_WAIT_S = 0.001
 """Pause of a step that has nothing but running loads; without it the engine's loop would spin."""
@@ -112,7 +113,7 @@ class WorkerSide:
         Blocks in the engine's cache.
     block_tokens : int
     open_client : callable
-        Makes a client, given the purpose and its time limit in seconds.
+        Makes a client, given the purpose, its time limit in seconds and how it reaches the daemon's GPU memory.
     config : ConnectorConfig
     """
 
@@ -126,7 +127,9 @@ class WorkerSide:
         self._config = config
         self.tally = Tally()
         self._breaker = Breaker("kvstore worker", self.tally)
-        self._load_link = Link(lambda: open_client("load", LOAD_TIMEOUT_S), self._breaker, self.tally)
+        self._load_link = Link(
+            lambda: open_client("load", LOAD_TIMEOUT_S, self._importer()), self._breaker, self.tally
+        )
         self._save_link = Link(lambda: open_client("save", config.save_deadline_ms / 1e3), self._breaker, self.tally)
         self._pages: Pages | None = None
         self._transfers: Transfers | None = None
@@ -176,6 +179,10 @@ class WorkerSide:
         self._breaker.start(START_WAIT_S)
         if self._blender is not None and self._config.blend_gate:
             self._blender.report(self._load_link)
+
+    def _importer(self) -> Any:
+        """How loads reach the daemon's memory of this rank's GPU; None where the cache lies elsewhere."""
+        return importer(self._pages.device) if isinstance(self._pages, DevicePages) else None
 
     def _make_blender(
         self, layers: list[PageViews], caches: dict[str, Any], pages: Pages, page_tokens: int
