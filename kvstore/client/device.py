@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kvstore.client.blocks import LeasedBlock
-from kvstore.client.effects import Call, Flow, Work
+from kvstore.client.effects import Call, Calls, Flow, Work
 from kvstore.errors import DeviceUnavailable, ForeignHandle, LeaseExpired, ProtocolError, UnknownMethod
 from kvstore.types import Miss, TierCode
 from kvstore.wire import messages as m
@@ -85,9 +85,12 @@ class DeviceMap:
             return  # the lease has ended, as will be found after the copy; or the tier has just been switched off
 
     def _open(self, slabs: set[int]) -> Flow[None]:
-        for slab in slabs - self._slabs.keys():
-            reply: m.OpenSlabReply = yield Call("open_slab", m.OpenSlab(slab))
-            self._slabs[slab] = yield Work(lambda r=reply: self._importer.open(r.handle, r.nbytes), 0)
+        missing = sorted(slabs - self._slabs.keys())
+        if missing:
+            replies: list[m.OpenSlabReply] = yield Calls([Call("open_slab", m.OpenSlab(slab)) for slab in missing])
+            # Opening takes its time, so nothing is asked of the daemon after it.
+            for slab, reply in zip(missing, replies, strict=True):
+                self._slabs[slab] = yield Work(lambda r=reply: self._importer.open(r.handle, r.nbytes), 0)
 
     def _note(self, places: Sequence[m.Place], blocks: Sequence[Any]) -> None:
         for place in places:

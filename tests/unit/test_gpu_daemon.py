@@ -255,7 +255,7 @@ def test_a_lease_that_has_just_ended_is_asked_about_in_vain() -> None:
 def test_places_that_cannot_be_are_an_error(place: tuple[int, int, int]) -> None:
     reply = m.ReachReply(GPU, [m.Place(*place)])
     with pytest.raises(ProtocolError):
-        asked([reply, m.OpenSlabReply(SMALL, b"h"), np.zeros(SMALL, np.uint8)])
+        asked([reply, [m.OpenSlabReply(SMALL, b"h")], np.zeros(SMALL, np.uint8)])
 
 
 def test_an_error_of_the_connection_is_the_callers() -> None:

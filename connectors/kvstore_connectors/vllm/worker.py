@@ -127,9 +127,7 @@ class WorkerSide:
         self._config = config
         self.tally = Tally()
         self._breaker = Breaker("kvstore worker", self.tally)
-        self._load_link = Link(
-            lambda: open_client("load", LOAD_TIMEOUT_S, self._importer()), self._breaker, self.tally
-        )
+        self._load_link = Link(lambda: open_client("load", LOAD_TIMEOUT_S, self._importer()), self._breaker, self.tally)
         self._save_link = Link(lambda: open_client("save", config.save_deadline_ms / 1e3), self._breaker, self.tally)
         self._pages: Pages | None = None
         self._transfers: Transfers | None = None
