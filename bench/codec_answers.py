@@ -7,7 +7,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import codec_tables as tables
@@ -36,7 +38,9 @@ def main() -> None:
     bases = {profile.basis: load_basis(args.profiles / f"{profile.basis}.basis")} if profile.basis else {}
     model = AutoModelForCausalLM.from_pretrained(args.tasks_model, dtype=torch.float32, attn_implementation="sdpa")
     chains = {short(rung.chain): parse(rung.chain) for rung in profile.passed}
-    found = tables.tasks(args, Probe(model), chains, Context(rotary=profile.rotary, bases=bases))
+    context = Context(rotary=profile.rotary, bases=bases)
+    right = tables.tasks(json.loads(args.tasks.read_text()), Probe(model), chains, context, args.threads)
+    found = {name: mean(each) for name, each in right.items()}
     rungs: dict[str, Any] = {short(rung.chain): rung for rung in profile.passed}
     rows = [
         (name, f"{rungs[name].ratio:.2f}" if name in rungs else "1.00", f"{100 * share:.1f}")

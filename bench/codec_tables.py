@@ -7,10 +7,8 @@ every token of it is the most likely one, which is what greedy decoding would gi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from statistics import mean
 from typing import Any
 
 import torch
@@ -176,11 +174,12 @@ def _before(probe: Probe, queries: torch.Tensor) -> torch.Tensor:
     return probe.rotary.turn(queries, table, back=True)
 
 
-def tasks(args: Any, probe: Probe, chains: Mapping[str, Chain], context: Context) -> dict[str, Any]:
-    """Share of exact answers by chain, with the context's KV coded and the question computed behind it."""
-    wanted = json.loads(args.tasks.read_text())
+def tasks(
+    wanted: Sequence[Mapping[str, Any]], probe: Probe, chains: Mapping[str, Chain], context: Context, threads: int
+) -> dict[str, list[float]]:
+    """Whether each answer came out exactly, by chain: the context's KV is coded, the question computed behind it."""
     right: dict[str, list[float]] = {"uncompressed": []} | {label: [] for label in chains}
-    with ThreadPoolExecutor(args.threads) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         for task in wanted:
             block = probe.prefill(task["context"]).bfloat16()
             own = block.cpu()
@@ -192,4 +191,52 @@ def tasks(args: Any, probe: Probe, chains: Mapping[str, Chain], context: Context
                 with torch.no_grad():
                     said = probe.logits(coded, asked).argmax(-1)[-len(answer) - 1 : -1].cpu()
                 right[label].append(float(bool((said == answer).all())))
-    return {label: mean(values) for label, values in right.items()}
+    return right
+
+
+def retrieval(task: Mapping[str, Any], probe: Probe) -> dict[str, list[float]]:
+    """What dropping tokens, and keeping them in fewer bits, costs an answer that stands in the context.
+
+    Important are those that got most attention by visibility before the question was known, by layer and head. KL is
+    over the answer's tokens; "exact" is whether they all come out.
+    """
+    asked, answer = [*task["question"], *task["answer"]], torch.tensor(task["answer"], device=probe.device)
+    block = probe.prefill(task["context"])
+    count, heads = block.shape[2], block.shape[3]
+    positions = torch.arange(count, device=block.device)
+    scores = torch.stack(
+        [
+            importance.attention_mean(q, k, importance.log_sum_exp(q, k, positions), positions)
+            for q, k in zip(probe.queries(task["context"]), block[:, 0], strict=True)
+        ]
+    )
+    pre = probe.before_rope(block)
+    found: dict[str, list[float]] = {}
+    full: list[torch.Tensor] = []
+
+    def ask(label: str, keys: torch.Tensor, values: torch.Tensor) -> None:
+        with torch.no_grad():
+            layers = list(zip(keys, values, strict=True))
+            logs = probe.logits_of(layers, asked, position=count)[-len(answer) - 1 : -1].log_softmax(-1)
+        full.append(logs)
+        found[f"{label}: exact"] = [float(bool((logs.argmax(-1) == answer).all()))]
+        if len(full) > 1:
+            found[f"{label}: KL"] = [float((full[0].exp() * (full[0] - logs)).sum(-1).mean())]
+
+    ask("uncompressed", block[:, 0], block[:, 1])
+    coded = {}
+    for bits in (2, 3, 4):
+        keys = probe.after_rope(torch.stack([fake(pre[:, 0], bits, 1, 32), pre[:, 1]], 1))[:, 0]
+        coded[bits] = torch.stack([keys, _rotated(pre[:, 1], bits)], 1)
+        ask(f"all in {bits} bits", coded[bits][:, 0], coded[bits][:, 1])
+    for share in (50, 25):
+        kept = H2O(max(count * share // 100, 40)).keep(scores)
+        index = kept.transpose(1, 2)[..., None].expand(-1, -1, -1, block.shape[4])
+        if share == 50:
+            ask("50 % kept, the rest dropped", block[:, 0].gather(1, index), block[:, 1].gather(1, index))
+        mask = torch.zeros(len(block), heads, count, dtype=torch.bool, device=block.device).scatter_(2, kept, True)
+        mask = mask.transpose(1, 2)[:, None, ..., None]
+        for bits, lossy in coded.items():
+            mixed = torch.where(mask, block.float(), lossy)
+            ask(f"{share} % kept, the rest in {bits} bits", mixed[:, 0], mixed[:, 1])
+    return found
