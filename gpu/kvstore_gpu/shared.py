@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvstore.errors import DeviceUnavailable
-from kvstore.gpu_memory import Taken
 from kvstore.units import format_size
 
 if TYPE_CHECKING:
     import torch
+
+    from kvstore.gpu_memory import Taken
 
 _NO_CUPY = "CuPy is not installed here"
 
@@ -72,6 +73,8 @@ class CudaMemory:
 
     def take(self, count: int, nbytes: int) -> list[Taken]:
         """See `DeviceMemory.take`."""
+        from kvstore.gpu_memory import Taken  # which an engine has no use for
+
         taken: list[int] = []
         with _typed(f"{format_size(count * nbytes)} of GPU memory cannot be had"):
             self._cuda.setDevice(self._device)

@@ -31,6 +31,7 @@ from kvstore_connectors.transformers.support import (
     token_rows,
 )
 from kvstore_connectors.transformers.transfers import Offer, Transfers
+from kvstore_gpu.shared import importer
 
 FIRST_CONTACT_S = 0.5
 """Longest wait for the daemon when the connector is made; later it is met in the background."""
@@ -129,8 +130,9 @@ class KVStoreCache:
         }  # fmt: skip
         self._tally = Tally()
         self._breaker = Breaker("transformers", self._tally)
+        device = importer(self._base.device)
         self._link = Link(
-            lambda: KVStoreClient(address, token=token, timeout_s=timeout_s, name="transformers"),
+            lambda: KVStoreClient(address, token=token, timeout_s=timeout_s, name="transformers", device=device),
             self._breaker,
             self._tally,
         )

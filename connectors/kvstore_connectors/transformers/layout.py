@@ -37,15 +37,16 @@ class Layout:
         """Bytes of a block."""
         return self.layers * 2 * self.block_tokens * self.kv_heads * self.head_dim * self.dtype.itemsize
 
-    def view(self, raw: Bytes) -> torch.Tensor:
+    def view(self, raw: Bytes | torch.Tensor) -> torch.Tensor:
         """The bytes of a block as a tensor [layer, 2, token, kv_head, dim], without copying.
 
         Parameters
         ----------
-        raw : ndarray, uint8, [nbytes]
+        raw : ndarray or Tensor, uint8, [nbytes]
         """
         shape = (self.layers, 2, self.block_tokens, self.kv_heads, self.head_dim)
-        return torch.from_numpy(raw).view(self.dtype).view(shape)
+        flat = raw if isinstance(raw, torch.Tensor) else torch.from_numpy(raw)
+        return flat.view(self.dtype).view(shape)
 
     def empty(self, batch: int, tokens: int, device: torch.device) -> list[LayerKV]:
         """Memory for the KV of a prompt, one (K, V) for each layer, each [batch, kv_head, tokens, dim]."""
@@ -55,12 +56,12 @@ class Layout:
             for _ in range(self.layers)
         ]
 
-    def read(self, raw: Bytes, kv: Sequence[LayerKV], row: int, block: int) -> None:
+    def read(self, raw: Bytes | torch.Tensor, kv: Sequence[LayerKV], row: int, block: int) -> None:
         """Copy a stored block into the KV of a prompt.
 
         Parameters
         ----------
-        raw : ndarray, uint8, [nbytes]
+        raw : ndarray or Tensor, uint8, [nbytes]
         kv : sequence of (Tensor, Tensor), each [batch, kv_head, tokens, dim]
         row : int
             Which prompt of the batch.

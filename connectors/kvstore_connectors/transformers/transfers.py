@@ -134,8 +134,10 @@ class Transfers:
                 if block.nbytes != self._layout.nbytes:
                     reason = MissReason.CORRUPT
                     break
-                self._layout.read(_in_one_piece(client, lease, block), kv, row, first + copied)
+                self._layout.read(_source(client, lease, block, kv[0][0].device), kv, row, first + copied)
                 copied += 1
+            if copied and kv[0][0].is_cuda:
+                torch.cuda.current_stream(kv[0][0].device).synchronize()  # it reads the daemon's memory up to here
             if copied and not lease.valid():
                 return 0, MissReason.LOST
         return copied, reason
@@ -184,6 +186,12 @@ class Transfers:
         whole = np.empty(room.nbytes, dtype=np.uint8)  # the room lies in several slabs, or on another host
         self._layout.write(kv, offer.row, offer.block, whole)
         client.drive(client.core.fill(reservation, room, as_bytes(whole)), None)
+
+
+def _source(client: Any, lease: Any, block: LeasedBlock, device: torch.device) -> Bytes | torch.Tensor:
+    """Where a leased block is best read for a device: on it, if the daemon has a copy there."""
+    near = block.device
+    return near if isinstance(near, torch.Tensor) and near.device == device else _in_one_piece(client, lease, block)
 
 
 def _in_one_piece(client: Any, lease: Any, block: LeasedBlock) -> Bytes:
