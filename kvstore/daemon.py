@@ -22,12 +22,13 @@ import uvloop
 from kvstore import __version__, machine
 from kvstore.chain import TierChain
 from kvstore.config import Loaded, split_address
+from kvstore.encoding import Encoding
 from kvstore.errors import ConfigError, DeviceUnavailable, KVStoreError
 from kvstore.eviction import make_policy
 from kvstore.gpu_desk import GpuDesk, off_state, open_tier
 from kvstore.namespaces import describe_namespace, read_description
 from kvstore.obs.snapshot import snapshot
-from kvstore.service import Service, only_exact
+from kvstore.service import Service, accept_any, only_exact
 from kvstore.sockets import SocketDir
 from kvstore.tiers.base import Tier
 from kvstore.tiers.host import HostTier
@@ -113,6 +114,7 @@ class Daemon:
             chunk_bytes=s.chunks.index_bytes,
             chunk_variants=s.chunks.variants,
             refuse_fidelity=self._refuse_fidelity,
+            accepts=accept_any if self._profiles is None else Encoding("raw", self._profiles).accepts,
             gpu=await self._gpu_tier(host),
         )
         self.service.snapshot = self.snapshot

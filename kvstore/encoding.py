@@ -1,9 +1,11 @@
 """How the blocks of a namespace are encoded: by which chain, into what bytes, and what the next rung down is.
 
-Only whole blocks of a known layout are encoded. How a block lies in a tier can be told from its size alone, so that a
-restart needs no index of its own: raw payloads are whole tokens long, encoded ones never are.
+Only whole blocks of a known layout are encoded: by a tier, which decodes them again, or by the engine that stored them,
+which gets them back as they are and never in a namespace that may not lose precision. How a block lies in a tier can be
+told from its size alone, so that a restart needs no index of its own. Raw payloads are whole tokens long; of the others
+those of an engine are of odd length, those of a tier of even length.
 
-    encoded payload: frame of `kvstore.codecs` | xxh3-64 of the raw payload, exact chains only | a zero, if needed
+    encoded payload: frame of `kvstore.codecs` | xxh3-64 of the raw payload, exact chains only | zeros, if needed
 
 Nothing here does I/O or waits; all of it may run in threads.
 """
@@ -18,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from xxhash import xxh3_64_intdigest
 
-from kvstore.errors import ConfigError, CorruptBlock
+from kvstore.errors import CannotDecode, CodecError, ConfigError, CorruptBlock
 from kvstore.types import BlockHeader, Namespace
 
 if TYPE_CHECKING:
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 CANONICAL = "lkthd1"
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 SUM_BYTES = 8
+MARK_BYTES = 3
+"""Most zeros behind a frame."""
 EXACT = ("raw", "lossless")
 LOSSY = "lossy:"
 
@@ -56,6 +60,15 @@ class Form:
     def is_raw(self, nbytes: int) -> bool:
         """Whether a payload of so many bytes is a raw one."""
         return nbytes % self.token_bytes == 0
+
+    def is_by_engine(self, nbytes: int) -> bool:
+        """Whether a payload of so many bytes was encoded by the engine that stored it."""
+        return self.lossy and nbytes % 2 == 1
+
+    def marked(self, size: int, *, by_engine: bool) -> int:
+        """Length of an encoded payload whose frame has so many bytes: what it is can be told from it."""
+        size += size % 2 != by_engine
+        return size + 2 * self.is_raw(size)
 
     def spec(self, header: BlockHeader) -> BlockSpec:
         """Shape of a whole block."""
@@ -143,12 +156,12 @@ class Encoding:
 
         spec, context = form.spec(header), self._context(form, chain)
         tensor = torch.from_numpy(raw if raw.flags.writeable else raw.copy()).view(spec.torch_dtype).view(spec.shape)
-        out = pages(chain.bound(spec, context) + SUM_BYTES + 1)
+        out = pages(chain.bound(spec, context) + SUM_BYTES + MARK_BYTES)
         size = chain.encode(tensor, spec, np.frombuffer(out, np.uint8), context)
         if not chain.lossy:
             out[size : size + SUM_BYTES] = xxh3_64_intdigest(raw.data).to_bytes(SUM_BYTES, "little")
             size += SUM_BYTES
-        data = _never_raw(form, out, size)
+        data = _marked(form, out, size, by_engine=False)
         return None if data is None else Encoded(data, str(chain))
 
     def decode(self, form: Form, header: BlockHeader, data: memoryview, into: Sequence[memoryview]) -> Frame:
@@ -191,6 +204,48 @@ class Encoding:
             if int.from_bytes(data[end : end + SUM_BYTES].tobytes(), "little") != xxh3_64_intdigest(raw.data):
                 raise CorruptBlock("a decoded block is not what was encoded.")
 
+    def given(self, form: Form, header: BlockHeader, data: memoryview, *, whole: bool) -> Encoded:
+        """What an engine encoded, once it has been found right: its header only, or with `whole` every part.
+
+        Raises
+        ------
+        CorruptBlock, CannotDecode
+            It is no frame, of another block, cut off, or by a chain that is no rung of the profile.
+        ConfigError
+            The profile is not here.
+        """
+        from kvstore.codecs import parse, read
+
+        encoded = np.frombuffer(data, np.uint8)
+        frame, (rungs, context) = read(encoded), self.rungs(form)
+        chain, planes = parse(frame.chain), _planes(frame, encoded.size)
+        allowed = (0, planes) if planes == frame.planes else (planes,)
+        standing = [i for i, (rung, known) in enumerate(rungs) if known == chain and rung.planes in allowed]
+        references = tuple(step.reference(context) for step in chain.steps)
+        if frame.spec != form.spec(header) or frame.references != references or not standing:
+            raise CannotDecode(f"a block of {frame.spec} was encoded by {frame.chain}: no rung of its profile.")
+        if not planes or data.nbytes != form.marked(frame.nbytes(planes), by_engine=True):
+            raise CorruptBlock("an encoded block is longer or shorter than its header says.")
+        if whole:
+            for plane, unit in np.ndindex(planes, frame.units):
+                frame.part(encoded, plane, unit)
+        return Encoded(data, frame.chain, standing[0])
+
+    def accepts(self, namespace: Namespace, header: BlockHeader, payload: Sequence[memoryview]) -> bool:
+        """Whether a payload may be kept: raw, or encoded by its engine as its header says and its profile allows."""
+        nbytes = sum(view.nbytes for view in payload)
+        if nbytes % 2 == 0 or not namespace.fidelity.startswith(LOSSY):
+            return True
+        form = form_of(namespace)
+        if form is None:
+            return True
+        try:
+            data = payload[0] if len(payload) == 1 else memoryview(b"".join(payload))
+            self.given(form, header, data, whole=False)
+        except (CodecError, CorruptBlock, ConfigError):
+            return False
+        return True
+
     def _context(self, form: Form, chain: Chain) -> Context:
         from kvstore.codecs import Context
 
@@ -214,9 +269,9 @@ class Encoding:
             rung, chain = rungs[number]
             if str(chain) == frame.chain and rung.planes:
                 size = frame.nbytes(rung.planes)
-                out = pages(size + 1)
+                out = pages(size + MARK_BYTES)
                 out[:size] = data[:size]
-                cut = _never_raw(form, out, size)
+                cut = _marked(form, out, size, by_engine=form.is_by_engine(data.nbytes))
                 found = None if cut is None else Encoded(cut, frame.chain)
             else:
                 if raw is None:
@@ -233,7 +288,7 @@ def _planes(frame: Frame, nbytes: int) -> int:
     return sum(frame.nbytes(planes) <= nbytes for planes in range(1, frame.planes + 1))
 
 
-def _never_raw(form: Form, out: memoryview, size: int) -> memoryview | None:
-    """The bytes of an encoded payload, one longer if they could be a raw one; None if they save nothing."""
-    size += form.is_raw(size)
+def _marked(form: Form, out: memoryview, size: int, *, by_engine: bool) -> memoryview | None:
+    """The bytes of an encoded payload, zeros behind the frame included; None if they save nothing."""
+    size = form.marked(size, by_engine=by_engine)
     return out[:size] if size < form.whole else None

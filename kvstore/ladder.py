@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvstore.encoding import Encoded, Encoding, Form, form_of, pages
@@ -135,10 +136,10 @@ class Ladder(WrappedTier):
     # -- looking -------------------------------------------------------------------------------------------------------
 
     def size(self, block: BlockId) -> int | None:
-        """Raw payload bytes of the block if it is here."""
+        """Payload bytes of the block as `get` gives it, if it is here."""
         stored = self.inner.size(block)
         form = None if stored is None else self._form(block.scope)
-        return stored if form is None or stored is None or form.is_raw(stored) else form.whole
+        return stored if form is None or stored is None or _as_it_is(form, stored) else form.whole
 
     def chain(self, block: BlockId) -> str:
         """By which chain a block is encoded; empty if it is not."""
@@ -181,7 +182,7 @@ class Ladder(WrappedTier):
     # -- out -----------------------------------------------------------------------------------------------------------
 
     async def get(self, block: BlockId, into: Sequence[memoryview]) -> LoadOutcome:
-        """The raw payload of a block. What does not decode to what was stored is a miss, and is dropped.
+        """The payload of a block as it was stored. What does not decode to that is a miss, and is dropped.
 
         Damage counts as such; a block whose chain or profile is not known here is `undecodable`.
         """
@@ -190,6 +191,9 @@ class Ladder(WrappedTier):
             stored = self.inner.size(block)
             if stored is None or form is None or form.is_raw(stored):
                 return await self.inner.get(block, into)
+            if form.is_by_engine(stored):
+                outcome = await self.inner.get(block, into)
+                return await self._looked_at(block, form, outcome, into) if isinstance(outcome, Hit) else outcome
             if sum(view.nbytes for view in into) != form.whole:
                 return Miss(MissReason.LOST)
             buffer = pages(stored)
@@ -199,19 +203,33 @@ class Ladder(WrappedTier):
             if outcome.reason != MissReason.LOST or self.inner.size(block) in (None, stored):
                 return outcome  # else it stepped down under the read: once more
 
+    async def _looked_at(self, block: BlockId, form: Form, outcome: Hit, into: Sequence[memoryview]) -> LoadOutcome:
+        """A block that goes back as its engine encoded it, if its header still says so and its profile allows it."""
+        data = into[0] if len(into) == 1 else memoryview(b"".join(into))
+        try:
+            found = self._encoding.given(form, outcome.header, data, whole=False)
+        except (CodecError, CorruptBlock, ConfigError, ImportError) as error:
+            return await self._unreadable(block, error)
+        self._standing.seen(block, found.chain)
+        return outcome
+
     async def _decoded(
         self, block: BlockId, form: Form, outcome: Hit, buffer: memoryview, into: Sequence[memoryview]
     ) -> LoadOutcome:
         try:
             frame = await self._work(self._encoding.decode, form, outcome.header, buffer, into)
-        except (CodecError, CorruptBlock, ConfigError, ImportError) as error:  # codecs need torch, which may be gone
-            known = not isinstance(error, CannotDecode | ConfigError | ImportError)
-            self.counters.corrupt += known
-            self.undecodable += not known
-            await self.inner.drop(block)
-            return Miss(MissReason.CORRUPT)
+        except (CodecError, CorruptBlock, ConfigError, ImportError) as error:
+            return await self._unreadable(block, error)
         self._standing.seen(block, frame.chain)
         return Hit(outcome.header, form.whole)
+
+    async def _unreadable(self, block: BlockId, error: Exception) -> Miss:
+        """Count and drop a block that is damaged, or that needs what is not here: a profile, a codec, torch."""
+        known = not isinstance(error, CannotDecode | ConfigError | ImportError)
+        self.counters.corrupt += known
+        self.undecodable += not known
+        await self.inner.drop(block)
+        return Miss(MissReason.CORRUPT)
 
     # -- in ------------------------------------------------------------------------------------------------------------
 
@@ -220,12 +238,14 @@ class Ladder(WrappedTier):
     ) -> StoreOutcome:
         """Store a block, encoded if it is whole and becomes smaller by it."""
         form = self._form(block.scope)
-        if form is not None and not form.is_raw(nbytes):  # it could not be told from an encoded one
-            self.counters.drop(DropReason.TOO_LARGE)
-            return Dropped(DropReason.TOO_LARGE)
         encoded = None
-        if form is not None and not self.inner.contains(block.scope, block.key):
+        if form is not None and form.is_by_engine(nbytes):
+            encoded = await self._given(form, header, payload)
+        elif form is not None and form.is_raw(nbytes) and not self.inner.contains(block.scope, block.key):
             encoded = await self._encoded(form, header, payload, nbytes, durable)
+        if form is not None and encoded is None and not form.is_raw(nbytes):  # it could not be told from an encoded one
+            self.counters.drop(DropReason.UNDECODABLE)
+            return Dropped(DropReason.UNDECODABLE)
         size = nbytes if encoded is None else encoded.data.nbytes
         await self._make_room(size)
         views = payload if encoded is None else [encoded.data]
@@ -233,7 +253,7 @@ class Ladder(WrappedTier):
         if durable:
             self._standing.stay(block)
         if form is not None and encoded is not None and isinstance(outcome, Stored):
-            self._count(encoded, nbytes)
+            self._count(encoded, form.whole)
             self._stands(block, encoded, form, may_step=not durable)
         return outcome
 
@@ -242,6 +262,14 @@ class Ladder(WrappedTier):
         if self.inner.order is not None and self.inner.size(block) == encoded.data.nbytes:
             rung = encoded.rung if may_step and encoded.rung + 1 < self._rungs(form) else None
             self._standing.set(block, encoded.chain, encoded.data.nbytes, form.whole, rung)
+
+    async def _given(self, form: Form, header: BlockHeader, payload: Sequence[memoryview]) -> Encoded | None:
+        """A block that the engine encoded, each part checked; None if it is not to be kept."""
+        data = payload[0] if len(payload) == 1 else memoryview(b"".join(payload))
+        try:
+            return await self._work(partial(self._encoding.given, form, header, data, whole=True))
+        except (CodecError, CorruptBlock, ConfigError):
+            return None
 
     async def _encoded(
         self, form: Form, header: BlockHeader, payload: Sequence[memoryview], nbytes: int, durable: bool
@@ -326,6 +354,11 @@ class Ladder(WrappedTier):
         """Close the tier and end the threads."""
         await self.inner.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _as_it_is(form: Form, nbytes: int) -> bool:
+    """Whether a payload of so many bytes is handed out as it lies: nothing encoded it, or the engine did."""
+    return form.is_raw(nbytes) or form.is_by_engine(nbytes)
 
 
 def _one_core() -> None:

@@ -14,7 +14,7 @@ import os
 import secrets
 import time
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -67,6 +67,12 @@ def only_exact(namespace: Namespace) -> str:
     return "" if is_exact(namespace) else "no profile is here: codecs.profiles is not set"
 
 
+def accept_any(namespace: Namespace, header: BlockHeader, payload: Sequence[memoryview]) -> bool:
+    """For daemons without profiles: nothing that is stored there was encoded."""
+    del namespace, header, payload
+    return True
+
+
 class Service:
     """The daemon's verbs over a tier chain.
 
@@ -86,6 +92,8 @@ class Service:
         Bytes of the chunk index, and variants of one chunk.
     refuse_fidelity : callable
         Why a namespace may not have the fidelity it asks for; empty if it may.
+    accepts : callable
+        Whether a payload may be kept under its name: an engine may have encoded it in a way its profile does not know.
     gpu : GpuDesk, optional
         The GPU tier, if there is one.
     """
@@ -101,6 +109,7 @@ class Service:
         chunk_bytes: int = 64 << 20,
         chunk_variants: int = 5,
         refuse_fidelity: Callable[[Namespace], str] = only_exact,
+        accepts: Callable[[Namespace, BlockHeader, Sequence[memoryview]], bool] = accept_any,
         gpu: GpuDesk | None = None,
     ) -> None:
         self.chain = chain
@@ -125,6 +134,7 @@ class Service:
         self.hit: Counter[int] = Counter()
         self._token = token
         self._refuse_fidelity = refuse_fidelity
+        self._accepts = accepts
         self._max_block_bytes = max_block_bytes
         self._max_ttl_s = max_ttl_s
         self._verbs: dict[str, Callable[[Session, Any], m.Message | Awaitable[m.Message]]] = {
@@ -407,6 +417,11 @@ class Service:
         if remote and not place.filled:
             self.host.free(place.extents, len(place.header_bytes))
             return DropReason.ABORTED.value, []
+        fields = self.namespaces.fields(place.block.scope)
+        if fields is not None and not self._accepts(fields, place.header, self.host.arena.views(place.extents)):
+            self.host.free(place.extents, len(place.header_bytes))
+            self._count_refused(DropReason.UNDECODABLE.value)
+            return DropReason.UNDECODABLE.value, []
         block = HostBlock(place.block, place.header_bytes, place.header, place.nbytes, place.extents)
         self.namespaces.count_stored(place.block.scope)
         return "stored", self.chain.admit(block, durable)

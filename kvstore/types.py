@@ -205,6 +205,7 @@ class DropReason(StrEnum):
     HOST_FULL = "host_full"
     OVER_LIMIT = "over_limit"
     TOO_LARGE = "too_large"
+    UNDECODABLE = "undecodable"
     IN_FLIGHT = "in_flight"
     EXPIRED = "expired"
     NOT_DURABLE = "not_durable"

@@ -28,11 +28,14 @@ class Part:
         Pages of the cache.
     first : int
         Place in the block of the first of them; the others follow.
+    position : int
+        Position of the block's first token in its prompt, for codes that turn keys.
     """
 
     block: torch.Tensor
     pages: Sequence[int]
     first: int = 0
+    position: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class HostPart:
     pieces: Sequence[torch.Tensor]
     pages: Sequence[int]
     first: int = 0
+    position: int = 0
 
     @property
     def nbytes(self) -> int:

@@ -113,7 +113,7 @@ class Staging:
         index, self._next = self._next, (self._next + 1) % len(self._slots)
         out, at = [], 0
         for part in group:
-            out.append(Part(self._slots[index][at : at + part.nbytes], part.pages, part.first))
+            out.append(Part(self._slots[index][at : at + part.nbytes], part.pages, part.first, part.position))
             at += _room(part)
         return index, out
 

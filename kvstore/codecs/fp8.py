@@ -49,6 +49,11 @@ class FP8(BlockCoder):
         heads, dim = (spec.kv_heads, spec.head_dim) if self.scale == "head" else (1, spec.channels)
         return 2 * spec.layers * spec.tokens * heads, dim
 
+    def span(self, spec: BlockSpec, context: Context) -> int:
+        """A layer: kernels decode it by itself (`kvstore_gpu.fp8`)."""
+        del spec, context
+        return 1
+
     def planes(self, spec: BlockSpec, layer: int, context: Context) -> tuple[int, ...]:
         del layer, context
         count, dim = self._rows(spec)

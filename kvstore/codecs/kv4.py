@@ -55,6 +55,11 @@ class KV4(BlockCoder):
         if not (2 <= self.k <= 8 and 2 <= self.v <= 8 and 1 <= self.group <= 1 << 16 and 0 <= self.sinks <= 64):
             raise CannotEncode(f"kv4 takes 2 to 8 bits, groups of 1 to 65536, 0 to 64 sinks, not {self}.")
 
+    def span(self, spec: BlockSpec, context: Context) -> int:
+        """A layer: kernels decode it by itself (`kvstore_gpu.kv4`)."""
+        del spec, context
+        return 1
+
     def required(self) -> int:
         return 1
 

@@ -10,15 +10,18 @@ import numpy as np
 import pytest
 import torch
 
+from kvstore.codecs import parse
+from kvstore.codecs.base import Context
 from kvstore.encoding import form_of, pages
 from kvstore.errors import ConfigError
 from kvstore.keys import namespace_digest
 from kvstore.ladder import Ladder
 from kvstore.profile import Profile, Profiles, Rung, save_profile
+from kvstore.rope import Rotary
 from kvstore.testing.tier_suite import TierSuite
 from kvstore.tiers.base import Tier
 from kvstore.tiers.disk import DiskTier
-from kvstore.types import BlockHeader, BlockId, Dropped, Hit, Miss, MissReason, Namespace, Scope, Stored
+from kvstore.types import BlockHeader, BlockId, Dropped, DropReason, Hit, Miss, MissReason, Namespace, Scope, Stored
 
 EXACT = Namespace(model="m", revision="1", dtype="bfloat16", layers=4, kv_heads=2, head_dim=32, layout="lkthd1",
                   block_tokens=64)  # fmt: skip
@@ -292,4 +295,89 @@ async def test_a_read_that_a_step_overtakes_is_read_again(tmp_path: Path) -> Non
     assert (tier.inner.size(block_id(0, LOSSY)) or 0) < (before or 0)
     assert tier.lost == 0
     assert await tier.check() == []
+    await tier.close()
+
+
+def encoded_by_an_engine(number: int, chain: str = CHAINS[1], *, position: int | None = None) -> memoryview:
+    """A frame as an engine stores it, in the length that says so."""
+    form = form_of(LOSSY)
+    assert form is not None
+    spec = form.spec(BlockHeader(position=64 * number if position is None else position))
+    context = Context(rotary=Rotary(tuple(10_000.0 ** (-i / 32) for i in range(0, 32, 2))))
+    size = parse(chain).bound(spec, context)
+    out = pages(form.marked(size, by_engine=True))
+    assert parse(chain).encode(payload(number), spec, np.frombuffer(out, np.uint8), context) == size
+    assert len(out) % 2 == 1
+    return out
+
+
+async def give(tier: Tier, number: int, data: memoryview, namespace: Namespace = LOSSY) -> object:
+    return await tier.put(block_id(number, namespace), BlockHeader(position=64 * number), [data], data.nbytes)
+
+
+async def take(tier: Tier, number: int) -> bytes | Miss:
+    nbytes = tier.size(block_id(number, LOSSY))
+    assert nbytes is not None
+    view = pages(nbytes)
+    outcome = await tier.get(block_id(number, LOSSY), [view])
+    return outcome if isinstance(outcome, Miss) else bytes(view)
+
+
+@pytest.mark.asyncio
+async def test_what_an_engine_encoded_comes_back_as_it_was_also_after_a_restart(workdir: Path) -> None:
+    data = encoded_by_an_engine(3)
+    for _ in range(2):
+        tier = await ladder(workdir, profiles=profiles(workdir))
+        if tier.size(block_id(3, LOSSY)) is None:
+            assert isinstance(await give(tier, 3, data), Stored)
+            assert tier.chain(block_id(3, LOSSY)) == "prerope|kv4(k=4,v=4,group=64,sinks=4)"
+        assert tier.size(block_id(3, LOSSY)) == data.nbytes
+        assert await take(tier, 3) == bytes(data)
+        assert tier.describe_state()["codecs"]["undecodable"] == 0
+        await tier.close()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("what", ["another chain", "another place", "a bit", "the end", "nothing"])
+async def test_what_an_engine_encoded_wrongly_is_not_stored(workdir: Path, what: str) -> None:
+    tier = await ladder(workdir, profiles=profiles(workdir))
+    data = encoded_by_an_engine(3)
+    if what == "another chain":
+        data = encoded_by_an_engine(3, "prerope|kv4(k=3,v=3)")
+    elif what == "another place":
+        data = encoded_by_an_engine(3, position=64)
+    elif what == "a bit":
+        data[-20] ^= 1
+    elif what == "the end":
+        data = data[:-2]
+    else:
+        data = memoryview(bytes(data.nbytes))
+    outcome = await give(tier, 3, data)
+    assert isinstance(outcome, Dropped)
+    assert outcome.reason == DropReason.UNDECODABLE
+    assert tier.size(block_id(3, LOSSY)) is None
+    await tier.close()
+
+
+@pytest.mark.asyncio
+async def test_what_an_engine_encoded_steps_down_and_stays_its_own_while_planes_are_cut(workdir: Path) -> None:
+    cut = [rung(CHAINS[1], 3.5), rung(CHAINS[1], 6.0, planes=1)]
+    tier = await ladder(workdir, 40 * 8704, profiles=profiles(workdir, cut))
+    for number in range(1, 60):
+        assert isinstance(await give(tier, number, encoded_by_an_engine(number)), Stored)
+    assert tier.describe_state()["codecs"]["stepped_down"] > 5
+    sizes = {number: tier.size(block_id(number, LOSSY)) for number in range(1, 60)}
+    small = [number for number, size in sizes.items() if size is not None and size < encoded_by_an_engine(1).nbytes]
+    assert small
+    assert all(size is None or size % 2 == 1 for size in sizes.values())
+    whole, found = bytes(encoded_by_an_engine(small[0])), await take(tier, small[0])
+    assert isinstance(found, bytes)
+    assert whole.startswith(found[:-3])
+    await tier.close()
+
+
+@pytest.mark.asyncio
+async def test_nothing_encoded_is_stored_under_an_exact_name(workdir: Path) -> None:
+    tier = await ladder(workdir, profiles=profiles(workdir))
+    assert isinstance(await give(tier, 3, encoded_by_an_engine(3), EXACT), Dropped)
     await tier.close()

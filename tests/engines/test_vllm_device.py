@@ -60,7 +60,7 @@ def test_a_save_waits_for_the_kernels_that_write_and_those_behind_it_can_wait_fo
     torch.cuda._sleep(SLOW)
     for cache in caches:
         cache[2] = 5.0  # still queued when the save begins
-    taken, arrived = pages.take([pages.reach(Piece([stored], 0, [2, 2, 2, 2]))], pages.mark())
+    taken, arrived, *_ = pages.take([pages.reach(Piece([stored], 0, [2, 2, 2, 2]))], pages.mark())
     pages.hold(taken)
     for cache in caches:
         cache[2] = 7.0  # and the pages are used again before it is over
@@ -77,7 +77,7 @@ def test_without_holding_the_engine_would_overtake() -> None:
     late = torch.cuda.Stream()
     with torch.cuda.stream(late):
         torch.cuda._sleep(10 * SLOW)
-    _, arrived = pages.take([pages.reach(Piece([stored], 0, [2, 2, 2, 2]))], late.record_event())
+    _, arrived, *_ = pages.take([pages.reach(Piece([stored], 0, [2, 2, 2, 2]))], late.record_event())
     for cache in caches:
         cache[2] = 7.0
     arrived.synchronize()
@@ -94,7 +94,7 @@ def test_many_blocks_in_pieces_there_and_back(order: str) -> None:
         Piece([row[:cut], row[cut:]] if i % 3 == 0 else [row], 0, [(4 * i + k) % BLOCKS for k in range(4)])
         for i, row in enumerate(memory)
     ]
-    _, arrived = pages.take([pages.reach(piece) for piece in pieces], pages.mark())
+    _, arrived, *_ = pages.take([pages.reach(piece) for piece in pieces], pages.mark())
     arrived.synchronize()
     before = [cache.clone() for cache in caches]
     for cache in caches:
@@ -142,7 +142,7 @@ def test_storing_does_not_hold_up_the_engine() -> None:
     torch.cuda.synchronize()
     torch.cuda._sleep(10 * SLOW)
     begun = time.monotonic()
-    _, arrived = pages.take([pages.reach(Piece([stored], 0, [0, 1, 2, 3]))], pages.mark())
+    _, arrived, *_ = pages.take([pages.reach(Piece([stored], 0, [0, 1, 2, 3]))], pages.mark())
     assert time.monotonic() - begun < 0.05
     assert not arrived.query()
     arrived.synchronize()

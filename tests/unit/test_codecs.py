@@ -139,7 +139,7 @@ def test_a_wrong_count_of_important_tokens_is_refused() -> None:
 def test_scales_that_are_no_scales(value: float) -> None:
     spec = dataclasses.replace(SPEC, position=9)
     data = packed("kv4", block_of(SPEC), spec)
-    groups = SPEC.layers * SPEC.channels
+    groups = SPEC.channels  # of one layer
     at = int(read(data).offsets[0, 0]) + 2 * groups
     data[at : at + 2] = np.frombuffer(np.float16(value).tobytes(), np.uint8)
     resign(data)

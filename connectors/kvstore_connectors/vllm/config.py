@@ -43,6 +43,9 @@ class ConnectorConfig:
         Blocks are shared only inside one tenant.
     fidelity : str
         ``exact``, or ``lossy:PROFILE``: lower tiers may keep blocks by the rungs of that profile (docs/codecs.md).
+    chain : str
+        With a lossy fidelity: this engine stores its blocks encoded by this chain, a rung of the profile, so that they
+        are smaller in host memory and across PCIe, too. ``fp8`` or ``prerope|kv4(…)`` on GPUs. Empty: kept as they are.
     blend_gate : str
         File with the verdict of a probe on this model; without one nothing is blended (docs/chunks.md).
     blend : bool
@@ -70,6 +73,7 @@ class ConnectorConfig:
     weights_digest: str = "sample"
     tenant: str = ""
     fidelity: str = "exact"
+    chain: str = ""
     blend_gate: str = ""
     blend: bool = False
     blend_share: float = 0.15
@@ -100,6 +104,8 @@ class ConnectorConfig:
         if values.get("weights_digest", "sample") not in ("sample", "full"):
             raise ConfigError(f"weights_digest: {values['weights_digest']!r} is neither 'sample' nor 'full'.", _REMEDY)
         check_fidelity(values.get("fidelity", "exact"))
+        if values.get("chain") and values.get("fidelity", "exact") == "exact":
+            raise ConfigError("chain: exact blocks are stored as they are; fidelity has to name a profile.", _REMEDY)
         return cls(**values)
 
 

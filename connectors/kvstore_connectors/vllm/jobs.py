@@ -61,6 +61,8 @@ class LoadJob:
         Engine blocks to fill, in order.
     tokens : int
         Tokens that were promised.
+    position : int
+        Position of the first token of the first block.
     deadline_s : float
         After this time from `begun` on what has not come is given up; 0 for the usual time.
     begun : float
@@ -74,6 +76,7 @@ class LoadJob:
     engine_ids: list[int]
     tokens: int
     is_async: bool
+    position: int = 0
     deadline_s: float = 0.0
     begun: float = 0.0
 

@@ -12,18 +12,22 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvstore.errors import ConfigError
+from kvstore.errors import CannotEncode, ConfigError
 from kvstore_connectors.vllm.layout import PageViews, same_layout
 from kvstore_gpu import host, paged
 from kvstore_gpu.cache import PagedCache
+from kvstore_gpu.frames import Frames
 from kvstore_gpu.jobs import HostPart, Part
 from kvstore_gpu.staging import Staging
+
+if TYPE_CHECKING:
+    from kvstore_connectors.vllm.code import BlockCode
 
 Bytes = NDArray[np.uint8]
 
@@ -69,8 +73,12 @@ class Pages(ABC):
     Attributes
     ----------
     nbytes : int
-        Payload bytes of a block.
+        Bytes of a block as the engine has it.
+    code : BlockCode or None
+        How blocks are encoded when they are stored (`use`).
     """
+
+    code: BlockCode | None = None
 
     def __init__(self, layers: list[PageViews], block_tokens: int, engine_block: int, page_tokens: int) -> None:
         self.layout = same_layout(layers)
@@ -99,15 +107,35 @@ class Pages(ABC):
             return list(engine_ids)
         return [block * self._split + part for block in engine_ids for part in range(self._split)]
 
+    def use(self, code: BlockCode) -> None:
+        """Store blocks encoded from now on, and know such blocks when they are loaded."""
+        self.code = code
+
+    def stored_nbytes(self, position: int) -> int:
+        """Bytes of a block as it is stored, whose first token has this position."""
+        return self.nbytes if self.code is None else self.code.nbytes(position == 0)
+
+    def knows(self, piece: Piece) -> bool:
+        """Whether a stored block is one that can be loaded."""
+        raw = piece.nbytes == self.nbytes
+        return raw or (self.code is not None and self.code.knows(piece.parts, piece.position))
+
     @abstractmethod
-    def save(self, engine_ids: Sequence[int], into: Bytes) -> None:
-        """Copy a whole block out of the cache.
+    def save(self, engine_ids: Sequence[int], into: Bytes, position: int = 0) -> None:
+        """Copy a whole block out of the cache, and encode it if that was said.
 
         Parameters
         ----------
         engine_ids : sequence of int
             The engine blocks that make up the block, all of them.
-        into : ndarray, uint8, [nbytes]
+        into : ndarray, uint8, [stored_nbytes]
+        position : int
+            Of the first token.
+
+        Raises
+        ------
+        CannotEncode
+            If the block has values that the code cannot say.
         """
 
     @abstractmethod
@@ -130,6 +158,8 @@ class Pages(ABC):
         """`load` for several blocks."""
         for piece in pieces:
             whole = piece.parts[0] if len(piece.parts) == 1 else np.concatenate(piece.parts)
+            if piece.nbytes != self.nbytes and self.code is not None:
+                whole = self.code.decode(whole, piece.position)
             self.load(whole, piece.first, piece.engine_ids, after)
 
     def mark(self) -> Any:
@@ -145,8 +175,16 @@ class HostPages(Pages):
         self._arrays = [[side.numpy() for side in layer] for layer in self.caches]
         self._kind = self._arrays[0][0].dtype
 
-    def save(self, engine_ids: Sequence[int], into: Bytes) -> None:
+    def save(self, engine_ids: Sequence[int], into: Bytes, position: int = 0) -> None:
         """See `Pages.save`."""
+        if self.code is not None:
+            raw = np.empty(self.nbytes, np.uint8)
+            self._copy_out(engine_ids, raw)
+            self.code.encode(raw, position, into)
+        else:
+            self._copy_out(engine_ids, into)
+
+    def _copy_out(self, engine_ids: Sequence[int], into: Bytes) -> None:
         stored = into.view(self._kind).reshape(self.shape)
         runs = list(consecutive(self.page_ids(engine_ids)))
         for layer, sides in enumerate(self._arrays):
@@ -165,6 +203,31 @@ class HostPages(Pages):
                 source = stored[layer, side]
                 for place, page, count in runs:
                     np.copyto(cache[page : page + count], source[offset + place : offset + place + count])
+
+
+class Taken(NamedTuple):
+    """Blocks on their way from a device.
+
+    Attributes
+    ----------
+    taken, arrived : Event
+        When their pages may be used again; when their bytes are in shared memory.
+    bad : list of Tensor
+        Flags of encoded blocks, in pinned memory, once they have arrived.
+    blocks : int
+        How many.
+    """
+
+    taken: torch.cuda.Event
+    arrived: torch.cuda.Event
+    bad: list[torch.Tensor]
+    blocks: int
+
+    def wait(self) -> list[bool]:
+        """Wait until the bytes are there; of each block, whether it may be kept."""
+        self.arrived.synchronize()
+        flags = [not flag for some in self.bad for flag in some.tolist()]
+        return flags if self.bad else [True] * self.blocks
 
 
 SLOT_NBYTES = 32 << 20
@@ -190,6 +253,7 @@ class DevicePages(Pages):
     def __init__(self, layers: list[PageViews], block_tokens: int, engine_block: int, page_tokens: int) -> None:
         super().__init__(layers, block_tokens, engine_block, page_tokens)
         self._cache = PagedCache.of(self.caches)
+        self._frames: Frames | None = None
         self._block_pages = self.shape[2]
         free, _ = torch.cuda.mem_get_info(self.device)
         slot = max(self.nbytes, min(SLOT_NBYTES, free // (8 * SLOTS)))
@@ -210,49 +274,64 @@ class DevicePages(Pages):
         paged.scatter(self._cache, [Part(block, [0])], self._block_pages)
         torch.cuda.current_stream(self.device).synchronize()
 
+    def use(self, code: BlockCode) -> None:
+        """See `Pages.use`. Raises `ConfigError` if there are no kernels for its chain."""
+        super().use(code)
+        views = [[side.view(self.dtype) for side in layer] for layer in self.caches]
+        self._frames = Frames(PagedCache.of(views), code.chain, self.block_tokens, code.context)
+
     def load_all(self, pieces: Sequence[Piece], after: Any = None) -> None:
         """See `Pages.load_all`."""
         if after is not None:
             self._in.wait_event(after)
-        near = [piece for piece in pieces if piece.device is not None]
-        far = [self.reach(piece) for piece in pieces if piece.device is None]
-        try:
-            if near:
-                self._scatter([self._part(piece) for piece in near], self._in)
-            if far:
-                self._loads.load(far, self._scatter, self._in)
-        finally:
-            self._in.synchronize()  # before the daemon's memory may be let go
+        raw = [self.reach(piece) for piece in pieces if piece.nbytes == self.nbytes]
+        self._loads.load(raw, self._scatter, self._in)
+        coded = [self.reach(piece) for piece in pieces if piece.nbytes != self.nbytes]
+        if coded and self._frames is not None:
+            self._loads.load(coded, self._frames.unpack, self._in)
+        self._in.synchronize()
 
     def load(self, payload: Bytes, first: int, engine_ids: Sequence[int], after: Any = None) -> None:
         """See `Pages.load`."""
         self.load_all([Piece([payload], first, engine_ids)], after)
 
-    def take(self, parts: Sequence[HostPart], after: Any = None) -> tuple[torch.cuda.Event, torch.cuda.Event]:
-        """Queue the copying of whole blocks, made ready by `reach`, out of the cache.
-
-        Returns
-        -------
-        (taken, arrived)
-            When the pages may be used again; when the bytes are in shared memory.
-        """
+    def take(self, parts: Sequence[HostPart], after: Any = None) -> Taken:
+        """Queue the copying of whole blocks, made ready by `reach`, out of the cache; they are encoded on the way."""
         if after is not None:
             self._out.wait_event(after)
-        return self._saves.store(parts, self._gather, self._out)
+        bad: list[torch.Tensor] = []
 
-    def save(self, engine_ids: Sequence[int], into: Bytes) -> None:
+        def pack(some: Sequence[Part], stream: torch.cuda.Stream) -> None:
+            if self._frames is not None:
+                flags = self._frames.pack(some, stream)
+                with torch.cuda.stream(stream):
+                    bad.append(flags.to("cpu", non_blocking=True))
+
+        taken, arrived = self._saves.store(parts, self._gather if self._frames is None else pack, self._out)
+        return Taken(taken, arrived, bad, len(parts))
+
+    def seal(self, room: Sequence[Bytes], position: int) -> None:
+        """Finish a block that has arrived: an encoded one gets its header."""
+        if self._frames is not None:
+            whole = room[0] if len(room) == 1 else np.concatenate(room)
+            self._frames.seal(whole, position)
+            if len(room) > 1:
+                at = 0
+                for part in room:
+                    part[:] = whole[at : at + part.nbytes]
+                    at += part.nbytes
+
+    def save(self, engine_ids: Sequence[int], into: Bytes, position: int = 0) -> None:
         """See `Pages.save`."""
-        _, arrived = self.take([self.reach(Piece([into], 0, engine_ids))], self.mark())
-        arrived.synchronize()
+        taken = self.take([self.reach(Piece([into], 0, engine_ids, position))], self.mark())
+        if not all(taken.wait()):
+            raise CannotEncode("a block has values that its code cannot say.")
+        self.seal([into], position)
 
     def reach(self, piece: Piece) -> HostPart:
         """Make a block's memory known to the device; the first time it is met that takes some milliseconds."""
         pieces = [torch.from_numpy(run) for part in piece.parts for run in host.reach(part)]
-        return HostPart(pieces, self.page_ids(piece.engine_ids), piece.first * self._split)
-
-    def _part(self, piece: Piece) -> Part:
-        """A block that is on the device already."""
-        return Part(piece.device, self.page_ids(piece.engine_ids), piece.first * self._split)
+        return HostPart(pieces, self.page_ids(piece.engine_ids), piece.first * self._split, piece.position)
 
     def _scatter(self, parts: Sequence[Part], stream: torch.cuda.Stream) -> None:
         paged.scatter(self._cache, parts, self._block_pages, stream=stream)

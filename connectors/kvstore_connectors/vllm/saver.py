@@ -119,19 +119,23 @@ class Saver:
 
     def _fill(self, entry: _Open, rooms: Sequence[tuple[SaveBlock, Room]]) -> list[bool]:
         """Gather into the rooms and wait until the bytes are there; whether each block was still whole."""
-        done: list[bool] = []
-        arrived = None
-        parts = [self._pages.reach(Piece(room.parts, 0, block.engine_ids)) for block, room in rooms]
+        done = [False] * len(rooms)
+        batches = []
+        parts = [self._pages.reach(Piece(room.parts, 0, block.engine_ids, block.position)) for block, room in rooms]
         for start in range(0, len(rooms), AT_ONCE):
             with self._change:
                 here = range(start, min(start + AT_ONCE, len(rooms)))
-                whole = [entry.overtaken.isdisjoint(rooms[i][0].engine_ids) for i in here]
-                chosen = [i for i, ok in zip(here, whole, strict=True) if ok]
+                chosen = [i for i in here if entry.overtaken.isdisjoint(rooms[i][0].engine_ids)]
                 if chosen:
-                    taken, arrived = self._pages.take([parts[i] for i in chosen], entry.after)
-                    entry.taken.append(({one for i in chosen for one in rooms[i][0].engine_ids}, taken))
-                done += whole
-        self._tally.add("save_overtaken", done.count(False))
-        if arrived is not None:
-            arrived.synchronize()
+                    batch = self._pages.take([parts[i] for i in chosen], entry.after)
+                    entry.taken.append(({one for i in chosen for one in rooms[i][0].engine_ids}, batch.taken))
+                    batches.append((chosen, batch))
+        self._tally.add("save_overtaken", len(rooms) - sum(len(chosen) for chosen, _ in batches))
+        for chosen, batch in batches:
+            for i, good in zip(chosen, batch.wait(), strict=True):
+                done[i] = good
+                if good:
+                    self._pages.seal(rooms[i][1].parts, rooms[i][0].position)
+                else:
+                    self._tally.add("save_unencodable")
         return done

@@ -255,9 +255,10 @@ class SchedulerSide:
     def _load_job(self, name: str, tracked: Tracked, start: int, count: int) -> LoadJob:
         first, last = start // self._engine_block, -(-(start + count) // self._engine_block)
         tracked.loading = tracked.engine_ids[first:last]
-        job = LoadJob(name, tracked.scope, [], 0, tracked.loading, count, self._async, tracked.deadline_s)
+        block = start // self._block_tokens
+        position = block * self._block_tokens
+        job = LoadJob(name, tracked.scope, [], 0, tracked.loading, count, self._async, position, tracked.deadline_s)
         try:
-            block = start // self._block_tokens
             end = -(-(start + count) // self._block_tokens)
             hashes = tracked.request.block_hashes
             job.skip = first - block * self._ratio

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from kvstore.client import LeasedBlock, Room
-from kvstore.errors import InternalError
+from kvstore.errors import CodecError, InternalError
 from kvstore.keys import derived_key, namespace_digest
 from kvstore.types import BlockHeader, Exists, Miss, MissReason, Namespace, Stored
 from kvstore_connectors.base import Link, Tally
@@ -110,13 +110,15 @@ class Transfers:
                 if isinstance(block, Miss):
                     reason = block.reason
                     break
-                if block.nbytes != self._pages.nbytes:
+                piece = self._piece(block, job, first + len(pieces))
+                if not self._pages.knows(piece):
                     self._tally.add("load_wrong_size")
                     reason = MissReason.CORRUPT
                     break
-                pieces.append(self._piece(block, job, first + len(pieces)))
+                pieces.append(piece)
             if pieces:
                 self._pages.load_all(pieces, after)
+                self._tally.add("loaded_bytes", sum(piece.nbytes for piece in pieces))
             if pieces and not lease.valid():
                 self._tally.add("load_expired")
                 return 0, MissReason.LOST
@@ -140,7 +142,6 @@ class Transfers:
         self._tally.add("load_seconds", time.monotonic() - begun)
         if done:
             self._tally.add("loaded_blocks", done)
-            self._tally.add("loaded_bytes", done * self._pages.nbytes)
         if failed and time.monotonic() >= deadline:
             self._tally.add("load_given_up")
         if failed:
@@ -157,9 +158,15 @@ class Transfers:
         self._tally.add("save_seconds", time.monotonic() - begun)
 
     def _fill(self, rooms: Sequence[tuple[SaveBlock, Room]]) -> list[bool]:
-        for block, room in rooms:
-            fill_room(room, partial(self._pages.save, block.engine_ids))
-        return [True] * len(rooms)
+        return [self._fill_one(block, room) for block, room in rooms]
+
+    def _fill_one(self, block: SaveBlock, room: Room) -> bool:
+        try:
+            fill_room(room, lambda into: self._pages.save(block.engine_ids, into, block.position))
+        except CodecError:  # values that the code cannot say: the block is not kept
+            self._tally.add("save_unencodable")
+            return False
+        return True
 
     def store(self, link: Link, namespace: Namespace, blocks: Sequence[SaveBlock], fill: Fill) -> None:
         """Store blocks of one request; ``fill`` writes those that the daemon has room for."""
@@ -173,19 +180,19 @@ class Transfers:
         for block in blocks:
             parent = derived_key(digest, block.parent) if block.parent else b""
             header = BlockHeader(parent=parent, tokens=block.tokens, position=block.position)
-            offers.append((derived_key(digest, block.hash), self._pages.nbytes, header))
+            offers.append((derived_key(digest, block.hash), self._pages.stored_nbytes(block.position), header))
         with client.reserve(offers, namespace=namespace, ttl_s=TTL_S, wait_s=0.0) as reservation:
             rooms = [(index, room) for index, room in enumerate(reservation.blocks) if isinstance(room, Room)]
             done = fill([(blocks[index], room) for index, room in rooms]) if rooms else []
             outcomes = reservation.commit([index for (index, _), filled in zip(rooms, done, strict=True) if filled])
-        for outcome in outcomes:
-            self._count_outcome(outcome)
+        for outcome, (_, nbytes, _) in zip(outcomes, offers, strict=True):
+            self._count_outcome(outcome, nbytes)
         return True
 
-    def _count_outcome(self, outcome: Any) -> None:
+    def _count_outcome(self, outcome: Any, nbytes: int) -> None:
         if isinstance(outcome, Stored):
             self._tally.add("saved_blocks")
-            self._tally.add("saved_bytes", self._pages.nbytes)
+            self._tally.add("saved_bytes", nbytes)
         else:
             self._tally.add("save_exists" if isinstance(outcome, Exists) else "save_dropped")
 

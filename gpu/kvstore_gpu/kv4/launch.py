@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -91,11 +92,12 @@ def pack(
     coder: KV4,
     places: torch.Tensor,
     rotary: Rotary,
+    positions: torch.Tensor | None = None,
     *,
     stream: torch.cuda.Stream | None = None,
     max_blocks: int | None = None,
 ) -> torch.Tensor:
-    """Encode pages into blocks, keys turned back from the positions that ``spec`` tells.
+    """Encode pages into blocks, keys turned back from their positions: those that ``spec`` tells, if none are given.
 
     Parameters as of `unpack`; each part has all pages of its block, and there are all planes.
 
@@ -114,14 +116,19 @@ def pack(
         raise checks.refuse("places", f"{len(places)} planes: all are needed")
     if any(len(part.pages) * cache.page_tokens != spec.tokens for part in parts):
         raise checks.refuse("parts", "a block is encoded as a whole")
+    if positions is not None:
+        checks.tensor(positions, "positions", shape=(spec.tokens * len(parts),), dtypes=(torch.int64,),
+                      device=cache.device)  # fmt: skip
     if uses_reference(cache.device):
-        reference.encode(cache, parts, spec, (PreRope(),), coder, places, Context(rotary=rotary))
+        _encode(cache, parts, spec, coder, places, rotary, positions)
         return torch.zeros(len(parts), dtype=torch.int32)
     if cache.dim & (cache.dim - 1) or not 8 <= cache.dim <= 256:
         raise checks.refuse("dim", f"{cache.dim}: a power of two from 8 to 256 is needed to encode")
     with torch.cuda.stream(stream):
         bad = torch.zeros(len(parts), dtype=torch.int32, device=cache.device)
-        positions = torch.arange(spec.position, spec.position + spec.tokens, device=cache.device).repeat(len(parts))
+        if positions is None:
+            there = torch.arange(spec.position, spec.position + spec.tokens, device=cache.device)
+            positions = there.repeat(len(parts))
     if not parts or not spec.tokens:
         return bad
     _, common = _common(cache, parts, places, stream)
@@ -178,6 +185,22 @@ def _shape(cache: PagedCache, spec: BlockSpec, coder: KV4, planes: int, rotary: 
     numbers = (spec.tokens, coder.kept(spec), coder.group, coder.k, coder.v, planes, cache.page_tokens, cache.heads,
                cache.dim, len(rotary.frequencies))  # fmt: skip
     return jobs.constant(np.array(numbers, np.int32).tobytes(), cache.device)
+
+
+def _encode(
+    cache: PagedCache,
+    parts: Sequence[Part],
+    spec: BlockSpec,
+    coder: KV4,
+    places: torch.Tensor,
+    rotary: Rotary,
+    positions: torch.Tensor | None,
+) -> None:
+    """The reference, for blocks at several positions."""
+    starts = [spec.position] * len(parts) if positions is None else positions[:: spec.tokens].tolist()
+    for part, start in zip(parts, starts, strict=True):
+        there = replace(spec, position=start)
+        reference.encode(cache, [part], there, (PreRope(),), coder, places, Context(rotary=rotary))
 
 
 def _decode(

@@ -1,0 +1,97 @@
+"""Blocks that this engine stores encoded: smaller in host memory, and on their way across PCIe.
+
+Only in lossy namespaces, and only by a rung of the profile, which the daemon enforces. Such blocks keep their form in
+every tier and come back in it (`kvstore.encoding`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from kvstore.codecs import parse, read
+from kvstore.codecs.base import BlockSpec, Context
+from kvstore.encoding import form_of
+from kvstore.errors import CannotDecode, CodecError, ConfigError, CorruptBlock
+from kvstore.rope import Rotary
+from kvstore.types import BlockHeader, Namespace
+from kvstore_connectors.vllm.pages import Bytes
+
+_REMEDY = "`chain` is a key of `kv_connector_extra_config`: `fp8`, or `prerope|kv4(k=4,v=4)`; see docs/codecs.md."
+
+
+class BlockCode:
+    """One chain, for the blocks of one rank.
+
+    Parameters
+    ----------
+    chain : str
+        A rung of the namespace's profile whose encoded size is known before encoding.
+    namespace : Namespace
+        Of this rank, with a lossy fidelity and the canonical layout.
+    rotary : Rotary
+        The model's rotation.
+
+    Raises
+    ------
+    ConfigError
+        If blocks of this namespace can not be encoded, or not by this chain.
+    """
+
+    def __init__(self, chain: str, namespace: Namespace, rotary: Rotary) -> None:
+        form = form_of(namespace)
+        if form is None or not form.lossy:
+            raise ConfigError(f"chain: blocks of fidelity {namespace.fidelity!r} and layout {namespace.layout!r} are "
+                              "not encoded by the engine.", _REMEDY)  # fmt: skip
+        try:
+            self.chain = parse(chain)
+        except CodecError as error:
+            raise ConfigError(f"chain: {error.cause}", _REMEDY) from None
+        if not self.chain.exact_size:
+            raise ConfigError(f"chain: what {chain} makes of a block has no size known before.", _REMEDY)
+        self.context = Context(rotary=rotary)
+        self.form = form
+        self.nbytes = lru_cache(2)(self._nbytes)
+        self.nbytes(True)  # says at the start what does not fit
+
+    def spec(self, position: int) -> BlockSpec:
+        """A block whose first token has this position."""
+        return self.form.spec(BlockHeader(position=position))
+
+    def _nbytes(self, first: bool) -> int:
+        """Stored bytes of a block; the first of a prompt differs from the others."""
+        size = self.chain.bound(self.spec(0 if first else self.form.namespace.block_tokens), self.context)
+        return self.form.marked(size, by_engine=True)
+
+    def knows(self, parts: Sequence[Bytes], position: int) -> bool:
+        """Whether a leased block is one of this chain and place, by its header."""
+        if not self.form.is_by_engine(sum(part.nbytes for part in parts)):
+            return False
+        data = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        try:
+            frame = read(data)
+        except (CodecError, CorruptBlock):
+            return False
+        needed = self.chain.coder.required() or frame.planes
+        known = (frame.spec, frame.chain) == (self.spec(position), str(self.chain))
+        return known and needed <= frame.planes and frame.nbytes(needed) <= data.nbytes
+
+    def encode(self, raw: Bytes, position: int, into: Bytes) -> None:
+        """Encode a block on the CPU. Raises `CannotEncode`."""
+        spec = self.spec(position)
+        block = torch.from_numpy(raw).view(spec.torch_dtype).view(spec.shape)
+        into[self.chain.encode(block, spec, into, self.context) :] = 0
+
+    def decode(self, data: Bytes, position: int) -> Bytes:
+        """Decode a block on the CPU. Raises `CorruptBlock` or `CannotDecode`."""
+        spec, frame = self.spec(position), read(data)
+        whole = sum(frame.nbytes(planes) <= data.nbytes for planes in range(1, frame.planes + 1))
+        if not whole:
+            raise CannotDecode("not even the first planes of a block are there.")
+        raw = np.empty(spec.nbytes, np.uint8)
+        out = torch.from_numpy(raw).view(spec.torch_dtype).view(spec.shape)
+        self.chain.decode(data, spec, out, self.context, planes=whole)
+        return raw

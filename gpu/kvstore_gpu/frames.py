@@ -1,0 +1,183 @@
+"""Whole encoded blocks to and from pages: what `kvstore.codecs` writes and reads, byte for byte, coded on the device.
+
+A frame is a header with a checksum of every part, then the parts, plane after plane. Kernels make and read parts; the
+header is the host's, where the bytes arrive anyway (`Frames.seal`). Parts are not checked again on the way to the
+device: what lies in host memory was checked when it came there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import groupby
+
+import numpy as np
+import torch
+import xxhash
+
+from kvstore.codecs import Chain
+from kvstore.codecs.base import BlockSpec, Context
+from kvstore.codecs.fp8 import FP8
+from kvstore.codecs.frame import head, head_nbytes, seal_head
+from kvstore.codecs.kv4 import KV4
+from kvstore.codecs.prerope import PreRope
+from kvstore.errors import ConfigError
+from kvstore.rope import Rotary
+from kvstore_gpu import coded, fp8, kv4
+from kvstore_gpu.cache import PagedCache
+from kvstore_gpu.jobs import Part
+
+
+@dataclass(frozen=True)
+class _Form:
+    """Blocks of the same layout: all but the first of a prompt, which keeps its sinks, are alike."""
+
+    spec: BlockSpec
+    sizes: np.ndarray
+    """int64, ``[plane, layer]``"""
+    start: int
+
+    @cached_property
+    def places(self) -> torch.Tensor:
+        """Where parts begin, int64, ``[plane, layer]``."""
+        flat = self.sizes.ravel()
+        return torch.from_numpy((self.start + np.cumsum(flat) - flat).reshape(self.sizes.shape))
+
+    @cached_property
+    def nbytes(self) -> int:
+        return self.start + int(self.sizes.sum())
+
+
+class Frames:
+    """Encoded blocks of one chain in a cache.
+
+    Parameters
+    ----------
+    cache : PagedCache
+    chain : Chain
+        ``prerope|kv4(…)`` or ``fp8(…)``: those that kernels know.
+    tokens : int
+        Tokens of a block.
+    context : Context
+        With the model's rotation, for chains that turn keys back.
+
+    Raises
+    ------
+    ConfigError
+        If the chain is not one of these.
+    """
+
+    def __init__(self, cache: PagedCache, chain: Chain, tokens: int, context: Context) -> None:
+        if not has_kernels(chain):
+            raise ConfigError(f"there are no kernels for {chain}.", "Known are `fp8` and `prerope|kv4`.")
+        self.chain = chain
+        self._cache = cache
+        self._context = context
+        self._references = tuple(step.reference(context) for step in chain.steps)
+        self._later = self._form(coded.spec_of(cache, tokens, tokens))
+        self._first = self._form(coded.spec_of(cache, tokens, 0))
+
+    def _form(self, spec: BlockSpec) -> _Form:
+        one = spec.of(1)
+        sizes = np.array([self.chain.coder.planes(one, layer, self._context) for layer in range(spec.layers)]).T
+        label = self._label(spec, len(sizes))
+        return _Form(spec, sizes, head_nbytes(label, spec.layers, len(sizes)))
+
+    def _label(self, spec: BlockSpec, planes: int) -> bytes:
+        return head(spec, str(self.chain), self._references, spec.layers, planes)
+
+    def _of(self, position: int) -> _Form:
+        return self._later if position else self._first
+
+    def nbytes(self, position: int) -> int:
+        """Bytes of a block whose first token has this position."""
+        return self._of(position).nbytes
+
+    # -- on the device -------------------------------------------------------------------------------------------------
+
+    def pack(self, parts: Sequence[Part], stream: torch.cuda.Stream) -> torch.Tensor:
+        """Encode pages into blocks, all but their headers; each part has all pages of its block, and its position.
+
+        Returns
+        -------
+        Tensor, int32, [part], on the cache's device
+            Not 0 where values cannot be said by the code: the block is not to be kept.
+        """
+        bad = []
+        for form, some in self._alike(parts):
+            if isinstance(self.chain.coder, KV4):
+                at = self._positions(form, some, stream)
+                bad.append(kv4.pack(self._cache, some, form.spec, self.chain.coder, form.places, self._rotary, at,
+                                    stream=stream))  # fmt: skip
+            elif isinstance(self.chain.coder, FP8):
+                one = fp8.pack(self._cache, some, form.spec, self.chain.coder, form.places, stream=stream)
+                with torch.cuda.stream(stream):
+                    bad.append(one.expand(len(some)))
+        with torch.cuda.stream(stream):
+            return torch.cat(bad)
+
+    def unpack(self, parts: Sequence[Part], stream: torch.cuda.Stream) -> None:
+        """Decode blocks into pages, keys turned to the positions they were computed at."""
+        for form, some in self._alike(parts):
+            planes = self._planes(form, some[0].block.numel())
+            if isinstance(self.chain.coder, KV4):
+                at = self._positions(form, some, stream)
+                kv4.unpack(self._cache, some, form.spec, self.chain.coder, form.places[:planes], self._rotary, at,
+                           stream=stream)  # fmt: skip
+            elif isinstance(self.chain.coder, FP8):
+                fp8.unpack(self._cache, some, form.spec, self.chain.coder, form.places, stream=stream)
+
+    def _alike(self, parts: Sequence[Part]) -> list[tuple[_Form, list[Part]]]:
+        """Runs of parts that one launch can take: of one layout, with as many planes."""
+
+        keyed = groupby(
+            parts, lambda part: (part.position == 0, self._planes(self._of(part.position), part.block.numel()))
+        )
+        return [(self._of(int(not first)), list(some)) for (first, _), some in keyed]
+
+    def _positions(self, form: _Form, parts: Sequence[Part], stream: torch.cuda.Stream) -> torch.Tensor:
+        """Positions of the tokens of all parts, on the device."""
+        page = self._cache.page_tokens
+        starts = np.array([part.position + part.first * page for part in parts])
+        counts = np.array([len(part.pages) * page for part in parts])
+        ends = np.cumsum(counts)
+        at = np.arange(ends[-1]) + np.repeat(starts - (ends - counts), counts)
+        made = torch.from_numpy(at)
+        if self._cache.device.type == "cpu":
+            return made
+        with torch.cuda.stream(stream):
+            return made.pin_memory().to(self._cache.device, non_blocking=True)
+
+    @property
+    def _rotary(self) -> Rotary:
+        if self._context.rotary is None:
+            raise ConfigError("the model's rotation is not known.", "It is needed by `prerope`.")
+        return self._context.rotary
+
+    @staticmethod
+    def _planes(form: _Form, nbytes: int) -> int:
+        """How many whole planes so many bytes hold."""
+        return int((form.start + np.cumsum(form.sizes.sum(1)) <= nbytes).sum())
+
+    # -- on the host ---------------------------------------------------------------------------------------------------
+
+    def seal(self, data: np.ndarray, position: int) -> None:
+        """Write the header of a block whose parts have arrived, and zeros behind it; uint8, at least `nbytes`."""
+        form = self._of(position)
+        data[form.nbytes :] = 0
+        places, sizes = form.places.numpy(), form.sizes
+        checks = np.empty(sizes.shape, np.uint64)
+        for plane, layer in np.ndindex(sizes.shape):
+            at = int(places[plane, layer])
+            checks[plane, layer] = xxhash.xxh3_64_intdigest(data[at : at + int(sizes[plane, layer])].data)
+        seal_head(data, self._label(replace(form.spec, position=position), len(sizes)), sizes, checks)
+
+
+def has_kernels(chain: Chain) -> bool:
+    """Whether kernels encode and decode blocks of a chain."""
+    if chain.byte_steps:
+        return False
+    if isinstance(chain.coder, KV4):
+        return chain.blocks == (PreRope(),)
+    return isinstance(chain.coder, FP8) and not chain.blocks
