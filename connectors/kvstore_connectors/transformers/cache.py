@@ -21,6 +21,7 @@ from kvstore_connectors.transformers.history import autocast
 from kvstore_connectors.transformers.hooks import watch
 from kvstore_connectors.transformers.identity import model_layout, model_namespace, stamp
 from kvstore_connectors.transformers.importance import Shares, Watch
+from kvstore_connectors.transformers.layout import Layout
 from kvstore_connectors.transformers.prefix import PrefixCache, StoreReport
 from kvstore_connectors.transformers.support import (
     Rows,
@@ -265,6 +266,11 @@ class KVStoreCache:
     def namespace(self) -> Namespace:
         """Identity of the KV that the model makes, without a prompt's own salt."""
         return self._named_now
+
+    @property
+    def layout(self) -> Layout:
+        """How its blocks lie in memory."""
+        return self._layout
 
     @property
     def model(self) -> Any:

@@ -16,6 +16,7 @@ from kvstore.codecs import importance
 from kvstore.codecs.h2o import H2O
 from kvstore.errors import InvalidParams
 from kvstore_connectors.transformers.attention import Detour
+from kvstore_connectors.transformers.sparse import nbytes
 from kvstore_connectors.transformers.support import base_model, check_model
 
 
@@ -115,6 +116,11 @@ class HeavyHitterCache(Cache):
     def kept(self) -> int:
         """Most tokens that a layer holds."""
         return max(layer.keys.shape[2] if layer.is_initialized else 0 for layer in self.layers)
+
+    @property
+    def touched(self) -> int:
+        """Bytes of keys and values that a step reads."""
+        return sum(nbytes(layer.keys, layer.values) for layer in self.layers if layer.is_initialized)
 
     def __enter__(self) -> HeavyHitterCache:
         self._detour.__enter__()

@@ -1,0 +1,149 @@
+"""Decoding that reads a part: with nothing left out it is full attention, otherwise it reads less; values can stay in
+the daemon."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import model as models
+import pytest
+import torch
+from kit import Daemon
+from test_h2o_decoding import ids, stepwise
+from test_transformers import connected
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from kvstore.codecs.clusters import Squeezed
+from kvstore.errors import InvalidParams, LeaseExpired
+from kvstore_connectors.transformers import KVStoreCache, leased
+from kvstore_connectors.transformers.leased import LeasedValues
+from kvstore_connectors.transformers.shadow import ShadowCache, ShadowKV
+from kvstore_connectors.transformers.squeezed import SqueezedCache
+
+ALL = 1000
+LOSSLESS = {
+    "shadow": lambda model: ShadowCache(model, ShadowKV(outliers=ALL)),
+    "squeezed": lambda model: SqueezedCache(model, Squeezed(sparsity=0, coarse=0, window=20)),
+}
+SPARSE = {
+    "shadow": lambda model: ShadowCache(model, ShadowKV(budget=32, outliers=1, tail=8)),
+    "squeezed": lambda model: SqueezedCache(model, Squeezed(sparsity=80, window=20)),
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    path = models.tiny_llama(layers=3, heads=4, kv_heads=2, head_dim=16)
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+@pytest.fixture
+def keeper(model: Any, daemon: Daemon, request: pytest.FixtureRequest) -> Iterator[KVStoreCache]:
+    with KVStoreCache(model, address=daemon.address, block_tokens=16, tenant=request.node.name) as kv:
+        yield connected(kv)
+
+
+@pytest.mark.parametrize("way", LOSSLESS)
+def test_with_nothing_left_out_it_is_full_attention(model: Any, way: str) -> None:
+    prompt, following = ids(200, 0), ids(8, 1)
+    full = stepwise(model, DynamicCache(config=model.config), prompt, following)
+    with LOSSLESS[way](model) as past:
+        found = stepwise(model, past, prompt, following)
+        assert past.get_seq_length() == 208
+    torch.testing.assert_close(found, full, atol=1e-4, rtol=1e-4)
+    with LOSSLESS[way](model) as past:
+        ours = model.generate(prompt, past_key_values=past, max_new_tokens=12, do_sample=False)
+    assert torch.equal(ours, model.generate(prompt, max_new_tokens=12, do_sample=False))
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("way", LOSSLESS)
+def test_a_pass_of_several_tokens_reads_everything(model: Any, way: str) -> None:
+    prompt, more = ids(200, 2), ids(9, 3)
+    past = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(prompt, past_key_values=past, use_cache=True)
+        full = model(more, past_key_values=past, use_cache=True).logits
+        with LOSSLESS[way](model) as sparse:
+            model(prompt, past_key_values=sparse, use_cache=True)
+            found = model(more, past_key_values=sparse, use_cache=True).logits
+    torch.testing.assert_close(found, full, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("way", SPARSE)
+def test_a_step_reads_less_than_there_is_and_is_near_full_attention(model: Any, way: str) -> None:
+    prompt, following = ids(600, 4), ids(8, 5)
+    full = stepwise(model, DynamicCache(config=model.config), prompt, following).log_softmax(-1)
+    with SPARSE[way](model) as past:
+        found = stepwise(model, past, prompt, following).log_softmax(-1)
+        everything = 3 * 2 * 608 * 2 * 16 * 4
+        assert 0 < past.touched < 0.8 * everything
+    assert float((full.exp() * (full - found)).sum(-1).mean()) < 0.1
+
+
+def test_rebuilt_keys_of_full_rank_are_the_keys_to_bfloat16(model: Any) -> None:
+    prompt, following = ids(200, 6), ids(8, 7)
+    full = stepwise(model, DynamicCache(config=model.config), prompt, following)
+    with ShadowCache(model, ShadowKV(budget=ALL, rank=100, outliers=0)) as past:
+        found = stepwise(model, past, prompt, following)
+    torch.testing.assert_close(found, full, atol=0.02, rtol=0.02)
+
+
+def test_a_short_prompt_has_no_index(model: Any) -> None:
+    prompt, following = ids(12, 8), ids(8, 9)
+    full = stepwise(model, DynamicCache(config=model.config), prompt, following)
+    for make in SPARSE.values():
+        with make(model) as past:
+            torch.testing.assert_close(stepwise(model, past, prompt, following), full, atol=1e-3, rtol=1e-3)
+
+
+def test_a_batch_is_refused_and_the_model_is_as_before(model: Any) -> None:
+    for make in SPARSE.values():
+        with pytest.raises(InvalidParams), make(model) as past:
+            model(ids(20, 10).expand(2, -1), past_key_values=past, use_cache=True)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_values_are_read_in_the_daemon_and_are_the_same(model: Any, keeper: KVStoreCache) -> None:
+    prompt, following, rule = ids(203, 11), ids(8, 12), ShadowKV(budget=32, outliers=1, tail=8)
+    with ShadowCache(model, rule) as past:
+        here = stepwise(model, past, prompt, following)
+    keeper.generate(prompt, max_new_tokens=1)
+    with LeasedValues(keeper, prompt) as values:
+        assert values.tokens == 192
+        with ShadowCache(model, rule, values) as past:
+            there = stepwise(model, past, prompt, following)
+            assert past.fetched == 3 * 2 * 32 * 16 * 4  # layers, heads, budget, dim, float32
+    assert torch.equal(here, there)
+    values.close()
+    with pytest.raises(LeaseExpired):
+        values.rows(0, torch.zeros(2, 1, dtype=torch.long))
+
+
+def test_what_is_not_stored_stays_here(model: Any, keeper: KVStoreCache) -> None:
+    prompt, following, rule = ids(200, 13), ids(8, 14), ShadowKV(budget=ALL, outliers=ALL)
+    full = stepwise(model, DynamicCache(config=model.config), prompt, following)
+    with LeasedValues(keeper, prompt) as values:
+        assert values.tokens == 0
+        with ShadowCache(model, rule, values) as past:
+            torch.testing.assert_close(stepwise(model, past, prompt, following), full, atol=1e-4, rtol=1e-4)
+
+
+def test_leases_are_renewed_and_their_end_is_noticed(
+    model: Any, keeper: KVStoreCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = ids(64, 15)
+    keeper.generate(prompt, max_new_tokens=1)
+    rows = torch.arange(64 // 16 * 16 - 16).expand(2, -1)
+    with LeasedValues(keeper, prompt) as values:
+        before, lease = values.rows(1, rows), values._lease
+        monkeypatch.setattr(leased, "RENEW_S", 0.0)
+        time.sleep(0.01)
+        assert torch.equal(values.rows(1, rows), before)
+        assert values._lease is not lease
+        assert not lease.valid()
+        monkeypatch.setattr(keeper.link, "run", lambda *_: None)  # the daemon is gone
+        with pytest.raises(LeaseExpired):
+            values.rows(1, rows)
