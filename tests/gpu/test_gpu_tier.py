@@ -178,7 +178,7 @@ def test_pages_filled_from_gpu_memory_are_those_filled_from_host_memory(place: P
                     cache.zero_()
                 torch.cuda.synchronize()
                 mixed = [
-                    Piece(b.parts, 0, i, b.device if n else None)
+                    Piece(b.parts, 0, i, 0, b.device if n else None)
                     for n, (b, i) in enumerate(zip(found, ids, strict=True))
                 ]
                 assert sum(piece.device is not None for piece in mixed) == len(keys) - 1

@@ -46,6 +46,8 @@ class Piece(NamedTuple):
         Place in the block of the first engine block.
     engine_ids : sequence of int
         The engine blocks, in order.
+    position : int
+        Position of the block's first token.
     device : Tensor, uint8, or None
         The block's bytes in the memory of the cache's device, if they are there, too.
     """
@@ -53,7 +55,13 @@ class Piece(NamedTuple):
     parts: Sequence[Bytes]
     first: int
     engine_ids: Sequence[int]
+    position: int = 0
     device: Any = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored block."""
+        return sum(part.nbytes for part in self.parts)
 
 
 class Pages(ABC):
@@ -284,12 +292,21 @@ class DevicePages(Pages):
         """See `Pages.load_all`."""
         if after is not None:
             self._in.wait_event(after)
-        raw = [self.reach(piece) for piece in pieces if piece.nbytes == self.nbytes]
-        self._loads.load(raw, self._scatter, self._in)
-        coded = [self.reach(piece) for piece in pieces if piece.nbytes != self.nbytes]
-        if coded and self._frames is not None:
-            self._loads.load(coded, self._frames.unpack, self._in)
-        self._in.synchronize()
+        try:
+            self._land([piece for piece in pieces if piece.nbytes == self.nbytes], self._scatter)
+            if self._frames is not None:
+                self._land([piece for piece in pieces if piece.nbytes != self.nbytes], self._frames.unpack)
+        finally:
+            self._in.synchronize()  # before the daemon's memory may be let go
+
+    def _land(self, pieces: Sequence[Piece], land: Work) -> None:
+        """Sort blocks into pages: straight from this device's memory, or brought here first."""
+        near = [piece for piece in pieces if piece.device is not None]
+        if near:
+            ids = [self.page_ids(piece.engine_ids) for piece in near]
+            first = [piece.first * self._split for piece in near]
+            land([Part(p.device, i, f, p.position) for p, i, f in zip(near, ids, first, strict=True)], self._in)
+        self._loads.load([self.reach(piece) for piece in pieces if piece.device is None], land, self._in)
 
     def load(self, payload: Bytes, first: int, engine_ids: Sequence[int], after: Any = None) -> None:
         """See `Pages.load`."""

@@ -136,7 +136,8 @@ class Transfers:
             raise InternalError(
                 f"a load of {len(job.engine_ids)} engine blocks does not fit its {len(job.hashes)} blocks."
             )
-        return Piece(block.parts, skip, job.engine_ids[begin:end], block.device)
+        position = job.position + index * self._pages.block_tokens
+        return Piece(block.parts, skip, job.engine_ids[begin:end], position, block.device)
 
     def _count_load(self, job: LoadJob, done: int, failed: set[int], begun: float, deadline: float) -> None:
         self._tally.add("load_seconds", time.monotonic() - begun)
