@@ -24,7 +24,7 @@ from kvstore_gpu import host, paged
 from kvstore_gpu.cache import PagedCache
 from kvstore_gpu.frames import Frames
 from kvstore_gpu.jobs import HostPart, Part
-from kvstore_gpu.staging import Staging
+from kvstore_gpu.staging import Staging, Work
 
 if TYPE_CHECKING:
     from kvstore_connectors.vllm.code import BlockCode
