@@ -96,7 +96,7 @@ def _gpu(gpu: GpuDesk) -> dict[str, Any]:
         "capacity": usage.capacity,
         "used": usage.used,
         "blocks": usage.blocks,
-        "slabs": gpu.tier.pool.total // gpu.tier.pool.slab_bytes,
+        "slabs": usage.capacity // gpu.tier.pool.slab_bytes,
         **gpu.state(),
     }
 

@@ -187,14 +187,19 @@ class GpuTier(Watcher):
     # -- accounts ------------------------------------------------------------------------------------------------------
 
     def usage(self) -> Usage:
-        """Memory taken of the GPU, which is all of the budget, and copies in it."""
-        return Usage(self.pool.capacity, self.pool.used(), len(self._blocks))
+        """What is taken of the GPU, which is all of the budget from the start, and copies in it."""
+        return Usage(self.pool.capacity, self.pool.capacity, len(self._blocks))
 
     def breakdown(self) -> dict[str, Any]:
         """Bytes by what keeps them."""
-        writing = sum(extent.nbytes for extent in self._lent)
-        free = self.pool.capacity - self.pool.used()
-        return {"leased_bytes": self.leased_bytes, "writing_bytes": writing, "free": free}
+        writing = sum(-(-extent.nbytes // PAGE_BYTES) * PAGE_BYTES for extent in self._lent)
+        used = self.pool.used()
+        return {
+            "blocks_bytes": used - writing,
+            "leased_bytes": self.leased_bytes,
+            "writing_bytes": writing,
+            "free": self.pool.capacity - used,
+        }
 
     def check(self) -> None:
         """Account for every byte; raises `InternalError` where something does not add up."""

@@ -227,7 +227,7 @@ def test_the_tier_evicts_on_the_device_and_never_a_wrong_byte_is_read(place: Pat
         gpu = daemon.gpu()
         assert gpu["evicted"] > 0
         assert read > 0
-        assert gpu["used"] <= gpu["capacity"] == 32 << 20
+        assert gpu["used"] == gpu["capacity"] == gpu["blocks_bytes"] + gpu["writing_bytes"] + gpu["free"] == 32 << 20
     finally:
         daemon.end()
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import urllib.request
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -182,6 +184,44 @@ def test_without_a_gpu_the_daemon_says_why_and_works(start: Start) -> None:
     store(client, KEYS)
     with client.lease(KEYS) as lease:
         assert all(block.device is None for block in lease.blocks)  # type: ignore[union-attr]
+
+
+def read(daemon: DaemonProcess, port: int, path: str) -> str:
+    """A page of the daemon's HTTP server."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
+        return answer.read().decode()
+
+
+def test_page_metrics_and_explain_show_the_copies(start: Start) -> None:
+    port = free_port()
+    daemon = start(**{"http.address": f"127.0.0.1:{port}"})
+    client = daemon.client(device=OrdinaryImports())
+    bring_up(daemon, client)
+    assert f'kvstore_tier_blocks{{tier="gpu"}} {len(KEYS)}.0' in read(daemon, port, "/metrics")
+    assert 'kvstore_tier_policy_info{policy="lhd",tier="gpu"} 1.0' in read(daemon, port, "/metrics")
+    assert "gpu_used" in read(daemon, port, "/")
+    ns = client.core.scope(None)[0].hex()
+    seen = json.loads(read(daemon, port, f"/v1/explain?namespace={ns}&keys={KEYS[0].hex()}"))
+    assert seen["blocks"][0]["tiers"] == ["gpu", "host"]
+    assert json.loads(read(daemon, port, "/readyz"))["degraded"] == []
+
+
+def test_a_tier_that_is_off_is_shown_as_degraded_and_the_daemon_as_ready(start: Start) -> None:
+    port = free_port()
+    daemon = start(**{"http.address": f"127.0.0.1:{port}", "gpu.device": "7"})
+    ready = json.loads(read(daemon, port, "/readyz"))
+    assert (ready["ready"], ready["degraded"]) == (True, ["gpu"])
+    assert 'kvstore_breaker_state{state="open",tier="gpu"} 1.0' in read(daemon, port, "/metrics")
+    assert "there is no device 7." in read(daemon, port, "/")
+
+
+def test_its_policy_is_changed_like_any_others(daemon: DaemonProcess) -> None:
+    client = daemon.client(device=OrdinaryImports())
+    bring_up(daemon, client)
+    raw = Raw(daemon.socket)
+    assert raw.call("policy", ["gpu", "lru"])[0]["gpu"] == "lru"
+    with client.lease(KEYS) as lease:
+        assert all(block.device is not None for block in lease.blocks)  # type: ignore[union-attr]
 
 
 def test_by_default_there_is_no_such_tier(make_daemon: MakeDaemon) -> None:

@@ -263,7 +263,8 @@ class GpuMachine(RuleBasedStateMachine):
             return
         self.world.tier.check()
         self.world.host.check()
-        assert self.world.tier.usage().used <= SLABS * SLAB
+        parts = self.world.tier.breakdown()
+        assert parts["blocks_bytes"] + parts["writing_bytes"] + parts["free"] == SLABS * SLAB
         in_host = {block.id for block in self.world.host.all_blocks()}
         assert set(self.world.tier._blocks) <= in_host, "a copy was the only one"
         for blocks, copies in self.leases:
