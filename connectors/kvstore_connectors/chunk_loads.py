@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from kvstore.client import LeasedBlock, chunk_keys
 from kvstore.types import ChunkInfo, Miss, Namespace
@@ -114,28 +113,32 @@ def load_chunks(
             for block, (_, one, first) in zip(lease.blocks, some, strict=True):
                 room = namespace.block_tokens
                 found = not isinstance(block, Miss) and _place(
-                    _bytes(client, lease, block), one, first, room, cache, rotation
+                    _bytes(client, lease, block, cache[0].keys.device), one, first, room, cache, rotation
                 )
                 if not found:
                     tally.add("blend_chunk_missing")
                     return None
+            if cache[0].keys.is_cuda:
+                torch.cuda.current_stream(cache[0].keys.device).synchronize()  # it reads the daemon's memory up to here
             if not lease.valid():
                 tally.add("load_expired")
                 return None
     return [_span(one, cache[0].keys.device) for one in chunks]
 
 
-def _bytes(client: Any, lease: Any, block: LeasedBlock) -> NDArray[np.uint8]:
-    """A leased block's bytes: in place, or copied together if it lies in several slabs or on another host."""
+def _bytes(client: Any, lease: Any, block: LeasedBlock, device: torch.device) -> torch.Tensor:
+    """A leased block's bytes: in place, on the cache's device if they are there; or copied together from elsewhere."""
+    if isinstance(block.device, torch.Tensor) and block.device.device == device:
+        return block.device
     if block.array is not None:
-        return block.array
+        return torch.from_numpy(block.array)
     whole = np.empty(block.nbytes, dtype=np.uint8)
     client.read(lease, block, whole)
-    return whole
+    return torch.from_numpy(whole)
 
 
 def _place(
-    payload: NDArray[np.uint8], one: Described, first: int, room: int, cache: Sequence[LayerKV], rotation: Rotary
+    payload: torch.Tensor, one: Described, first: int, room: int, cache: Sequence[LayerKV], rotation: Rotary
 ) -> bool:
     """Copy a block of at most `room` tokens, the first of them the chunk's `first`, to where its tokens stand."""
     wanted, info, held = one.wanted, one.info, cache[0].keys
@@ -146,7 +149,7 @@ def _place(
     a, b = max(wanted.offset, first), min(wanted.offset + wanted.stop - wanted.start, first + count)
     if a >= b:
         return True
-    stored = torch.from_numpy(payload).view(held.dtype).view(len(cache), 2, count, *shape)
+    stored = payload.view(held.dtype).view(len(cache), 2, count, *shape)
     stored = stored[:, :, a - first : b - first].to(held.device)
     to = wanted.start - wanted.offset + a
     new = torch.arange(to, to + b - a, device=held.device)
