@@ -1,8 +1,8 @@
 """Decoding that reads a part of the context against full attention: H2O, ShadowKV, Squeezed Attention.
 
 The same contexts, whose KV is computed once; the same text behind them, token by token: KL, top-1, bytes of keys,
-values and index that a step reads, time a token. Then questions whose answers stand in the context (`bench/codec_tasks.py`
-makes them): the question comes token by token, too, and the answer is decoded greedily.
+values and index that a step reads, time a token. Then questions whose answers stand in the context
+(`bench/codec_tasks.py` makes them): the question comes token by token, too, and the answer is decoded greedily.
 
     python bench/sparse_decoding.py MODEL --state DIR --tasks tasks.json --tasks-model DIR \
         --out bench/results/sparse_decoding.json
