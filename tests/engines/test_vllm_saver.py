@@ -13,6 +13,8 @@ from kvstore_connectors.base import Tally
 from kvstore_connectors.vllm.saver import Saver
 
 WAIT_S = 5
+UNENCODABLE = [0, 0]
+"""Engine blocks with values that the code cannot say."""
 
 
 class FakePages:
@@ -33,11 +35,15 @@ class FakePages:
     def hold(self, event: Any) -> None:
         self.held.append(event)
 
-    def take(self, pieces: Any, after: Any) -> tuple[Any, Any]:
+    def take(self, pieces: Any, after: Any) -> Any:
         assert after == "after"
         self.pieces += pieces
         self.began.set()
-        return "taken", SimpleNamespace(synchronize=lambda: self.arrived.wait(WAIT_S))
+        good = [piece.engine_ids != UNENCODABLE for piece in pieces]
+        return SimpleNamespace(taken="taken", wait=lambda: self.arrived.wait(WAIT_S) and good)
+
+    def seal(self, room: Any, position: int) -> None:
+        room[0][:] = position
 
 
 class Bench:
@@ -55,11 +61,26 @@ class Bench:
     def _store(self, job: Any, fill: Any) -> None:
         self.asked.set()
         self.room.wait(WAIT_S)
-        self.done += fill([(block, Room(i, 4, [np.zeros(4, np.uint8)])) for i, block in enumerate(job.blocks)])
+        self.rooms = [Room(i, 4, [np.zeros(4, np.uint8)]) for i in range(len(job.blocks))]
+        self.done += fill(list(zip(job.blocks, self.rooms, strict=True)))
         self.over.set()
 
     def submit(self, *blocks: list[int]) -> None:
-        self.saver.submit(SimpleNamespace(blocks=[SimpleNamespace(engine_ids=ids) for ids in blocks]))  # type: ignore[arg-type]
+        self.saver.submit(SimpleNamespace(blocks=[SimpleNamespace(engine_ids=ids, position=7) for ids in blocks]))  # type: ignore[arg-type]
+
+
+def test_blocks_get_their_header_once_they_arrived_and_what_cannot_be_encoded_is_left_out() -> None:
+    bench = Bench()
+    bench.submit([1, 2], UNENCODABLE)
+    assert bench.asked.wait(WAIT_S)
+    bench.room.set()
+    assert bench.pages.began.wait(WAIT_S)
+    assert not bench.over.is_set()
+    bench.pages.arrived.set()
+    assert bench.over.wait(WAIT_S)
+    assert bench.done == [True, False]
+    assert [room.parts[0].tolist() for room in bench.rooms] == [[7] * 4, [0] * 4]
+    assert bench.tally.peek()["save_unencodable"] == 1
 
 
 def test_pages_that_are_used_again_before_their_turn_are_left_out() -> None:

@@ -23,23 +23,50 @@ from kvstore_connectors.vllm.pages import Bytes
 _REMEDY = "`chain` is a key of `kv_connector_extra_config`: `fp8`, or `prerope|kv4(k=4,v=4)`; see docs/codecs.md."
 
 
-class BlockCode:
-    """One chain, for the blocks of one rank.
+class Codes:
+    """How the blocks of a lossy namespace may be encoded: by this engine's chain, or by that of another one.
 
     Parameters
     ----------
-    chain : str
-        A rung of the namespace's profile whose encoded size is known before encoding.
     namespace : Namespace
         Of this rank, with a lossy fidelity and the canonical layout.
     rotary : Rotary
         The model's rotation.
+    own : str
+        The chain that this engine's blocks are stored by; empty if they are stored as they are.
 
     Raises
     ------
     ConfigError
         If blocks of this namespace can not be encoded, or not by this chain.
     """
+
+    def __init__(self, namespace: Namespace, rotary: Rotary, own: str = "") -> None:
+        self._namespace, self._rotary = namespace, rotary
+        self._known: dict[str, BlockCode] = {}
+        self.own = self._code(own) if own else None
+
+    def _code(self, chain: str) -> BlockCode:
+        if chain not in self._known:
+            made = BlockCode(chain, self._namespace, self._rotary)
+            self._known[chain] = self._known[str(made.chain)] = made
+        return self._known[chain]
+
+    def of(self, parts: Sequence[Bytes], position: int) -> BlockCode | None:
+        """The code of a leased block, by its header; None if it is no encoded block of this place."""
+        data = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        try:
+            frame = read(data)
+            code = self._code(frame.chain)
+        except (CodecError, CorruptBlock, ConfigError):
+            return None
+        needed = code.chain.coder.required() or frame.planes
+        fits = frame.spec == code.spec(position) and needed <= frame.planes and frame.nbytes(needed) <= data.nbytes
+        return code if fits and code.form.is_by_engine(data.nbytes) else None
+
+
+class BlockCode:
+    """One chain, for the blocks of one rank; parameters and errors as of `Codes`."""
 
     def __init__(self, chain: str, namespace: Namespace, rotary: Rotary) -> None:
         form = form_of(namespace)
@@ -65,19 +92,6 @@ class BlockCode:
         """Stored bytes of a block; the first of a prompt differs from the others."""
         size = self.chain.bound(self.spec(0 if first else self.form.namespace.block_tokens), self.context)
         return self.form.marked(size, by_engine=True)
-
-    def knows(self, parts: Sequence[Bytes], position: int) -> bool:
-        """Whether a leased block is one of this chain and place, by its header."""
-        if not self.form.is_by_engine(sum(part.nbytes for part in parts)):
-            return False
-        data = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        try:
-            frame = read(data)
-        except (CodecError, CorruptBlock):
-            return False
-        needed = self.chain.coder.required() or frame.planes
-        known = (frame.spec, frame.chain) == (self.spec(position), str(self.chain))
-        return known and needed <= frame.planes and frame.nbytes(needed) <= data.nbytes
 
     def encode(self, raw: Bytes, position: int, into: Bytes) -> None:
         """Encode a block on the CPU. Raises `CannotEncode`."""

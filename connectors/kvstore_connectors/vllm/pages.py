@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -22,12 +23,12 @@ from kvstore.errors import CannotEncode, ConfigError
 from kvstore_connectors.vllm.layout import PageViews, same_layout
 from kvstore_gpu import host, paged
 from kvstore_gpu.cache import PagedCache
-from kvstore_gpu.frames import Frames
+from kvstore_gpu.frames import Frames, has_kernels
 from kvstore_gpu.jobs import HostPart, Part
 from kvstore_gpu.staging import Staging, Work
 
 if TYPE_CHECKING:
-    from kvstore_connectors.vllm.code import BlockCode
+    from kvstore_connectors.vllm.code import BlockCode, Codes
 
 Bytes = NDArray[np.uint8]
 
@@ -50,6 +51,8 @@ class Piece(NamedTuple):
         Position of the block's first token.
     device : Tensor, uint8, or None
         The block's bytes in the memory of the cache's device, if they are there, too.
+    code : BlockCode or None
+        How the stored block is encoded.
     """
 
     parts: Sequence[Bytes]
@@ -57,6 +60,7 @@ class Piece(NamedTuple):
     engine_ids: Sequence[int]
     position: int = 0
     device: Any = None
+    code: BlockCode | None = None
 
     @property
     def nbytes(self) -> int:
@@ -82,11 +86,11 @@ class Pages(ABC):
     ----------
     nbytes : int
         Bytes of a block as the engine has it.
-    code : BlockCode or None
-        How blocks are encoded when they are stored (`use`).
+    codes : Codes or None
+        How blocks of a lossy namespace may be encoded (`use`).
     """
 
-    code: BlockCode | None = None
+    codes: Codes | None = None
 
     def __init__(self, layers: list[PageViews], block_tokens: int, engine_block: int, page_tokens: int) -> None:
         self.layout = same_layout(layers)
@@ -115,18 +119,25 @@ class Pages(ABC):
             return list(engine_ids)
         return [block * self._split + part for block in engine_ids for part in range(self._split)]
 
-    def use(self, code: BlockCode) -> None:
-        """Store blocks encoded from now on, and know such blocks when they are loaded."""
-        self.code = code
+    def use(self, codes: Codes) -> None:
+        """Know encoded blocks when they are loaded, and store them encoded if this engine has a chain of its own."""
+        self.codes = codes
+
+    @property
+    def code(self) -> BlockCode | None:
+        """How this engine stores its blocks."""
+        return None if self.codes is None else self.codes.own
 
     def stored_nbytes(self, position: int) -> int:
         """Bytes of a block as it is stored, whose first token has this position."""
         return self.nbytes if self.code is None else self.code.nbytes(position == 0)
 
-    def knows(self, piece: Piece) -> bool:
-        """Whether a stored block is one that can be loaded."""
-        raw = piece.nbytes == self.nbytes
-        return raw or (self.code is not None and self.code.knows(piece.parts, piece.position))
+    def known(self, piece: Piece) -> Piece | None:
+        """A stored block with its code; None if it can not be loaded."""
+        if piece.nbytes == self.nbytes:
+            return piece
+        code = None if self.codes is None else self.codes.of(piece.parts, piece.position)
+        return None if code is None else piece._replace(code=code)
 
     @abstractmethod
     def save(self, engine_ids: Sequence[int], into: Bytes, position: int = 0) -> None:
@@ -166,8 +177,8 @@ class Pages(ABC):
         """`load` for several blocks."""
         for piece in pieces:
             whole = piece.parts[0] if len(piece.parts) == 1 else np.concatenate(piece.parts)
-            if piece.nbytes != self.nbytes and self.code is not None:
-                whole = self.code.decode(whole, piece.position)
+            if piece.code is not None:
+                whole = piece.code.decode(whole, piece.position)
             self.load(whole, piece.first, piece.engine_ids, after)
 
     def mark(self) -> Any:
@@ -261,7 +272,7 @@ class DevicePages(Pages):
     def __init__(self, layers: list[PageViews], block_tokens: int, engine_block: int, page_tokens: int) -> None:
         super().__init__(layers, block_tokens, engine_block, page_tokens)
         self._cache = PagedCache.of(self.caches)
-        self._frames: Frames | None = None
+        self._frames: dict[BlockCode, Frames] = {}
         self._block_pages = self.shape[2]
         free, _ = torch.cuda.mem_get_info(self.device)
         slot = max(self.nbytes, min(SLOT_NBYTES, free // (8 * SLOTS)))
@@ -282,20 +293,30 @@ class DevicePages(Pages):
         paged.scatter(self._cache, [Part(block, [0])], self._block_pages)
         torch.cuda.current_stream(self.device).synchronize()
 
-    def use(self, code: BlockCode) -> None:
+    def use(self, codes: Codes) -> None:
         """See `Pages.use`. Raises `ConfigError` if there are no kernels for its chain."""
-        super().use(code)
-        views = [[side.view(self.dtype) for side in layer] for layer in self.caches]
-        self._frames = Frames(PagedCache.of(views), code.chain, self.block_tokens, code.context)
+        super().use(codes)
+        if codes.own is not None:
+            self._frames_of(codes.own)
+
+    def _frames_of(self, code: BlockCode) -> Frames:
+        if code not in self._frames:
+            views = [[side.view(self.dtype) for side in layer] for layer in self.caches]
+            self._frames[code] = Frames(PagedCache.of(views), code.chain, self.block_tokens, code.context)
+        return self._frames[code]
 
     def load_all(self, pieces: Sequence[Piece], after: Any = None) -> None:
         """See `Pages.load_all`."""
         if after is not None:
             self._in.wait_event(after)
         try:
-            self._land([piece for piece in pieces if piece.nbytes == self.nbytes], self._scatter)
-            if self._frames is not None:
-                self._land([piece for piece in pieces if piece.nbytes != self.nbytes], self._frames.unpack)
+            for code, some in groupby(pieces, lambda piece: piece.code):
+                if code is None:
+                    self._land(list(some), self._scatter)
+                elif has_kernels(code.chain):
+                    self._land(list(some), self._frames_of(code).unpack)
+                else:
+                    self._loads.load([self._decoded(piece, code) for piece in some], self._scatter, self._in)
         finally:
             self._in.synchronize()  # before the daemon's memory may be let go
 
@@ -308,6 +329,12 @@ class DevicePages(Pages):
             land([Part(p.device, i, f, p.position) for p, i, f in zip(near, ids, first, strict=True)], self._in)
         self._loads.load([self.reach(piece) for piece in pieces if piece.device is None], land, self._in)
 
+    def _decoded(self, piece: Piece, code: BlockCode) -> HostPart:
+        """A block of a chain that has no kernels, decoded on the CPU."""
+        whole = piece.parts[0] if len(piece.parts) == 1 else np.concatenate(piece.parts)
+        raw = torch.from_numpy(code.decode(whole, piece.position)).pin_memory()
+        return HostPart([raw], self.page_ids(piece.engine_ids), piece.first * self._split)
+
     def load(self, payload: Bytes, first: int, engine_ids: Sequence[int], after: Any = None) -> None:
         """See `Pages.load`."""
         self.load_all([Piece([payload], first, engine_ids)], after)
@@ -317,21 +344,22 @@ class DevicePages(Pages):
         if after is not None:
             self._out.wait_event(after)
         bad: list[torch.Tensor] = []
+        frames = None if self.code is None else self._frames_of(self.code)
 
         def pack(some: Sequence[Part], stream: torch.cuda.Stream) -> None:
-            if self._frames is not None:
-                flags = self._frames.pack(some, stream)
+            if frames is not None:
+                flags = frames.pack(some, stream)
                 with torch.cuda.stream(stream):
                     bad.append(flags.to("cpu", non_blocking=True))
 
-        taken, arrived = self._saves.store(parts, self._gather if self._frames is None else pack, self._out)
+        taken, arrived = self._saves.store(parts, self._gather if frames is None else pack, self._out)
         return Taken(taken, arrived, bad, len(parts))
 
     def seal(self, room: Sequence[Bytes], position: int) -> None:
         """Finish a block that has arrived: an encoded one gets its header."""
-        if self._frames is not None:
+        if self.code is not None:
             whole = room[0] if len(room) == 1 else np.concatenate(room)
-            self._frames.seal(whole, position)
+            self._frames_of(self.code).seal(whole, position)
             if len(room) > 1:
                 at = 0
                 for part in room:

@@ -110,8 +110,8 @@ class Transfers:
                 if isinstance(block, Miss):
                     reason = block.reason
                     break
-                piece = self._piece(block, job, first + len(pieces))
-                if not self._pages.knows(piece):
+                piece = self._pages.known(self._piece(block, job, first + len(pieces)))
+                if piece is None:
                     self._tally.add("load_wrong_size")
                     reason = MissReason.CORRUPT
                     break

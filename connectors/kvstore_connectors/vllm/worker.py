@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from kvstore.errors import ConfigError
+from kvstore.rope import rotary
 from kvstore.types import Namespace
 from kvstore_connectors.base import Breaker, Link, Tally, report_defect
 from kvstore_connectors.blend.rope import movable
@@ -19,6 +20,7 @@ from kvstore_connectors.vllm.blend_jobs import BlendJob
 from kvstore_connectors.vllm.blend_model import EngineModel, find_model
 from kvstore_connectors.vllm.blend_rows import Rows
 from kvstore_connectors.vllm.blend_worker import Blender
+from kvstore_connectors.vllm.code import Codes
 from kvstore_connectors.vllm.identity import rank_namespace, request_namespace
 from kvstore_connectors.vllm.jobs import ConnectorMeta, Handshake, LoadJob, Report, SaveJob
 from kvstore_connectors.vllm.layout import CANONICAL, PageViews, WriteOp, layer_cache, learn, write_op
@@ -166,6 +168,9 @@ class WorkerSide:
             weights=self._config.weights_digest,
             fidelity=self._config.fidelity,
         )
+        if self._config.chain or (self._config.fidelity != "exact" and pages.layout == CANONICAL):
+            rotation = rotary(self._vllm_config.model_config.hf_text_config.to_dict())
+            pages.use(Codes(self._namespace, rotation, self._config.chain))
         self._pages = pages
         transfers = Transfers(pages, self._namespace, self.tally, self._config.load_deadline_ms / 1e3)
         self._transfers = transfers
@@ -247,7 +252,7 @@ class WorkerSide:
         """This rank's namespace, for the scheduler."""
         if self._namespace is None or self._pages is None:
             return None
-        return Handshake(self._namespace, self._pages.nbytes)
+        return Handshake(self._namespace, self._pages.stored_nbytes(self._block_tokens))
 
     # -- each step -----------------------------------------------------------------------------------------------------
 
