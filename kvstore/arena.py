@@ -194,6 +194,10 @@ class Pool(ABC, Generic[R]):
         """The slab of that id if it exists and is not being dropped."""
         return self._slabs.get(slab_id)
 
+    def slabs_of(self, domain: str) -> list[int]:
+        """Ids of the slabs of a trust domain, the oldest first."""
+        return [slab.id for slab in self._slabs.values() if slab.domain == domain]
+
     # -- lending -------------------------------------------------------------------------------------------------------
 
     def allocate(self, domain: str, nbytes: int, *, split: bool = True) -> tuple[Extent, ...] | None:

@@ -19,6 +19,7 @@ from kvstore.client.events import Position
 from kvstore.client.handles import AsyncReservation, Lease
 from kvstore.client.mailbox import Pending
 from kvstore.client.plans import AsyncPlanRun
+from kvstore.client.slabs import Bytes
 from kvstore.client.streams import AsyncEventStream
 from kvstore.errors import ConnectionLost, DeadlineExceeded, InvalidParams, KVStoreError
 from kvstore.keys import PrefixChain, TokenIds
@@ -187,6 +188,10 @@ class AsyncKVStoreClient:
         joined = replies.join_keys(keys)
         flow = self.core.count(namespace, lambda ns: Call("prefetch", m.Prefetch(ns, joined, cancel)))
         return await self.drive(flow, None)
+
+    async def map_all(self) -> list[Bytes]:
+        """See `KVStoreClient.map_all`."""
+        return await self.drive(self.core.map_all(), None)
 
     async def pin(self, keys: Sequence[bytes], *, namespace: Namespace | None = None, ttl_s: float = 3600.0) -> int:
         """See `KVStoreClient.pin`."""

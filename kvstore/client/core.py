@@ -218,6 +218,16 @@ class Core:
         except (IndexError, KeyError, ValueError, msgspec.MsgspecError) as error:
             raise ProtocolError(f"a grant is not understood: {error}.") from None
 
+    def map_all(self) -> Flow[list[Bytes]]:
+        """The daemon's memory for this trust domain, as far as there is any, mapped."""
+        link = self._need_link()
+        reply: m.SlabsReply = yield Call("slabs", m.Slabs())
+        slabs = link.slabs
+        if slabs is None:
+            return []
+        yield Work(lambda: slabs.map([(slab, 0, 0) for slab in reply.slabs]), 0)
+        return slabs.whole(reply.slabs)
+
     @staticmethod
     def _views(link: Link, places: list[tuple[Extents, int]]) -> Flow[list[list[Bytes]]]:
         """The memory of some blocks, given as extents and total length; nothing for a remote client."""

@@ -79,6 +79,10 @@ class SlabMap:
             raise ForeignHandle(f"the extents of a block of {nbytes} bytes hold {nbytes - left}.")
         return out
 
+    def whole(self, slab_ids: Iterable[int]) -> list[Bytes]:
+        """Slabs that are mapped."""
+        return [self._slabs[slab_id] for slab_id in slab_ids if slab_id in self._slabs]
+
     def map(self, extents: Extents) -> None:
         """Map the slabs of some extents, which asks the daemon for those that are not mapped yet.
 

@@ -17,6 +17,7 @@ from kvstore.client.effects import Call
 from kvstore.client.events import Position
 from kvstore.client.handles import Lease, Reservation
 from kvstore.client.plans import PlanRun
+from kvstore.client.slabs import Bytes
 from kvstore.client.streams import EventStream
 from kvstore.errors import InvalidParams
 from kvstore.keys import PrefixChain, TokenIds
@@ -232,6 +233,13 @@ class KVStoreClient(Driver):
         """
         joined = replies.join_keys(keys)
         return self.drive(self.core.count(namespace, lambda ns: Call("prefetch", m.Prefetch(ns, joined, cancel))), None)
+
+    def map_all(self) -> list[Bytes]:
+        """Map the daemon's memory ahead, slab by slab, as far as there is any; nothing from another host.
+
+        For who has to make it known to a device, which takes time that nobody should wait for later.
+        """
+        return self.drive(self.core.map_all(), None)
 
     def pin(self, keys: Sequence[bytes], *, namespace: Namespace | None = None, ttl_s: float = 3600.0) -> int:
         """Keep blocks from eviction; how many were found."""

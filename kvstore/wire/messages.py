@@ -133,6 +133,16 @@ class LeaseNotice(Message):
     refused: list[Refusal]
 
 
+class Slabs(Message):
+    """Ask which slabs of host memory this trust domain has, to map them before blocks in them are asked for."""
+
+
+class SlabsReply(Message):
+    """Their ids. None for a client on another host."""
+
+    slabs: list[int]
+
+
 class Release(Message):
     """End leases. May be sent as a notice."""
 
@@ -318,6 +328,7 @@ METHODS: dict[str, tuple[type[Message], type[Message]]] = {
     "lease": (Lease, LeaseReply),
     "reach": (Reach, ReachReply),
     "open_slab": (OpenSlab, OpenSlabReply),
+    "slabs": (Slabs, SlabsReply),
     "release": (Release, Empty),
     "reserve": (Reserve, ReserveReply),
     "commit": (Commit, CommitReply),

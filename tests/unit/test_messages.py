@@ -53,6 +53,7 @@ PARAMS: dict[str, st.SearchStrategy[m.Message]] = {
     "lease": st.builds(m.Lease, digests, keys, seconds, st.booleans()),
     "reach": st.builds(m.Reach, handles, st.binary(min_size=16, max_size=16)),
     "open_slab": st.builds(m.OpenSlab, handles),
+    "slabs": st.builds(m.Slabs),
     "release": st.builds(m.Release, st.lists(handles, max_size=5)),
     "reserve": st.builds(m.Reserve, digests, st.lists(offers, max_size=3), seconds, seconds),
     "commit": st.builds(m.Commit, handles, st.lists(small, max_size=4), st.booleans()),
@@ -103,6 +104,7 @@ RESULTS: dict[str, st.SearchStrategy[m.Message]] = {
         m.ReachReply, st.binary(max_size=16), st.lists(st.builds(m.Place, small, counts, counts), max_size=2)
     ),
     "open_slab": st.builds(m.OpenSlabReply, counts, st.binary(max_size=64)),
+    "slabs": st.builds(m.SlabsReply, st.lists(counts, max_size=8)),
     "commit": st.builds(m.CommitReply, st.lists(st.builds(m.Outcome, small, texts), max_size=3)),
     "stats": st.builds(m.StatsReply, st.dictionaries(texts, plain, max_size=3)),
     "quota": st.builds(m.QuotaReply, st.lists(rules, max_size=2), st.dictionaries(texts, plain, max_size=2)),

@@ -71,6 +71,8 @@ COUNTERS: dict[str, str] = {
     "failed_blend": "Prompts whose chunks could not be loaded for an error.",
     "skipped_prefetch": "Probes of a tier's speed skipped while the daemon was not to be had.",
     "failed_prefetch": "Probes of a tier's speed that ended in an error.",
+    "skipped_ahead": "Looks for memory to pin ahead skipped while the daemon was not to be had.",
+    "failed_ahead": "Looks for memory to pin ahead that ended in an error.",
     "failed_save": "Saves that ended in an error.",
 }
 """Every counter, with its meaning. What is not here is not exported."""

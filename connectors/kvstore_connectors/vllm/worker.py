@@ -15,6 +15,7 @@ from kvstore.rope import rotary
 from kvstore.types import Namespace
 from kvstore_connectors.base import Breaker, Link, Tally, report_defect
 from kvstore_connectors.blend.rope import movable
+from kvstore_connectors.vllm.ahead import Ahead
 from kvstore_connectors.vllm.blend_gate import Gate
 from kvstore_connectors.vllm.blend_jobs import BlendJob
 from kvstore_connectors.vllm.blend_model import EngineModel, find_model
@@ -127,6 +128,7 @@ class WorkerSide:
         self._num_blocks = num_blocks
         self._block_tokens = block_tokens
         self._config = config
+        self._open_client = open_client
         self.tally = Tally()
         self._breaker = Breaker("kvstore worker", self.tally)
         self._load_link = Link(lambda: open_client("load", LOAD_TIMEOUT_S, self._importer()), self._breaker, self.tally)
@@ -136,6 +138,7 @@ class WorkerSide:
         self._namespace: Namespace | None = None
         self._loader: Loader | None = None
         self._saver: Saver | None = None
+        self._ahead: Ahead | None = None
         self._failed: set[int] = set()
         self._report = Report()
         self._blender: Blender | None = None
@@ -179,6 +182,7 @@ class WorkerSide:
             self._loader = Loader(lambda job, after, stop: transfers.load(self._load_link, job, after, stop))
         if isinstance(pages, DevicePages):
             self._saver = Saver(pages, self._store, self.tally)
+            self._ahead = Ahead(Link(lambda: self._open_client("ahead", LOAD_TIMEOUT_S), self._breaker, self.tally))
         self._breaker.start(START_WAIT_S)
         if self._blender is not None and self._config.blend_gate:
             self._blender.report(self._load_link)
@@ -360,10 +364,10 @@ class WorkerSide:
         self._save_link.close()
 
     def _end_threads(self) -> None:
-        for thread in (self._loader, self._saver):
+        for thread in (self._loader, self._saver, self._ahead):
             if thread is not None:
                 thread.close()
-        self._loader = self._saver = None
+        self._loader = self._saver = self._ahead = None
 
 
 _REMEDY = "Run this model without the connector."

@@ -1,0 +1,42 @@
+"""Slabs are pinned in the background, new ones too, and a driver that refuses ends it with a word."""
+
+from __future__ import annotations
+
+import logging
+import mmap
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from fakes import eventually
+
+from kvstore.errors import DeviceUnavailable
+from kvstore_connectors.vllm import ahead
+
+
+def slab() -> np.ndarray:
+    return np.frombuffer(mmap.mmap(-1, 8 * mmap.PAGESIZE), np.uint8)
+
+
+def test_slabs_are_pinned_as_they_appear(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    there, pinned = [slab()], []
+
+    def pin(one: np.ndarray) -> Any:
+        if len(pinned) == 4:
+            raise DeviceUnavailable("no more memory can be pinned.", "")
+        if not any(one is other for other in pinned):
+            pinned.extend([one, one])
+            yield
+
+    monkeypatch.setattr(ahead, "LOOK_S", 0.01)
+    monkeypatch.setattr(ahead.host, "ahead", pin)
+    link = SimpleNamespace(close=lambda: None, run=lambda _, work: work(SimpleNamespace(map_all=lambda: list(there))))
+    made = ahead.Ahead(link)  # type: ignore[arg-type]
+    assert eventually(lambda: len(pinned) == 2)
+    with caplog.at_level(logging.WARNING):
+        there.append(slab())
+        assert eventually(lambda: not made._thread.is_alive())
+    assert len(pinned) == 4
+    assert "not pinned ahead" in caplog.text
+    made.close()
