@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 
@@ -18,16 +19,23 @@ def spec_of(cache: PagedCache, tokens: int, position: int = 0) -> BlockSpec:
     return BlockSpec(cache.layers, tokens, cache.heads, cache.dim, str(cache.dtype).removeprefix("torch."), position)
 
 
+@lru_cache(maxsize=64)
+def sizes_of(coder: BlockCoder, spec: BlockSpec) -> torch.Tensor:
+    """Bytes of each part, int64 ``[plane, layer]``."""
+    one = spec.of(1)
+    return torch.tensor([coder.planes(one, layer, Context()) for layer in range(spec.layers)]).T.contiguous()
+
+
 def offsets(coder: BlockCoder, spec: BlockSpec, start: int = 0) -> torch.Tensor:
     """Where parts begin, int64 ``[plane, layer]``, laid out plane after plane from ``start`` on, as a frame does."""
-    sizes = torch.tensor([coder.planes(spec.of(1), layer, Context()) for layer in range(spec.layers)]).T
+    sizes = sizes_of(coder, spec)
     flat = sizes.reshape(-1)
     return (flat.cumsum(0) - flat + start).view(sizes.shape)
 
 
 def nbytes(coder: BlockCoder, spec: BlockSpec) -> int:
     """Bytes of all parts."""
-    return sum(sum(coder.planes(spec.of(1), layer, Context())) for layer in range(spec.layers))
+    return int(sizes_of(coder, spec).sum())
 
 
 def check(cache: PagedCache, parts: Sequence[Part], spec: BlockSpec, coder: BlockCoder, places: torch.Tensor) -> None:
@@ -36,7 +44,7 @@ def check(cache: PagedCache, parts: Sequence[Part], spec: BlockSpec, coder: Bloc
         raise checks.refuse("cache", f"K and V in {cache.dtype} with heads of {cache.dim} and aligned rows are needed")
     if spec != spec_of(cache, spec.tokens, spec.position) or spec.tokens % cache.page_tokens:
         raise checks.refuse("spec", f"{spec} is no block of whole pages of this cache")
-    sizes = torch.tensor([coder.planes(spec.of(1), layer, Context()) for layer in range(spec.layers)]).T
+    sizes = sizes_of(coder, spec)
     planes = len(places)
     if places.dim() != 2 or places.dtype != torch.int64 or places.shape[1] != spec.layers or planes > len(sizes):
         raise checks.refuse("places", f"{tuple(places.shape)} of {places.dtype}: [plane, layer] of int64 are needed")

@@ -45,8 +45,13 @@ class _Form:
         return torch.from_numpy((self.start + np.cumsum(flat) - flat).reshape(self.sizes.shape))
 
     @cached_property
+    def ends(self) -> list[int]:
+        """Bytes of a frame with so many planes."""
+        return (self.start + np.cumsum(self.sizes.sum(1))).tolist()
+
+    @property
     def nbytes(self) -> int:
-        return self.start + int(self.sizes.sum())
+        return self.ends[-1]
 
 
 class Frames:
@@ -79,8 +84,7 @@ class Frames:
         self._first = self._form(coded.spec_of(cache, tokens, 0))
 
     def _form(self, spec: BlockSpec) -> _Form:
-        one = spec.of(1)
-        sizes = np.array([self.chain.coder.planes(one, layer, self._context) for layer in range(spec.layers)]).T
+        sizes = coded.sizes_of(self.chain.coder, spec).numpy()
         label = self._label(spec, len(sizes))
         return _Form(spec, sizes, head_nbytes(label, spec.layers, len(sizes)))
 
@@ -158,7 +162,7 @@ class Frames:
     @staticmethod
     def _planes(form: _Form, nbytes: int) -> int:
         """How many whole planes so many bytes hold."""
-        return int((form.start + np.cumsum(form.sizes.sum(1)) <= nbytes).sum())
+        return sum(end <= nbytes for end in form.ends)
 
     # -- on the host ---------------------------------------------------------------------------------------------------
 
