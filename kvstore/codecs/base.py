@@ -159,11 +159,13 @@ class BlockCoder(Step):
 
     native: ClassVar[bool] = False
     """Works on the block's own dtype, bit by bit, instead of float32."""
+    stacked: ClassVar[bool] = False
+    """Units are single layers, and `decode` also takes planes ``[layer, bytes]`` of several: fewer, longer rounds."""
 
     def span(self, spec: BlockSpec, context: Context) -> int:
         """Layers of a unit; the last unit may have fewer. By default one, or as many as make `UNIT` elements."""
         del context
-        return max(1, UNIT // max(2 * spec.tokens * spec.channels, UNIT // spec.layers))
+        return together(spec)
 
     def required(self) -> int:
         """How many planes are needed at least; 0 means all."""
@@ -229,3 +231,8 @@ def need(value: T | None, what: str, *, encoding: bool) -> T:
     if value is not None:
         return value
     raise (CannotEncode if encoding else CannotDecode)(f"{what} is needed and was not given.")
+
+
+def together(spec: BlockSpec) -> int:
+    """Layers of a block that make about `UNIT` elements, at least one."""
+    return max(1, UNIT // max(2 * spec.tokens * spec.channels, UNIT // spec.layers))

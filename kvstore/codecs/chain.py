@@ -16,7 +16,7 @@ import torch
 import xxhash
 
 from kvstore.codecs import frame
-from kvstore.codecs.base import BlockCoder, BlockSpec, BlockStep, Bytes, ByteStep, Context, Step
+from kvstore.codecs.base import BlockCoder, BlockSpec, BlockStep, Bytes, ByteStep, Context, Step, together
 from kvstore.codecs.scratch import scratch
 from kvstore.errors import CannotDecode, CannotEncode, CorruptBlock
 
@@ -184,12 +184,16 @@ class Chain:
         units = plan.units_of(wanted_layers, spec.layers)
         if tuple(out.shape) != spec.of(len(wanted_layers)).shape or out.dtype != spec.torch_dtype:
             raise CannotDecode(f"the tensor to fill is {tuple(out.shape)} {out.dtype}.")
-        for unit in units:
-            first = plan.firsts[unit]
-            target = out[first - wanted_layers.start :][: plan.span]
-            parts = [
-                self._part(parsed, data, plane, unit, int(plan.raw[plane, unit]), context) for plane in range(used)
-            ]
+        several = together(spec) if self.coder.stacked else 1
+        for begin in range(units.start, units.stop, several):
+            some = units[begin - units.start :][:several]
+            first = plan.firsts[begin]
+            target = out[first - wanted_layers.start :][: plan.span * len(some)]
+            parts: list[Bytes] = []
+            for plane in range(used):
+                sizes = plan.raw[plane]
+                own = [self._part(parsed, data, plane, unit, int(sizes[unit]), context) for unit in some]
+                parts.append(np.stack(own) if len(own) > 1 else own[0])
             self._decode_unit(parts, spec.of(len(target)), first, target, context)
 
     def tolerance(

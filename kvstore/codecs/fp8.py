@@ -39,6 +39,7 @@ class FP8(BlockCoder):
     scale: str = "head"
     name: ClassVar[str] = "fp8"
     lossy: ClassVar[bool] = True
+    stacked: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.scale not in ("token", "head"):
@@ -72,8 +73,8 @@ class FP8(BlockCoder):
 
     def decode(self, planes: Sequence[Bytes], spec: BlockSpec, layer: int, out: torch.Tensor, context: Context) -> None:
         del layer, context
-        count, dim = self._rows(spec)
-        exponents, codes = planes[0][:count], planes[0][count:]
+        count, dim = self._rows(spec.of(1) if planes[0].ndim == 2 else spec)
+        exponents, codes = planes[0][..., :count].reshape(-1), planes[0][..., count:].reshape(-1)
         if count and not _LEAST + _BIAS <= int(exponents.min()) <= int(exponents.max()) <= _MOST + _BIAS:
             raise CorruptBlock("a scale is out of bounds.")
         if codes.size and int((codes & 0x7F).max()) == 0x7F:
@@ -81,7 +82,7 @@ class FP8(BlockCoder):
         scale = _power(torch.from_numpy(exponents.astype(np.int32)) - _BIAS)[:, None]
         pairs = codes if codes.ctypes.data % 2 == 0 else codes.copy()
         words = np.take(_table(), pairs.view(np.uint16), mode="clip")
-        values = torch.from_numpy(words.view(np.int16)).view(torch.bfloat16).view(count, dim)
+        values = torch.from_numpy(words.view(np.int16)).view(torch.bfloat16).view(-1, dim)
         if out.dtype == torch.bfloat16:
             out.copy_(values.mul_(scale.to(torch.bfloat16)).view(out.shape))
         else:

