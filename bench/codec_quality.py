@@ -163,7 +163,7 @@ def main() -> None:
         reference.cache_clear()
     costs = joined(state.all("chains"))
     summary = {label: cost.summary(costs["raw"]) for label, cost in costs.items()}
-    if args.tasks:
+    if args.tasks and len(state.all("chains")) == len(samples):  # only now is it known what passes
         tuned = started(args.tasks_model, device)
         asked = json.loads(args.tasks.read_text())[: args.questions]
         passing = within(summary, chains)
