@@ -25,6 +25,7 @@ import torch
 
 from kvstore.errors import CannotEncode
 from kvstore.rope import Rotary
+from kvstore.types import BlockHeader
 
 QUERIES = 256
 """Queries of a window: what bounds the memory."""
@@ -188,3 +189,11 @@ def unpack(data: bytes, tokens: int) -> torch.Tensor | None:
     if not (np.isfinite(found).all() and (found >= 0).all()):
         raise CannotEncode("the importance in the header is not finite, or negative.")
     return torch.from_numpy(found)
+
+
+def known(header: BlockHeader | None, tokens: int) -> torch.Tensor | None:
+    """`unpack` of a block's header; None also if it says nothing that can be used."""
+    try:
+        return None if header is None else unpack(header.importance, tokens)
+    except CannotEncode:
+        return None

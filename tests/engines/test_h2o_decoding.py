@@ -7,12 +7,16 @@ from typing import Any
 import model as models
 import pytest
 import torch
+from kit import Daemon
+from test_transformers import connected
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from kvstore.codecs import importance
 from kvstore.codecs.h2o import H2O
 from kvstore.errors import InvalidParams
+from kvstore_connectors.transformers import KVStoreCache
 from kvstore_connectors.transformers.h2o import HeavyHitterCache
+from kvstore_connectors.transformers.leased import LeasedPrompt
 from kvstore_connectors.transformers.probe import Probe
 
 
@@ -80,3 +84,29 @@ def test_a_batch_is_refused_and_the_model_is_as_before(model: Any) -> None:
     with pytest.raises(InvalidParams), HeavyHitterCache(model, H2O(budget=40)) as past:
         model(ids(20, 4).expand(2, -1), past_key_values=past, use_cache=True)
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_what_nobody_looks_at_is_not_even_copied(model: Any, daemon: Daemon) -> None:
+    prompt = ids(100, 5)
+    with KVStoreCache(model, address=daemon.address, block_tokens=16, tenant="h2o", importance=True) as kv:
+        connected(kv).generate(prompt, max_new_tokens=1)
+        plain = model.generate(prompt, max_new_tokens=8, do_sample=False)
+        with LeasedPrompt(kv, prompt) as stored, HeavyHitterCache(model, H2O(budget=200)) as past:
+            assert past.begin(stored) == 96
+            assert torch.equal(model.generate(prompt, past_key_values=past, max_new_tokens=8, do_sample=False), plain)
+        rule = H2O(budget=40, recent=10, sinks=2)
+        with LeasedPrompt(kv, prompt) as stored, HeavyHitterCache(model, rule) as past:
+            assert past.begin(stored) == past.kept == 40
+            assert past.get_seq_length() == 96
+            block, kept = Probe(model).prefill(prompt[0].tolist()), rule.keep(stored.importance)
+            assert kept.tolist()[-10:] == list(range(86, 96))
+            for layer, held in enumerate(past.layers):
+                torch.testing.assert_close(held.keys[0], block[layer, 0, kept].transpose(0, 1), atol=1e-4, rtol=1e-4)
+            out = model.generate(prompt, past_key_values=past, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+            assert out.shape[1] == 108
+            assert past.kept == 40
+    with KVStoreCache(model, address=daemon.address, block_tokens=16, tenant="plain") as kv:
+        connected(kv).generate(prompt, max_new_tokens=1)
+        past = HeavyHitterCache(model, rule)
+        with LeasedPrompt(kv, prompt) as stored, pytest.raises(InvalidParams, match="importance"):
+            past.begin(stored)

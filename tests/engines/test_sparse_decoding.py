@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from kvstore.codecs.clusters import Squeezed
 from kvstore.errors import InvalidParams, LeaseExpired
 from kvstore_connectors.transformers import KVStoreCache, leased
-from kvstore_connectors.transformers.leased import LeasedValues
+from kvstore_connectors.transformers.leased import LeasedPrompt
 from kvstore_connectors.transformers.shadow import ShadowCache, ShadowKV
 from kvstore_connectors.transformers.squeezed import SqueezedCache
 
@@ -111,7 +111,7 @@ def test_values_are_read_in_the_daemon_and_are_the_same(model: Any, keeper: KVSt
     with ShadowCache(model, rule) as past:
         here = stepwise(model, past, prompt, following)
     keeper.generate(prompt, max_new_tokens=1)
-    with LeasedValues(keeper, prompt) as values:
+    with LeasedPrompt(keeper, prompt) as values:
         assert values.tokens == 192
         with ShadowCache(model, rule, values) as past:
             there = stepwise(model, past, prompt, following)
@@ -125,7 +125,7 @@ def test_values_are_read_in_the_daemon_and_are_the_same(model: Any, keeper: KVSt
 def test_what_is_not_stored_stays_here(model: Any, keeper: KVStoreCache) -> None:
     prompt, following, rule = ids(200, 13), ids(8, 14), ShadowKV(budget=ALL, outliers=ALL)
     full = stepwise(model, DynamicCache(config=model.config), prompt, following)
-    with LeasedValues(keeper, prompt) as values:
+    with LeasedPrompt(keeper, prompt) as values:
         assert values.tokens == 0
         with ShadowCache(model, rule, values) as past:
             torch.testing.assert_close(stepwise(model, past, prompt, following), full, atol=1e-4, rtol=1e-4)
@@ -137,7 +137,7 @@ def test_leases_are_renewed_and_their_end_is_noticed(
     prompt = ids(64, 15)
     keeper.generate(prompt, max_new_tokens=1)
     rows = torch.arange(64 // 16 * 16 - 16).expand(2, -1)
-    with LeasedValues(keeper, prompt) as values:
+    with LeasedPrompt(keeper, prompt) as values:
         before, lease = values.rows(1, rows), values._lease
         monkeypatch.setattr(leased, "RENEW_S", 0.0)
         time.sleep(0.01)

@@ -16,6 +16,7 @@ from kvstore.codecs import importance
 from kvstore.codecs.h2o import H2O
 from kvstore.errors import InvalidParams
 from kvstore_connectors.transformers.attention import Detour
+from kvstore_connectors.transformers.leased import LeasedPrompt
 from kvstore_connectors.transformers.sparse import nbytes
 from kvstore_connectors.transformers.support import base_model, check_model
 
@@ -68,6 +69,18 @@ class HeavyHitterLayer(DynamicLayer):
         if count > self._rule.budget:
             self._drop(self._rule.keep(self.scores / self._queries if self._by_visibility else self.scores))
 
+    def begin(self, block: torch.Tensor, shares: torch.Tensor, kept: torch.Tensor, seen: int) -> None:
+        """Start with the KV ``[K|V, token, kv_head, dim]`` of the kept ones of so many tokens.
+
+        ``shares`` is the attention that each got as a multiple of an even share, as if from all queries after it.
+        """
+        keys, values = block.transpose(1, 2)[:, None]
+        super().update(keys, values)
+        self.seen = seen
+        queries = (seen - kept).to(shares)
+        self._queries = queries.expand(keys.shape[1], -1)
+        self.scores = (shares / seen * queries).expand(keys.shape[1], -1)
+
     def _drop(self, kept: torch.Tensor) -> None:
         self.scores, self._queries = self.scores.gather(1, kept), self._queries.gather(1, kept)
         index = kept[None, :, :, None].expand(1, -1, -1, self.keys.shape[3])
@@ -106,7 +119,7 @@ class HeavyHitterCache(Cache):
     """
 
     def __init__(self, model: Any, rule: H2O, *, by_visibility: bool = True) -> None:
-        self._model = base_model(model)
+        self._model, self._rule = base_model(model), rule
         check_model(self._model)
         layers = int(self._model.config.num_hidden_layers)
         super().__init__(layers=[HeavyHitterLayer(rule, by_visibility) for _ in range(layers)])
@@ -116,6 +129,31 @@ class HeavyHitterCache(Cache):
     def kept(self) -> int:
         """Most tokens that a layer holds."""
         return max(layer.keys.shape[2] if layer.is_initialized else 0 for layer in self.layers)
+
+    def begin(self, stored: LeasedPrompt) -> int:
+        """Start with the stored beginning of a prompt; how many tokens of it were copied.
+
+        Only those are that stay by the importance stored with them, the same ones in every layer and head: an H2O that
+        happens before the transfer. The first pass computes what follows.
+
+        Raises
+        ------
+        InvalidParams
+            The blocks were stored without importance.
+        LeaseExpired
+            They are gone.
+        """
+        if not stored.tokens:
+            return 0
+        if stored.importance is None:
+            raise InvalidParams(
+                "H2O decoding: this prompt was stored without importance.",
+                "Store it with KVStoreCache(importance=True).",
+            )
+        kept = self._rule.keep(stored.importance)
+        for layer, block in zip(self.layers, stored.tokens_of(kept).to(self._model.device), strict=True):
+            layer.begin(block, stored.importance[kept].to(block.device), kept, stored.tokens)
+        return len(kept)
 
     @property
     def touched(self) -> int:

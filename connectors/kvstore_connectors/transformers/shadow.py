@@ -154,7 +154,7 @@ class ShadowCache(SparseCache):
         One that `KVStoreCache` takes.
     rule : ShadowKV
     stored : Values, optional
-        Where the values of the prompt's first tokens are (`leased.LeasedValues`); by default they stay here.
+        Where the values of the prompt's first tokens are (`leased.LeasedPrompt`); by default they stay here.
 
     Examples
     --------
