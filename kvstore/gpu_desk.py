@@ -64,6 +64,8 @@ class GpuDesk:
         self._memory = memory
         self._host = host
         self._doorkeeper = Doorkeeper() if twice else None
+        self._lent: dict[int, dict[int, GpuBlock]] = {}
+        """Copies by lease and by index in it: however often a lease is asked about, each is lent once."""
         self._waiting: dict[BlockId, int] = {}
         self._waiting_bytes = 0
         self._most_bytes = tier.pool.capacity // WAITING_SHARE
@@ -81,12 +83,14 @@ class GpuDesk:
         """Lend what a lease has on the GPU, until it ends; what it has not there is wanted there."""
         if self.off:
             return {}
-        found = self.tier.lend(lease.blocks)
-        if found:
-            lease.ends.append(lambda: self.tier.give_back(found.values()))
-        if len(found) < len(lease.blocks):
-            self._want({index: block for index, block in lease.blocks.items() if index not in found})
-        return found
+        held = self._lent.get(lease.id)
+        if held is None:
+            held = self._lent[lease.id] = {}
+            lease.ends.append(lambda: self.tier.give_back(self._lent.pop(lease.id).values()))
+        asked = {index: block for index, block in lease.blocks.items() if index not in held}
+        held |= self.tier.lend(asked)
+        self._want({index: block for index, block in asked.items() if index not in held})
+        return held
 
     def slab(self, slab_id: int, domain: str) -> DeviceSlab | None:
         """A slab that somebody of this trust domain may open."""

@@ -340,6 +340,24 @@ async def test_a_client_that_dies_gives_everything_back(world: World) -> None:
     await desk.desk.close()
 
 
+async def test_a_lease_is_lent_each_copy_once_however_often_it_asks(world: World) -> None:
+    desk = Desk(world, twice=False)
+    block, other = world.put(1), world.put(2)
+    desk.wants(block)
+    await desk.settled()
+    lease, copies = desk.reach(block, other)
+    assert list(copies) == [0]
+    await desk.settled()
+    for _ in range(50):
+        assert list(desk.desk.reach(lease)) == [0, 1]
+    assert [copy.refs for copy in copies.values()] == [1, 1]
+    assert len(lease.ends) == 1
+    desk.ledger.end_lease(lease)
+    assert world.tier.leased_bytes == 0
+    assert not desk.desk._lent
+    await desk.desk.close()
+
+
 async def test_what_waits_is_bounded_and_heads_come_first(world: World) -> None:
     desk = Desk(world, twice=False)
     blocks = [world.put(number, PAGE_BYTES) for number in range(SLABS * 8)]
