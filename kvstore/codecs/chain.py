@@ -65,6 +65,16 @@ class Chain:
         """Most bytes that such a block can take encoded; exactly its bytes if `exact_size`."""
         return self._plan(spec, context or Context()).nbytes
 
+    def ends(self, spec: BlockSpec, context: Context | None = None) -> list[int]:
+        """Bytes of such a block with one plane, with two, and so on; what `bound` says of it holds for them."""
+        plan = self._plan(spec, context or Context())
+        return (plan.offsets[:, -1] + plan.sizes[:, -1]).tolist()
+
+    def extent(self, spec: BlockSpec, context: Context) -> tuple[int, int]:
+        """Units and planes of such a block."""
+        plan = self._plan(spec, context)
+        return plan.units, plan.planes
+
     def encode(self, block: torch.Tensor, spec: BlockSpec, out: Bytes, context: Context | None = None) -> int:
         """Encode a block into a buffer of at least `bound` bytes.
 

@@ -104,6 +104,15 @@ def seal_head(out: Bytes, label: bytes, sizes: np.ndarray, checks: np.ndarray) -
     out[: len(body)] = np.frombuffer(body, np.uint8)
 
 
+def has_head(data: Bytes, label: bytes, units: int, planes: int) -> bool:
+    """Whether a block starts with that header, undamaged; its directory is not looked at."""
+    end = head_nbytes(label, units, planes)
+    if data.size < end or data[: len(label)].tobytes() != label:
+        return False
+    checked = end - _CHECK.size
+    return _CHECK.unpack(data[checked:end].tobytes())[0] == xxhash.xxh3_64_intdigest(data[:checked].data)
+
+
 def read(data: Bytes) -> Frame:
     """Parse a header and verify it; nothing else is looked at. Raises `CorruptBlock` or `CannotDecode`."""
     if data.size < _HEAD.size:

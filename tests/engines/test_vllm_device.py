@@ -99,7 +99,7 @@ def test_many_blocks_in_pieces_there_and_back(order: str) -> None:
     before = [cache.clone() for cache in caches]
     for cache in caches:
         cache.zero_()
-    pages.load_all([Piece(p.parts, 0, [BLOCKS - 1 - one for one in p.engine_ids]) for p in pieces[:16]], pages.mark())
+    pages.start([Piece(p.parts, 0, [BLOCKS - 1 - one for one in p.engine_ids]) for p in pieces[:16]], pages.mark())()
     for cache, old in zip(caches, before, strict=True):
         assert torch.equal(cache, old.flip(0))
 

@@ -111,13 +111,13 @@ def test_batch_that_shares_a_beginning(vllm: Engine) -> None:
 def test_blocks_gone_between_lookup_and_load(vllm: Engine, truth: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert vllm.ask(numbers(700, 7))[0].tokens == truth(7)
     before = vllm.metrics()
-    load_some = Transfers._load_some
+    begin = Transfers._begin
 
     def drop_fourth(self: Transfers, client: Any, **job: Any) -> Any:
         client.drop(job["keys"][3:4], namespace=job["namespace"])
-        return load_some(self, client, **job)
+        return begin(self, client, **job)
 
-    monkeypatch.setattr(Transfers, "_load_some", drop_fourth)
+    monkeypatch.setattr(Transfers, "_begin", drop_fourth)
     holed = vllm.ask(numbers(700, 7))[0]
     monkeypatch.undo()
     after = vllm.metrics()

@@ -172,7 +172,7 @@ def test_pages_filled_from_gpu_memory_are_those_filled_from_host_memory(place: P
             with client.lease(keys) as lease:
                 found = [block for block in lease.blocks if isinstance(block, LeasedBlock)]
                 ids = [[16 + 4 * index + place for place in range(4)] for index in range(len(keys))]
-                pages.load_all([Piece(b.parts, 0, i) for b, i in zip(found, ids, strict=True)], pages.mark())
+                pages.start([Piece(b.parts, 0, i) for b, i in zip(found, ids, strict=True)], pages.mark())()
                 expected = [cache.clone() for cache in caches]
                 for cache in caches:
                     cache.zero_()
@@ -182,7 +182,7 @@ def test_pages_filled_from_gpu_memory_are_those_filled_from_host_memory(place: P
                     for n, (b, i) in enumerate(zip(found, ids, strict=True))
                 ]
                 assert sum(piece.device is not None for piece in mixed) == len(keys) - 1
-                pages.load_all(mixed, pages.mark())
+                pages.start(mixed, pages.mark())()
         assert all(torch.equal(cache, wanted) for cache, wanted in zip(caches, expected, strict=True))
         assert any(bool(wanted.any()) for wanted in expected)
     finally:

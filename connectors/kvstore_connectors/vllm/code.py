@@ -7,13 +7,13 @@ every tier and come back in it (`kvstore.encoding`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
 import torch
 
 from kvstore.codecs import parse, read
 from kvstore.codecs.base import BlockSpec, Context
+from kvstore.codecs.frame import has_head, head
 from kvstore.encoding import form_of
 from kvstore.errors import CannotDecode, CodecError, ConfigError, CorruptBlock
 from kvstore.rope import Rotary
@@ -55,14 +55,13 @@ class Codes:
     def of(self, parts: Sequence[Bytes], position: int) -> BlockCode | None:
         """The code of a leased block, by its header; None if it is no encoded block of this place."""
         data = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if self.own is not None and self.own.knows(data, position):
+            return self.own
         try:
-            frame = read(data)
-            code = self._code(frame.chain)
+            code = self._code(read(data).chain)
         except (CodecError, CorruptBlock, ConfigError):
             return None
-        needed = code.chain.coder.required() or frame.planes
-        fits = frame.spec == code.spec(position) and needed <= frame.planes and frame.nbytes(needed) <= data.nbytes
-        return code if fits and code.form.is_by_engine(data.nbytes) else None
+        return code if code.knows(data, position) else None
 
 
 class BlockCode:
@@ -81,17 +80,30 @@ class BlockCode:
             raise ConfigError(f"chain: what {chain} makes of a block has no size known before.", _REMEDY)
         self.context = Context(rotary=rotary)
         self.form = form
-        self.nbytes = lru_cache(2)(self._nbytes)
-        self.nbytes(True)  # says at the start what does not fit
+        self._block_tokens = namespace.block_tokens
+        # The first block of a prompt differs from the others; what does not fit is said here, at the start.
+        self._ends = [self.chain.ends(self.spec(at), self.context) for at in (0, self._block_tokens)]
+        self._units, self._planes = self.chain.extent(self.spec(0), self.context)
+        self._references = tuple(step.reference(self.context) for step in self.chain.steps)
+        self._name = str(self.chain)
 
     def spec(self, position: int) -> BlockSpec:
         """A block whose first token has this position."""
         return self.form.spec(BlockHeader(position=position))
 
-    def _nbytes(self, first: bool) -> int:
-        """Stored bytes of a block; the first of a prompt differs from the others."""
-        size = self.chain.bound(self.spec(0 if first else self.form.namespace.block_tokens), self.context)
-        return self.form.marked(size, by_engine=True)
+    def nbytes(self, position: int) -> int:
+        """Stored bytes of a block."""
+        return self.form.marked(self._ends[position > 0][-1], by_engine=True)
+
+    def knows(self, data: Bytes, position: int) -> bool:
+        """Whether a stored block is one of this chain and place, by its header, and enough of it is there."""
+        label = head(self.spec(position), self._name, self._references, self._units, self._planes)
+        needed = self.chain.coder.required() or self._planes
+        return (
+            self.form.is_by_engine(data.nbytes)
+            and data.nbytes >= self._ends[position > 0][needed - 1]
+            and has_head(data, label, self._units, self._planes)
+        )
 
     def encode(self, raw: Bytes, position: int, into: Bytes) -> None:
         """Encode a block on the CPU. Raises `CannotEncode`."""

@@ -11,7 +11,7 @@ copy engine move whole blocks between shared memory and a few slots on the devic
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -130,7 +130,7 @@ class Pages(ABC):
 
     def stored_nbytes(self, position: int) -> int:
         """Bytes of a block as it is stored, whose first token has this position."""
-        return self.nbytes if self.code is None else self.code.nbytes(position == 0)
+        return self.nbytes if self.code is None else self.code.nbytes(position)
 
     def known(self, piece: Piece) -> Piece | None:
         """A stored block with its code; None if it can not be loaded."""
@@ -173,13 +173,14 @@ class Pages(ABC):
             What the copy has to wait for: kernels may still read what these blocks held before.
         """
 
-    def load_all(self, pieces: Sequence[Piece], after: Any = None) -> None:
-        """`load` for several blocks."""
+    def start(self, pieces: Sequence[Piece], after: Any = None) -> Callable[[], None]:
+        """`load` for several blocks; the function that is returned waits until all bytes are there."""
         for piece in pieces:
             whole = piece.parts[0] if len(piece.parts) == 1 else np.concatenate(piece.parts)
             if piece.code is not None:
                 whole = piece.code.decode(whole, piece.position)
             self.load(whole, piece.first, piece.engine_ids, after)
+        return lambda: None
 
     def mark(self) -> Any:
         """An event that is over when the work given to the device so far is over; None where nothing is queued."""
@@ -249,7 +250,7 @@ class Taken(NamedTuple):
         return flags if self.bad else [True] * self.blocks
 
 
-SLOT_NBYTES = 32 << 20
+SLOT_NBYTES = 64 << 20
 """A slot of staging memory holds at least a block; this much lets several small ones share a kernel."""
 
 SLOTS = 4
@@ -305,8 +306,8 @@ class DevicePages(Pages):
             self._frames[code] = Frames(PagedCache.of(views), code.chain, self.block_tokens, code.context)
         return self._frames[code]
 
-    def load_all(self, pieces: Sequence[Piece], after: Any = None) -> None:
-        """See `Pages.load_all`."""
+    def start(self, pieces: Sequence[Piece], after: Any = None) -> Callable[[], None]:
+        """See `Pages.start`."""
         if after is not None:
             self._in.wait_event(after)
         try:
@@ -317,8 +318,12 @@ class DevicePages(Pages):
                     self._land(list(some), self._frames_of(code).unpack)
                 else:
                     self._loads.load([self._decoded(piece, code) for piece in some], self._scatter, self._in)
-        finally:
+        except BaseException:
             self._in.synchronize()  # before the daemon's memory may be let go
+            raise
+        landed = torch.cuda.Event()
+        landed.record(self._in)
+        return landed.synchronize
 
     def _land(self, pieces: Sequence[Piece], land: Work) -> None:
         """Sort blocks into pages: straight from this device's memory, or brought here first."""
@@ -337,7 +342,7 @@ class DevicePages(Pages):
 
     def load(self, payload: Bytes, first: int, engine_ids: Sequence[int], after: Any = None) -> None:
         """See `Pages.load`."""
-        self.load_all([Piece([payload], first, engine_ids)], after)
+        self.start([Piece([payload], first, engine_ids)], after)()
 
     def take(self, parts: Sequence[HostPart], after: Any = None) -> Taken:
         """Queue the copying of whole blocks, made ready by `reach`, out of the cache; they are encoded on the way."""

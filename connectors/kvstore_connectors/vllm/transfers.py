@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,6 +32,15 @@ TTL_S = 30.0
 
 Fill = Callable[[Sequence[tuple[SaveBlock, Room]]], list[bool]]
 """Writes blocks into their rooms; says of each whether it did."""
+
+
+class _Landing(NamedTuple):
+    """Blocks of a lease that are being copied; the function waits for them. `final` if none behind them can be had."""
+
+    lease: Any
+    blocks: int
+    landed: Callable[[], None]
+    final: bool
 
 
 def keys_of(namespace: Namespace, hashes: Sequence[bytes]) -> list[bytes]:
@@ -70,18 +79,24 @@ class Transfers:
         namespace = request_namespace(self._namespace, job.scope)
         keys = keys_of(namespace, job.hashes)
         done = 0
-        while done < len(keys) and time.monotonic() < deadline and not stop():
-            some = partial(
-                self._load_some, job=job, namespace=namespace, keys=keys, first=done, after=after, deadline=deadline
-            )
-            answer = link.run("load", some)
-            if answer is None:
+        landing: _Landing | None = None
+        final = False
+        while not final:
+            # The blocks of one lease are on their way while the next is asked for.
+            first = done + (landing.blocks if landing else 0)
+            following = None
+            if first < len(keys) and time.monotonic() < deadline and not stop():
+                begin = partial(self._begin, job=job, namespace=namespace, keys=keys, first=first, after=after)
+                following = link.run("load", partial(begin, deadline=deadline))
+            final = following is None or following.final
+            if landing is not None and not self._finish(landing):
+                if following is not None:
+                    self._finish(following)
+                landing = None
                 break
-            count, reason = answer
-            done += count
-            # Blocks on their way up from a lower tier are worth another round; anything else is final.
-            if reason is not None and reason is not MissReason.DEADLINE:
-                break
+            done, landing = first, following
+        if landing is not None and self._finish(landing):
+            done += landing.blocks
         failed = set(job.engine_ids[self._filled(job, done) :]) if done < len(keys) or not keys else set()
         self._count_load(job, done, failed, begun, deadline)
         return failed
@@ -90,7 +105,7 @@ class Transfers:
         """Engine blocks that are filled once that many blocks are loaded."""
         return max(blocks * self._pages.per_block - job.skip, 0) if blocks else 0
 
-    def _load_some(
+    def _begin(
         self,
         client: Any,
         job: LoadJob,
@@ -99,11 +114,12 @@ class Transfers:
         first: int,
         after: Any,
         deadline: float,
-    ) -> tuple[int, MissReason | None]:
-        """Load some blocks from `first` on: how many, and why no more."""
-        wanted = keys[first : first + max(LEASE_BLOCKS, LEASE_BYTES // self._pages.nbytes)]
+    ) -> _Landing:
+        """Lease some blocks from `first` on and have them copied."""
+        wanted = keys[first : first + max(LEASE_BLOCKS, LEASE_BYTES // self._pages.stored_nbytes(job.position + 1))]
         wait_s = max(min(ROUND_S, deadline - time.monotonic()), 0.0)
-        with client.lease(wanted, namespace=namespace, ttl_s=TTL_S, wait_s=wait_s) as lease:
+        lease = client.lease(wanted, namespace=namespace, ttl_s=TTL_S, wait_s=wait_s)
+        try:
             reason = None
             pieces: list[Piece] = []
             for block in lease.blocks:
@@ -116,17 +132,26 @@ class Transfers:
                     reason = MissReason.CORRUPT
                     break
                 pieces.append(piece)
-            if pieces:
-                self._pages.load_all(pieces, after)
-                self._tally.add("loaded_bytes", sum(piece.nbytes for piece in pieces))
-            if pieces and not lease.valid():
-                self._tally.add("load_expired")
-                return 0, MissReason.LOST
+            landed = self._pages.start(pieces, after)
+        except BaseException:
+            lease.release()
+            raise
+        self._tally.add("loaded_bytes", sum(piece.nbytes for piece in pieces))
         if reason is MissReason.CORRUPT:
             self._tally.add("load_corrupt")
         elif reason is not None and reason is not MissReason.DEADLINE:
             self._tally.add("load_missing")
-        return len(pieces), reason
+        # Blocks on their way up from a lower tier are worth another round; anything else is final.
+        return _Landing(lease, len(pieces), landed, reason is not None and reason is not MissReason.DEADLINE)
+
+    def _finish(self, landing: _Landing) -> bool:
+        """Wait until blocks have landed, and end their lease; whether it held all the time."""
+        with landing.lease:
+            landing.landed()
+            valid = bool(landing.lease.valid())
+        if not valid and landing.blocks:
+            self._tally.add("load_expired")
+        return valid or not landing.blocks
 
     def _piece(self, block: Any, job: LoadJob, index: int) -> Piece:
         begin = self._filled(job, index)
