@@ -6,6 +6,7 @@ keeps a slab open as long as anybody holds a tensor of it.
 
 from __future__ import annotations
 
+import ctypes
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,16 @@ def _runtime() -> Any:
     except ImportError as error:
         raise DeviceUnavailable(f"{_NO_CUPY} ({error}).", "pip install cupy-cuda13x") from None
     return runtime
+
+
+def _uuid(device: int) -> bytes:
+    """UUID of a device, 16 bytes, from the driver: the runtime's properties, as CuPy gives them, end at a zero byte."""
+    driver = ctypes.CDLL("libcuda.so.1")
+    handle, uuid = ctypes.c_int(), ctypes.create_string_buffer(16)
+    codes = driver.cuInit(0), driver.cuDeviceGet(ctypes.byref(handle), device), driver.cuDeviceGetUuid_v2(uuid, handle)
+    if any(codes):
+        raise DeviceUnavailable(f"device {device} tells no UUID (CUDA errors {codes}).")
+    return uuid.raw
 
 
 @contextmanager
@@ -66,10 +77,9 @@ class CudaMemory:
             if device >= count:
                 raise DeviceUnavailable(f"there is no CUDA device {device}: {count} can be seen.")
             self._cuda.setDevice(device)
-            properties = self._cuda.getDeviceProperties(device)
+            self.name: str = self._cuda.getDeviceProperties(device)["name"].decode()
+            self.gpu = _uuid(device)
             self._stream = self._cuda.streamCreateWithFlags(self._cuda.streamNonBlocking)
-        self.name: str = properties["name"].decode()
-        self.gpu: bytes = bytes(properties["uuid"])
 
     def take(self, count: int, nbytes: int) -> list[Taken]:
         """See `DeviceMemory.take`."""
@@ -127,7 +137,7 @@ class Imports:
         self._device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         self._cuda = _runtime()
         with _typed("the device cannot be named"):
-            self.gpu: bytes = bytes(self._cuda.getDeviceProperties(self._device.index)["uuid"])
+            self.gpu = _uuid(self._device.index)
 
     def open(self, handle: bytes, nbytes: int) -> torch.Tensor:
         """The memory behind a handle, uint8 ``[nbytes]`` on the device; closed when the last tensor of it goes.
