@@ -4,12 +4,18 @@ A block of 256 tokens of an 8B model's shape and of SmolLM2's, bfloat16, from po
 rounds: other programs on the machine slow a core's memory down, never speed it up. GiB/s are of the raw block.
 
     python bench/codecs.py --out bench/results/codecs.json
+    python bench/codecs.py --basis FILE …
+
+With a basis (`kvstore calibrate` leaves one beside its profile) `pca` is measured, too, on a block that is distributed
+as the basis says.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +23,8 @@ import torch
 from common import arguments, finish
 
 from kvstore.codecs import BlockSpec, Context, parse
+from kvstore.codecs.basis import Basis, load_basis
+from kvstore.codecs.prerope import PreRope
 from kvstore.rope import Rotary
 
 SHAPES = {"32 x 8 x 128": (32, 8, 128), "30 x 3 x 64": (30, 3, 64)}
@@ -36,9 +44,25 @@ def best(run: Callable[[], Any], rounds: int) -> float:
     return min(found)
 
 
+def drawn(basis: Basis, spec: BlockSpec, context: Context) -> torch.Tensor:
+    """A block whose components are spread as the basis says, keys turned to their positions."""
+    generator, block = torch.Generator().manual_seed(2), torch.empty(spec.shape)
+    for first, group in zip(range(0, spec.layers, basis.span), basis.groups, strict=True):
+        sides = block[first : first + basis.span]
+        for kind, part in zip(basis.kinds, group, strict=True):
+            components = torch.randn(spec.tokens, len(part.spread), generator=generator) * part.spread
+            shape = (spec.tokens, len(sides), len(kind), *spec.shape[3:])
+            rows = (part.mean + components @ part.inverse).view(shape).permute(1, 2, 0, 3, 4)
+            (sides if kind == "kv" else sides[:, :1] if kind == "k" else sides[:, 1:])[:] = rows
+    return PreRope().inverse(block, spec, 0, context).to(torch.bfloat16)
+
+
 def main() -> None:
     """Measure, print."""
-    args = arguments(__doc__).parse_args()
+    parser = arguments(__doc__)
+    parser.add_argument("--basis", type=Path, help="a model's basis, for pca")
+    args = parser.parse_args()
+    basis = None if args.basis is None else load_basis(args.basis)
     torch.set_num_threads(1)
     results: dict[str, Any] = {}
     rows = []
@@ -54,7 +78,13 @@ def main() -> None:
             keys={"default": bytes(32)},
         )
         gib = spec.nbytes / 2**30
-        for name in CHAINS:
+        names = {name: name for name in CHAINS}
+        if basis is not None and (basis.layers, basis.kv_heads, basis.head_dim) == (layers, heads, dim):
+            context = replace(context, bases={basis.digest: basis})
+            names |= {f"pca(step={n})|zstd": f"prerope|pca(basis={basis.digest},step={n})|zstd" for n in (5, 15)}
+        for label, name in names.items():
+            if "pca" in label and basis is not None:
+                block = drawn(basis, spec, context)
             chain = parse(name)
             out = np.zeros(chain.bound(spec, context), np.uint8)
             size = chain.encode(block, spec, out, context)
@@ -63,11 +93,11 @@ def main() -> None:
             decode = gib / best(
                 lambda c=chain, o=out[:size], x=context, b=back, s=spec: c.decode(o, s, b, x), args.rounds
             )
-            results.setdefault(shape, {})[name] = {
+            results.setdefault(shape, {})[label] = {
                 "memcpy_gib_s": memcpy, "encode_gib_s": encode, "decode_gib_s": decode, "smaller": spec.nbytes / size,
             }  # fmt: skip
             rows.append(
-                (shape, name, f"{spec.nbytes / size:.2f}", f"{encode:.2f}", f"{decode:.2f}", f"{memcpy:.1f}",
+                (shape, label, f"{spec.nbytes / size:.2f}", f"{encode:.2f}", f"{decode:.2f}", f"{memcpy:.1f}",
                  f"{encode / memcpy:.2f}", f"{decode / memcpy:.2f}")
             )  # fmt: skip
     header = ("layers x heads x dim", "chain", "smaller", "encode", "decode", "memcpy", "enc/memcpy", "dec/memcpy")

@@ -28,7 +28,8 @@ from kvstore.rope import Rotary
 from kvstore.types import BlockHeader
 
 QUERIES = 256
-"""Queries of a window: what bounds the memory."""
+WEIGHTS = 1 << 25
+"""Queries of a window, and weights of all heads in it, at most: what bounds the memory."""
 _LARGEST = 65504.0
 
 
@@ -49,11 +50,16 @@ def log_sum_exp(queries: torch.Tensor, keys: torch.Tensor, positions: torch.Tens
     torch.Tensor
         ``[head, query]``, float32.
     """
+    size = _window(queries, keys)
     found = [
-        _logits(queries[at : at + QUERIES], keys, positions[at : at + QUERIES]).logsumexp(-1).flatten(0, 1)
-        for at in range(0, len(queries), QUERIES)
+        _logits(queries[at : at + size], keys, positions[at : at + size]).logsumexp(-1).flatten(0, 1)
+        for at in range(0, len(queries), size)
     ]
     return torch.cat(found, 1)
+
+
+def _window(queries: torch.Tensor, keys: torch.Tensor) -> int:
+    return max(1, min(QUERIES, WEIGHTS // (queries.shape[1] * max(len(keys), 1))))
 
 
 def _logits(queries: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -76,9 +82,10 @@ def _over_queries(
     """Join the weights ``[kv_head, head of its group, query, token]`` of all windows into ``[kv_head, token]``."""
     groups = keys.shape[1]
     found = torch.zeros(groups, len(keys), device=keys.device)
-    for at in range(0, len(queries), QUERIES):
-        logits = _logits(queries[at : at + QUERIES], keys, positions[at : at + QUERIES])
-        weights = (logits - lse[:, at : at + QUERIES].view(groups, -1, logits.shape[2], 1)).exp()
+    size = _window(queries, keys)
+    for at in range(0, len(queries), size):
+        logits = _logits(queries[at : at + size], keys, positions[at : at + size])
+        weights = (logits - lse[:, at : at + size].view(groups, -1, logits.shape[2], 1)).exp()
         found = join(found, weights)
     return found
 
