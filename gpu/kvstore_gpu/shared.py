@@ -7,6 +7,7 @@ keeps a slab open as long as anybody holds a tensor of it.
 from __future__ import annotations
 
 import ctypes
+import logging
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from kvstore.gpu_memory import Taken
 
-_NO_CUPY = "CuPy is not installed here"
+log = logging.getLogger("kvstore.gpu")
 
 
 def _runtime() -> Any:
@@ -30,7 +31,7 @@ def _runtime() -> Any:
     try:
         from cupy.cuda import runtime
     except ImportError as error:
-        raise DeviceUnavailable(f"{_NO_CUPY} ({error}).", "pip install cupy-cuda13x") from None
+        raise DeviceUnavailable(f"CuPy is not installed here ({error}).", "pip install cupy-cuda13x") from None
     return runtime
 
 
@@ -181,10 +182,11 @@ def _close(cuda: Any, device: int, address: int) -> None:
 
 
 def importer(device: torch.device) -> Imports | None:
-    """How to open GPU memory of the daemon on a device; None where that is no CUDA device, or CuPy is missing."""
+    """How to open GPU memory of the daemon on a device; None, and a word in the log, where that cannot be."""
     if device.type != "cuda":
         return None
     try:
         return Imports(device)
-    except DeviceUnavailable:
+    except DeviceUnavailable as error:
+        log.warning("blocks are read from host memory, none in GPU memory: %s", error)
         return None

@@ -29,7 +29,8 @@ from daemons import (
     until,
 )
 
-from kvstore import AsyncKVStoreClient, KVStoreClient
+from kvstore import AsyncKVStoreClient, KVStoreClient, config
+from kvstore.cli import probes
 from kvstore.client import LeasedBlock
 from kvstore.client.device import DeviceMap
 from kvstore.errors import ConnectionLost, ForeignHandle, KVStoreError, ProtocolError, UnknownMethod
@@ -222,6 +223,25 @@ def test_its_policy_is_changed_like_any_others(daemon: DaemonProcess) -> None:
     assert raw.call("policy", ["gpu", "lru"])[0]["gpu"] == "lru"
     with client.lease(KEYS) as lease:
         assert all(block.device is not None for block in lease.blocks)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("asked", "devices", "cupy", "state", "words"),
+    [
+        ("0", 0, None, "ok", "The GPU tier is off"),
+        ("1GiB", 0, "14.2", "warn", "stays off: gpu.bytes is 1 GiB of device 0"),
+        ("1GiB", 1, None, "warn", "no GPU tier"),
+        ("1GiB", 1, "14.2", "ok", "gpu.bytes 1 GiB of device 0"),
+    ],
+)
+def test_doctor_says_whether_it_can_be_had(
+    monkeypatch: pytest.MonkeyPatch, asked: str, devices: int, cupy: str | None, state: str, words: str
+) -> None:
+    monkeypatch.setattr(probes, "_cuda_devices", lambda: devices)
+    monkeypatch.setattr(probes, "_version", lambda name: cupy)
+    found = probes.gpu(config.load({"gpu.bytes": asked}, env={}))
+    assert found.state == state
+    assert words in f"{found.found} {found.meaning}"
 
 
 def test_by_default_there_is_no_such_tier(make_daemon: MakeDaemon) -> None:
