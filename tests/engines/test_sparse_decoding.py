@@ -103,6 +103,8 @@ def test_a_batch_is_refused_and_the_model_is_as_before(model: Any) -> None:
     for make in SPARSE.values():
         with pytest.raises(InvalidParams), make(model) as past:
             model(ids(20, 10).expand(2, -1), past_key_values=past, use_cache=True)
+        with pytest.raises(InvalidParams, match="taken back"):
+            make(model).crop(3)
     assert model.config._attn_implementation == "sdpa"
 
 

@@ -70,6 +70,10 @@ class SparseLayer(DynamicLayer):
         self.indexed = True
         return taken[0], taken[1]
 
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: what is in the index cannot be taken back, as assisted decoding would."""
+        raise InvalidParams("sparse decoding: tokens cannot be taken back.", "Use a DynamicCache.")
+
     @property
     def exact_nbytes(self) -> int:
         """Bytes of what is not in the index."""
