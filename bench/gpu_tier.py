@@ -72,12 +72,12 @@ def main() -> None:
         with leased(near, keys) as lease:
             at_host = [Piece(b.parts, 0, i) for b, i in zip(lease.blocks, ids, strict=True)]
             at_gpu = [Piece(b.parts, 0, i, 0, b.device) for b, i in zip(lease.blocks, ids, strict=True)]
-            cache.load_all(at_host)
+            cache.start(at_host)()
             expected = [side.clone() for layer in cache.caches for side in layer]
             for layer in cache.caches:
                 for side in layer:
                     side.zero_()
-            cache.load_all(at_gpu)
+            cache.start(at_gpu)()
             same = all(
                 torch.equal(side, wanted)
                 for side, wanted in zip((s for layer in cache.caches for s in layer), expected, strict=True)
@@ -86,8 +86,8 @@ def main() -> None:
                 raise SystemExit("what was loaded from the GPU is not what was loaded from host memory")
             seconds: dict[str, list[float]] = {"host": [], "gpu": []}
             for _ in range(args.rounds):
-                seconds["host"].append(timed(cache.load_all, at_host))
-                seconds["gpu"].append(timed(cache.load_all, at_gpu))
+                seconds["host"].append(timed(lambda: cache.start(at_host)()))
+                seconds["gpu"].append(timed(lambda: cache.start(at_gpu)()))
         asking: dict[str, list[float]] = {"host": [], "gpu": []}
         for _ in range(200):
             for name, client in (("host", far), ("gpu", near)):
