@@ -306,6 +306,7 @@ def test_what_the_daemon_had_is_free_when_it_and_its_engines_are_gone(place: Pat
     before = free()
     daemon = Daemon(place, gpu__bytes="1GiB")
     assert before - free() >= 1 << 30
+    print(f"a daemon with 1 GiB takes {before - free() >> 20} MiB of the device")
     bring_up(daemon)
     engine = Engine(daemon)
     engine.says()
