@@ -111,8 +111,24 @@ def even_shares(queries: torch.Tensor, keys: torch.Tensor, positions: torch.Tens
     A query at position p spreads its attention over p + 1 keys; a weight times p + 1 is 1 where it prefers none. So
     queries far on in a long context count as much as early ones, and blocks of different contexts compare.
     """
-    lse = log_sum_exp(queries, keys, positions)
-    return attention_sum(queries, keys, lse - torch.log1p(positions.to(lse)), positions)
+    return _softmax_sums(queries, keys, positions, positions + 1)
+
+
+def attention_total(queries: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """`attention_sum` where no log-sum-exp is at hand: in one pass instead of two."""
+    return _softmax_sums(queries, keys, positions, torch.ones_like(positions))
+
+
+def _softmax_sums(
+    queries: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor, factors: torch.Tensor
+) -> torch.Tensor:
+    """Sum over queries of their weights times a factor each, mean over a group's heads, ``[kv_head, token]``."""
+    found, size = torch.zeros(keys.shape[1], len(keys), device=keys.device), _window(queries, keys)
+    for at in range(0, len(queries), size):
+        weights = _logits(queries[at : at + size], keys, positions[at : at + size]).softmax(-1)
+        heads = weights.shape[1]
+        found += (factors[at : at + size].to(weights) / heads).repeat(heads) @ weights.flatten(1, 2)
+    return found
 
 
 def window(

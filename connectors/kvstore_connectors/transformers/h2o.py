@@ -60,8 +60,7 @@ class HeavyHitterLayer(DynamicLayer):
         keys = self.keys[0].transpose(0, 1)
         count, new = len(keys), len(queries)
         positions = torch.arange(count - new, count, device=keys.device)
-        lse = importance.log_sum_exp(queries, keys, positions)
-        fresh = importance.attention_sum(queries, keys, lse, positions)
+        fresh = importance.attention_total(queries, keys, positions)
         grown = (keys.shape[1], count)
         self.scores = _padded(self.scores, grown, fresh) + fresh
         visible = (positions[:, None] >= torch.arange(count, device=keys.device)).sum(0).expand(grown).float()
