@@ -3,7 +3,7 @@
 Bases are fitted on one half of the texts; form and steps are chosen on contexts of that half that the fit has not seen;
 only then is the other half looked at. Each block goes through the product's own encoder and decoder.
 
-    python bench/codec_quality.py MODEL --state DIR --out bench/results/codec_quality.json
+    python bench/codec_quality.py MODEL --state DIR --out bench/results/codec_quality.json --plot docs/img/codecs.svg
     python bench/codec_quality.py MODEL --state DIR --tokens tokens.npz --tasks tasks.json --tasks-model OTHER …
 
 What is measured is written down context by context; the same command goes on where the last one stopped, several may
@@ -19,6 +19,7 @@ from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from statistics import mean
+from types import SimpleNamespace
 from typing import Any
 
 import codec_tables as tables
@@ -28,6 +29,7 @@ from codec_state import State
 from common import arguments, finish
 from transformers import AutoModelForCausalLM
 
+from kvstore.cli import codec_plot
 from kvstore.codecs import Chain, Context, parse
 from kvstore.codecs.basis import Basis, load_basis
 from kvstore_connectors.transformers.calibrate import Cost, Reference, cut, fit, half_width, measure
@@ -127,6 +129,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--part", default="0/1", help="which of how many processes this is")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing after so long")
+    parser.add_argument("--plot", type=Path, help="draw size against loss into this SVG file")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -185,7 +188,10 @@ def main() -> None:
 
 
 def show(args: Any, results: Mapping[str, Any]) -> None:
-    """Print the tables, and write the JSON."""
+    """Print the tables, write the JSON, draw."""
+    if args.plot is not None:
+        points = [SimpleNamespace(chain=label, **found) for label, found in results["chains"].items() if label != "raw"]
+        args.plot.write_text(codec_plot.svg(points, Path(args.model).name, TARGET))
     told = {label: f"{100 * one['mean']:.1f} %" for label, one in results["tasks"].items()}
     rows = [
         (label, f"{c['ratio']:.2f}", f"{c['kl']:.4f}", f"{c['kl_interval']:.4f}", f"{c['top1']:.3f}", f"{c['nll']:.3f}",
