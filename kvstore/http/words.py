@@ -9,6 +9,7 @@ DROPS: dict[str, str] = {
     DropReason.HOST_FULL: "Host memory was full of blocks that are read, pinned or not yet written below.",
     DropReason.OVER_LIMIT: "The limit of its quota rule was reached, and none of its own blocks could leave.",
     DropReason.TOO_LARGE: "The block is larger than the largest the daemon takes.",
+    DropReason.UNDECODABLE: "An engine had encoded it in a way that the profile of its namespace does not know.",
     DropReason.IN_FLIGHT: "Another client was storing the same block at that moment.",
     DropReason.EXPIRED: "The client did not finish within the time of its reservation.",
     DropReason.NOT_DURABLE: "It is in memory, but the lower tier could not promise to keep it.",
