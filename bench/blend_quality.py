@@ -3,9 +3,10 @@
     python bench/blend_quality.py --model DIR [--adapter DIR] --tasks rag_tasks.py [--count 200] [--natural 60]
 
 Every selector, every capture mode, 15 % of the chunks' tokens recomputed; once with choosing on top, once with choosing
-counted in the 15 %. Answers are decoded greedily. Questions come in the wording of the task file and in two others,
-over filler of two kinds; those that full prefill gets wrong are left out and counted. Intervals are 95 %: Wilson's for
-answers, bootstrap for KL.
+counted in the 15 %. Answers are decoded greedily. Questions come in the wording of the task file and in three others,
+over filler of three kinds; the third wording and the third filler were used to judge only, never to develop. Those that
+full prefill gets wrong are left out and counted. Intervals are 95 %: Wilson's for answers, bootstrap for KL. Lines are
+written as prompts are done: what a run that was stopped has measured is shown by --from-lines.
 """
 
 from __future__ import annotations
@@ -67,7 +68,18 @@ REWORDED = (
         ),
         r"Which animal is in the badge of project (\w+)\?": r"Which animal has project \1?",
     },
+    {
+        r"([A-Z]\w+ [A-Z]\w+) works for (\w+)\.": r"\1 is on the payroll of \2.",
+        r"The main office of (\w+) is in (\w+)\.": r"\1 keeps its main office in the city of \2.",
+        r"Next we turn to ([\w ]+), who leads project (\w+)\.": r"We now come to \1, in charge of project \2.",
+        r"The animal in that project's badge is the (\w+), and": r"On that project's badge there is the \1, and",
+        r"In which city is the main office of the company that ([\w ]+) works for\?": (
+            r"In which city is the main office of the employer of \1?"
+        ),
+        r"Which animal is in the badge of project (\w+)\?": r"Which animal is there on the badge of project \1?",
+    },
 )
+WORDINGS = ("as trained", "reworded", "reworded more", "reworded to judge")
 
 
 class Case(NamedTuple):
@@ -90,22 +102,13 @@ def manual() -> str:
     return " ".join(topics[name] for name in sorted(topics))
 
 
-def docstrings() -> str:
+DOCUMENTED = "argparse csv decimal email.message inspect json logging pathlib pdb shutil tarfile urllib.request"
+TO_JUDGE = "asyncio collections datetime difflib fractions mailbox optparse sched smtplib threading typing unittest"
+
+
+def docstrings(modules: str) -> str:
     texts = []
-    for name in [
-        "argparse",
-        "csv",
-        "decimal",
-        "email.message",
-        "inspect",
-        "json",
-        "logging",
-        "pathlib",
-        "pdb",
-        "shutil",
-        "tarfile",
-        "urllib.request",
-    ]:
+    for name in modules.split():
         module = importlib.import_module(name)
         for _, member in sorted(inspect.getmembers(module)):
             if inspect.isclass(member) or inspect.isfunction(member):
@@ -131,22 +134,22 @@ def make_cases(options: argparse.Namespace, encode: Any) -> Iterator[Case]:
     sys.modules["rag_tasks"] = tasks
     spec.loader.exec_module(tasks)
     end = encode("<|im_end|>")
-    fillers = {"manual": sentences(manual()), "docstrings": sentences(docstrings())}
+    fillers = {"manual": manual(), "docstrings": docstrings(DOCUMENTED), "to judge": docstrings(TO_JUDGE)}
+    filled = [sentences(text) for text in fillers.values()]
     for wording in range(1 + len(REWORDED)):
         rng = random.Random(options.seed + wording)
         count = options.count if wording == 0 else options.reworded
         for kind in options.kinds:
             for i in range(count):
-                task = tasks.make_task(rng, fillers[("manual", "docstrings")[i % 2]], kind)
+                task = tasks.make_task(rng, filled[i % len(filled)], kind)
                 if wording:
                     if kind == "single":
                         continue
                     task = replace(task, chunks=tuple(map(reword(wording - 1), task.chunks)))
                     task = replace(task, question=reword(wording - 1)(task.question))
                 system, chunks, question = tasks.render(task)
-                answer = torch.cat([encode(task.answer), end])
-                name = ("as trained", "reworded", "reworded more")[wording]
-                yield Case(name, Sample(kind, encode(system), tuple(map(encode, chunks)), encode(question), answer))
+                parts = encode(system), tuple(map(encode, chunks)), encode(question)
+                yield Case(WORDINGS[wording], Sample(kind, *parts, torch.cat([encode(task.answer), end])))
 
     def encoded(text: str) -> list[int]:
         return encode(text).tolist()
@@ -236,14 +239,13 @@ def measure(options: argparse.Namespace) -> None:
     random.Random(shard).shuffle(cases)
     models = {False: load(options, None), True: load(options, options.adapter)}
     begun, only = time.monotonic(), set(options.only)
-    with open(options.out, "w") as out:
+    with open(options.lines, "a", buffering=1) as out:  # one file for all processes: a line is written in one piece
         for done, (number, case) in enumerate(cases):
             if time.monotonic() - begun > options.seconds:
                 break
             for line in one_case(models[case.sample.kind != "natural"], case, only):
                 found = {"case": number, "kind": case.sample.kind, "wording": case.wording} | line
                 out.write(json.dumps(found) + "\n")
-            out.flush()
             if shard == 0 and done % 10 == 0:
                 print(
                     f"{done + 1} of {len(cases)} prompts, {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True
@@ -321,7 +323,8 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=math.inf, help="start no prompt later than this")
     parser.add_argument("--only", nargs="*", default=[], help="selectors to measure (default all)")
-    parser.add_argument("--keep-lines", help="write what was measured of each prompt here, as JSON lines")
+    parser.add_argument("--lines", help="add what was measured of each prompt to this file, as JSON lines")
+    parser.add_argument("--from-lines", action="store_true", help="measure nothing: take what --lines has")
     parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS, help="kinds of questions (default all)")
     parser.add_argument("--append", action="store_true", help="keep the runs that the file has")
     parser.add_argument("--plot", type=Path, help="measure nothing: draw the natural text of the first run in --out")
@@ -331,23 +334,22 @@ def main() -> None:
     if options.plot:
         draw(Path(options.out), options.plot)
         return
-    if not options.model or not options.tasks:
-        parser.error("--model and --tasks are needed")
+    if not (options.lines if options.from_lines else options.model and options.tasks):
+        parser.error("--model and --tasks are needed, or --lines with --from-lines")
     if options.shard:
         measure(options)
         return
     with tempfile.TemporaryDirectory() as folder:
-        files = [f"{folder}/{i}.jsonl" for i in range(options.processes)]
-        running = [
-            subprocess.Popen([sys.executable, *sys.argv, "--shard", f"{i}/{options.processes}", "--out", file])
-            for i, file in enumerate(files)
-        ]
-        failed = [process.args for process in running if process.wait()]
-        if failed:
-            raise SystemExit(f"{len(failed)} of {len(running)} processes failed")
-        lines = [json.loads(line) for file in files for line in Path(file).read_text().splitlines()]
-    if options.keep_lines:
-        Path(options.keep_lines).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        file = options.lines or f"{folder}/lines.jsonl"
+        if not options.from_lines:
+            Path(file).write_text("")
+            shards = [f"{i}/{options.processes}" for i in range(options.processes)]
+            commands = [[sys.executable, *sys.argv, "--lines", file, "--shard", shard] for shard in shards]
+            running = [subprocess.Popen(command) for command in commands]
+            failed = sum(process.wait() != 0 for process in running)
+            if failed:
+                print(f"{failed} of {len(running)} processes failed", file=sys.stderr)
+        lines = [json.loads(line) for line in Path(file).read_text().splitlines()]
     rows = table(lines)
     show(rows)
     words = [word if "/" not in word else Path(word).name for word in sys.argv[1:]]

@@ -18,6 +18,7 @@ from kvstore.types import ChunkInfo, Miss, Namespace
 from kvstore_connectors.base import Tally
 from kvstore_connectors.blend.prompt import Capture, LayerKV, Span
 from kvstore_connectors.blend.rope import move
+from kvstore_gpu import host
 
 if TYPE_CHECKING:
     from kvstore.rope import Rotary
@@ -130,11 +131,23 @@ def _bytes(client: Any, lease: Any, block: LeasedBlock, device: torch.device) ->
     """A leased block's bytes: in place, on the cache's device if they are there; or copied together from elsewhere."""
     if isinstance(block.device, torch.Tensor) and block.device.device == device:
         return block.device
+    if device.type == "cuda" and block.parts:
+        return _brought(block, device)
     if block.array is not None:
         return torch.from_numpy(block.array)
     whole = np.empty(block.nbytes, dtype=np.uint8)
     client.read(lease, block, whole)
     return torch.from_numpy(whole)
+
+
+def _brought(block: LeasedBlock, device: torch.device) -> torch.Tensor:
+    """A block's bytes brought to a device straight from the daemon's memory; who ends the lease waits for it."""
+    out = torch.empty(block.nbytes, dtype=torch.uint8, device=device)
+    at = 0
+    for run in (run for part in block.parts for run in host.reach(part)):
+        out[at : at + len(run)].copy_(torch.from_numpy(run), non_blocking=True)
+        at += len(run)
+    return out
 
 
 def _place(

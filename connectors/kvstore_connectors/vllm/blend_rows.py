@@ -51,12 +51,16 @@ class Rows:
         sample = layers[0].sides[0]
         self.dtype, self.device = sample.dtype, sample.device
         self.shape = (int(sample.shape[2]), int(sample.shape[3]))
+        self._last: tuple[tuple[tuple[int, ...], int, int], tuple[Tensor, Tensor]] | None = None
 
     def _slots(self, table: Sequence[int], start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Page and place in it of each token."""
-        pages = torch.tensor(self._pages.page_ids(table), dtype=torch.int64, device=self.device)
-        tokens = torch.arange(start, stop, device=self.device)
-        return pages[tokens // self._page_tokens], tokens % self._page_tokens
+        """Page and place in it of each token; layer after layer asks for the same."""
+        asked = (tuple(table), start, stop)
+        if self._last is None or self._last[0] != asked:
+            pages = torch.tensor(self._pages.page_ids(table), dtype=torch.int64, device=self.device)
+            tokens = torch.arange(start, stop, device=self.device)
+            self._last = asked, (pages[tokens // self._page_tokens], tokens % self._page_tokens)
+        return self._last[1]
 
     def read(self, layer: int, table: Sequence[int], start: int, stop: int) -> tuple[Tensor, Tensor]:
         """K and V ``[token, head, dim]`` of tokens `start` to `stop` of a request with this block table."""

@@ -120,7 +120,8 @@ class Blender:
             return []
         size = self._rows.engine_block
         wanted = job.table[job.begin // size : job.exact // size]
-        failed = load(LoadJob(job.request, job.scope, job.hashes, job.skip, wanted, job.exact - job.begin, False))
+        tokens, position = job.exact - job.begin, (job.begin // size - job.skip) * size
+        failed = load(LoadJob(job.request, job.scope, job.hashes, job.skip, wanted, tokens, False, position))
         first = next((place for place, one in enumerate(job.table) if one in failed), None)
         return [] if first is None else job.table[first:]
 

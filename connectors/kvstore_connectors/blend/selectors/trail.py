@@ -3,10 +3,13 @@
 What crosses chunks crosses at names. A question names somebody; the chunk that tells of him names a company; the chunk
 that tells of the company answers. Attention of the question shows the first of these steps but hardly the second, since
 the tokens of the second chunk have not seen the first yet: that is what repair is for. The ids show both. Rare words of
-the question light up where they stand in the chunks; light spreads over the words behind and a little before, and on
-into the next chunk, since a chunk often begins with what the last one ended with; and from every lit rare word it
-passes to the places where that word stands again. (Spreading activation, Collins and Loftus 1975; over passages,
-HippoRAG 2024.)
+the question light up where they stand in the chunks; light spreads over the words around, and on into the next chunk,
+since a chunk often begins with what the last one ended with; and from every lit rare word it passes to the places where
+that word stands again. (Spreading activation, Collins and Loftus 1975; over passages, HippoRAG 2024.)
+
+Light shows the way; what has to be computed again is less. Of two places with the same word only the later one can see
+the other, and has not, if they are in different chunks. So tokens count that are lit and have an equal one in an
+earlier chunk, and those that light came to over a seam, with the words around them; what is lit besides comes last.
 
 How rare a word is, is counted in the chunks themselves, in windows of `WINDOW` tokens, for tokens and for pairs of
 tokens: a name of two tokens is rarer than each of them.
@@ -47,37 +50,39 @@ class Trail(Choice):
     hops : int
         How often light passes from a word to where it stands again.
     ahead, back : int
-        Tokens over which light fades to nothing behind and before a lit token.
+        Tokens over which light fades to nothing behind and before a lit token, and need around one that needs repair.
     fade : float
-        What is left of it after a hop.
+        What is left of light after a hop.
     single : float
         Weight of a token that matches without its neighbours, against a pair.
     backward : float
         Weight of hops to earlier places, whose tokens cannot see the later ones.
-    first : float
-        Weight of the first chunk: no other chunk stands before it, so it lacks little.
+    seam : int
+        Tokens at the beginning of a chunk over which light from the end of the one before fades.
+    rest : float
+        Weight of light where nothing is missing.
     """
 
     name: str = "trail"
     hops: int = 2
-    ahead: int = 32
+    ahead: int = 16
     back: int = 8
     fade: float = 0.9
     single: float = 0.5
     backward: float = 0.6
-    first: float = 0.5
+    seam: int = 32
+    rest: float = 0.1
 
     def scores(self, work: Work) -> Generator[int, None, torch.Tensor]:
         yield from ()
         prompt = work.prompt
         if repr(self) not in work.notes:
-            light = torch.tensor(self._light(prompt), device=prompt.ids.device)
-            light[prompt.chunk_of == 0] *= self.first
-            work.notes[repr(self)] = light.masked_fill(light <= 0, -torch.inf)
+            words = _Words(prompt, self.single)
+            found = torch.tensor(self._needed(self._light(prompt, words), words), device=prompt.ids.device)
+            work.notes[repr(self)] = found.masked_fill(found <= 0, -torch.inf)
         return work.notes[repr(self)]
 
-    def _light(self, prompt: Prompt) -> list[float]:
-        words = _Words(prompt, self.single)
+    def _light(self, prompt: Prompt, words: _Words) -> list[float]:
         lit = [0.0] * len(words.ids)
         for asked in prompt.question.tolist():
             for there in words.places(asked):
@@ -87,6 +92,33 @@ class Trail(Choice):
             lit = self._spread(self._hop(lit, words), words.owner)
             total = [max(pair) for pair in zip(total, lit, strict=True)]
         return total
+
+    def _needed(self, light: list[float], words: _Words) -> list[float]:
+        """Light where something earlier in another chunk has not been seen, and around there; a little of the rest."""
+        owner = words.owner
+        needed = [0.0] * len(light)
+        for places in words.repeated():
+            for at, here in enumerate(places):
+                if light[here] >= FAINT:
+                    before = [words.match(there, here) for there in places[:at] if owner[there] != owner[here]]
+                    needed[here] = max([needed[here], *(light[here] * match for match in before)])
+        ahead = _fading(needed, self.ahead, lambda i, j: owner[i] == owner[j])
+        back = _fading(needed[::-1], self.back, lambda i, j: owner[-1 - i] == owner[-1 - j])[::-1]
+        rows = zip(ahead, back, self._over_seams(light, owner), light, owner, strict=True)
+        return [max(parts) + self.rest * lit if chunk >= 0 else 0.0 for *parts, lit, chunk in rows]
+
+    def _over_seams(self, light: list[float], owner: list[int]) -> list[float]:
+        """Light that the end of a chunk throws on the next one's beginning."""
+        over = [0.0] * len(light)
+        for start in range(1, len(owner)):
+            if owner[start - 1] < 0 or owner[start - 1] == owner[start] or owner[start] < 0:
+                continue
+            end = range(max(0, start - self.ahead), start)
+            thrown = max(light[i] * (1 - (start - i) / self.ahead) for i in end)
+            for at in range(start, min(len(owner), start + self.seam)):
+                if owner[at] == owner[start]:
+                    over[at] = max(over[at], thrown * (1 - (at - start) / self.seam))
+        return over
 
     def _hop(self, lit: list[float], words: _Words) -> list[float]:
         passed = [0.0] * len(lit)

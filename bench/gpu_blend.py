@@ -1,0 +1,141 @@
+"""First token of prompts made of chunks, on a GPU: blended in vLLM against full prefill, and where the time goes.
+
+The shape of Llama-3-8B with dummy weights. Chunks of random tokens are captured behind a system prompt, as a server
+would; then prompts of all of them in an order of their own are asked, in turns computed in full and blended with 15 %
+of the reused tokens computed again. Random weights say nothing of quality: the verdict that opens the gate here is made
+up, and docs/chunks.md has what was measured on models.
+
+    python bench/gpu_blend.py --out bench/results/h200/blend.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from gpu_vllm import ENVIRONMENT, LLAMA3_8B, SEED, drop_prefix_cache, prompt
+
+SHARE = 0.15
+CHUNK, SYSTEM, QUESTION = 512, 64, 64
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Blending on a GPU.")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--chunks", type=int, nargs="+", default=[31, 63], help="chunks of 512 tokens in a prompt")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--graphs", dest="eager", action="store_false", help="with CUDA graphs")
+    parser.add_argument("--selectors", nargs="+", default=["auto", "v-deviation"])
+    options = parser.parse_args()
+    os.environ.update(ENVIRONMENT)
+    from common import running_daemon
+
+    with tempfile.TemporaryDirectory() as place, running_daemon({"host.bytes": "64GiB"}) as address:
+        model = Path(place) / "llama3-8b"
+        model.mkdir()
+        (model / "config.json").write_text(json.dumps(LLAMA3_8B))
+        result = {"command": " ".join(sys.argv), "share": SHARE, "chunk_tokens": CHUNK}
+        result["prompts"] = measure(model, address, Path(place) / "verdict.json", options)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    for row in result["prompts"]:
+        shown = {name: f"{median(row[name]) * 1e3:.1f}" for name in ("full", *options.selectors)}
+        print(row["tokens"], "tokens, ms:", shown, "seconds in parts:", row["parts"])
+
+
+def measure(model: Path, address: str, verdict: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Capture, then ask in turns."""
+    from vllm import LLM
+    from vllm.config import KVTransferConfig
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    extra = {"address": address, "load": "always", "load_deadline_ms": 10_000.0, "lookup_deadline_ms": 1000.0,
+             "blend_gate": str(verdict)}  # fmt: skip
+    longest = SYSTEM + max(options.chunks) * CHUNK + QUESTION
+    engine = LLM(
+        model=str(model), load_format="dummy", skip_tokenizer_init=True, attention_backend="FLASH_ATTN",
+        max_model_len=longest + 64, enable_prefix_caching=True, gpu_memory_utilization=0.75, seed=SEED,
+        enforce_eager=options.eager, max_num_batched_tokens=8192, disable_log_stats=False,
+        kv_transfer_config=KVTransferConfig(
+            kv_connector="KVStoreConnector", kv_connector_module_path="kvstore_connectors.vllm.connector",
+            kv_role="kv_both", kv_load_failure_policy="recompute", kv_connector_extra_config=extra,
+        ),
+    )  # fmt: skip
+    open_gate(verdict, get_kv_transfer_group()._worker._namespace)
+    system = prompt(SYSTEM, 1)
+    chunks = [prompt(CHUNK, 50 + number) for number in range(max(options.chunks))]
+    for chunk in chunks:
+        span = (SYSTEM, SYSTEM + CHUNK)
+        ask(engine, [*system, *chunk, *prompt(2, 2)], {"capture": True, "spans": [span]})
+    time.sleep(2.0)
+    return [one_length(engine, system, chunks[:count], options) for count in options.chunks]
+
+
+def one_length(engine: Any, system: list[int], chunks: list[list[int]], options: argparse.Namespace) -> dict[str, Any]:
+    """Prompts of so many chunks, in turns."""
+    row: dict[str, Any] = {"tokens": SYSTEM + len(chunks) * CHUNK + QUESTION, "chunks": len(chunks), "full": []}
+    row |= {name: [] for name in options.selectors}
+    before = counters(engine)
+    blended = {}
+    for number in range(options.rounds + 1):  # the first warms up
+        order = random.Random(number).sample(chunks, len(chunks))
+        ids = [*system, *(token for chunk in order for token in chunk), *prompt(QUESTION, 900 + number)]
+        spans = [(SYSTEM + i * CHUNK, SYSTEM + (i + 1) * CHUNK) for i in range(len(chunks))]
+        for name in ("full", *options.selectors):
+            wish = None if name == "full" else {"blend": True, "share": SHARE, "spans": spans, "selector": name}
+            drop_prefix_cache(engine)
+            if number == 1 and name != "full":
+                before = counters(engine)
+            seconds, answer = ask(engine, ids, wish, salt=f"{name}-{number}" if name == "full" else None)
+            if number:
+                row[name].append(seconds)
+            if number == 1 and name != "full":
+                after = counters(engine)
+                blended[name] = {key: round(after[key] - before.get(key, 0), 4) for key in after
+                                 if after[key] != before.get(key, 0)}  # fmt: skip
+                blended[name]["told"] = (answer.kv_transfer_params or {}).get("kvstore", {})
+    row["parts"] = blended
+    print(json.dumps(row), file=sys.stderr, flush=True)
+    return row
+
+
+def ask(engine: Any, ids: list[int], wish: dict[str, Any] | None, salt: str | None = None) -> tuple[float, Any]:
+    """Seconds until the first token, and the answer."""
+    from vllm import SamplingParams
+
+    extra = None if wish is None else {"kv_transfer_params": {"kvstore": wish}}
+    sampling = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, detokenize=False, extra_args=extra)
+    asked: dict[str, Any] = {"prompt_token_ids": ids} | ({"cache_salt": salt} if salt else {})
+    begun = time.perf_counter()
+    answer = engine.generate([asked], sampling, use_tqdm=False)[0]
+    return time.perf_counter() - begun, answer
+
+
+def open_gate(path: Path, namespace: Any) -> None:
+    """A verdict for random weights, which no probe could measure."""
+    verdict = {"model": namespace.model, "revision": namespace.revision, "share": SHARE, "selector": "auto",
+               "prompts": 1, "kl": 0.0, "top1": 1.0, "most_kl": 1.0, "least_top1": 0.0}  # fmt: skip
+    path.write_text(json.dumps(verdict))
+    time.sleep(1.5)  # engines look at it once a second
+
+
+def counters(engine: Any) -> dict[str, float]:
+    """What the connector counts of blending."""
+    return {
+        one.name.removeprefix("vllm:kvstore_"): one.value
+        for one in engine.get_metrics()
+        if "kvstore" in one.name and hasattr(one, "value")
+    }
+
+
+if __name__ == "__main__":
+    main()
