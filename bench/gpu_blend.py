@@ -31,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Blending on a GPU.")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--chunks", type=int, nargs="+", default=[31, 63], help="chunks of 512 tokens in a prompt")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--graphs", dest="eager", action="store_false", help="with CUDA graphs")
     parser.add_argument("--selectors", nargs="+", default=["auto", "v-deviation"])
     options = parser.parse_args()

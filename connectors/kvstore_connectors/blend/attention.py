@@ -54,14 +54,14 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, sca
 
 def attend_fused(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, scale: float) -> Tensor:
     """As `attend`, by torch's fused kernel under a mask; the positions may be in any order."""
-    k, v = (rows.to(queries.dtype).transpose(0, 1)[None] for rows in (keys, values))
-    grouped = keys.shape[1] != queries.shape[1]
+    # A head of its own for every query head: under a mask, groups would be multiplied out in float32.
+    group = queries.shape[1] // keys.shape[1]
+    k, v = (rows.to(queries.dtype).repeat_interleave(group, 1).transpose(0, 1)[None] for rows in (keys, values))
     out = torch.empty_like(queries)
     for piece in _pieces(len(queries), len(keys)):
         q = queries[piece].transpose(0, 1)[None]
         mask = _seen(positions[piece], len(keys))
-        one = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
-        out[piece] = one[0].transpose(0, 1)
+        out[piece] = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)[0].transpose(0, 1)
     return out.flatten(1)
 
 
