@@ -156,7 +156,9 @@ def make_cases(options: argparse.Namespace, encode: Any) -> Iterator[Case]:
 
     texts = natural_texts() if options.natural else {}
     for sample in cut(texts, encoded, options.natural, shape=Shape(), seed=options.seed) if texts else ():
-        yield Case(sample.kind, replace(sample, kind="natural"))
+        parts = {name: getattr(sample, name).to(options.device) for name in ("system", "question", "answer")}
+        chunks, *others = (tuple(one.to(options.device) for one in some) for some in (sample.chunks, *sample.others))
+        yield Case(sample.kind, replace(sample, kind="natural", chunks=chunks, others=tuple(others), **parts))
 
 
 def reword(which: int) -> Any:
