@@ -217,7 +217,7 @@ def across_pcie(into: tuple[str, float], out: tuple[str, float]) -> None:
     """Blocks in a registered mapping: kernels that reach across, and the copy engine with staging."""
     total = 1 << 29
     slab = np.random.default_rng(2).integers(0, 255, 1 << 20, np.uint8).repeat(total >> 20)
-    list(host.ahead(slab))
+    list(host.ahead(slab, torch.device("cuda", 0)))
     stream = torch.cuda.Stream()
     for tokens, heads in ((16, 1), (16, 8), (64, 8), (256, 8)):
         cache = make_cache("side", 4096 * 8 // heads // tokens, tokens, heads)
@@ -227,7 +227,8 @@ def across_pcie(into: tuple[str, float], out: tuple[str, float]) -> None:
         case = f"{tokens} tokens x {heads} heads, {cache.page_nbytes >> 10} KiB"
         moved = size * len(parts)
         hosted = [
-            HostPart([torch.from_numpy(run) for run in host.reach(part.block.numpy())], part.pages) for part in parts
+            HostPart([torch.from_numpy(run) for run in host.reach(part.block.numpy(), cache.device)], part.pages)
+            for part in parts
         ]
 
         def load(cache=cache, hosted=hosted, pages=pages, staging=staging) -> None:

@@ -18,8 +18,9 @@ import torch
 from common import arguments, finish, key, running_daemon, spread, timed
 
 from kvstore import BlockHeader, KVStoreClient, Namespace
+from kvstore_connectors.vllm.device_pages import DevicePages
 from kvstore_connectors.vllm.layout import learn
-from kvstore_connectors.vllm.pages import DevicePages, Piece
+from kvstore_connectors.vllm.pages import Piece
 from kvstore_gpu.shared import Imports
 
 LAYERS, HEADS, DIM, TOKENS, BLOCK = 32, 8, 128, 16, 256

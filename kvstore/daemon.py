@@ -28,7 +28,7 @@ from kvstore.eviction import make_policy
 from kvstore.gpu_desk import GpuDesk, off_state, open_tier
 from kvstore.namespaces import describe_namespace, read_description
 from kvstore.obs.snapshot import snapshot
-from kvstore.service import Service, accept_any, only_exact
+from kvstore.service import Service, only_exact
 from kvstore.sockets import SocketDir
 from kvstore.tiers.base import Tier
 from kvstore.tiers.host import HostTier
@@ -114,7 +114,7 @@ class Daemon:
             chunk_bytes=s.chunks.index_bytes,
             chunk_variants=s.chunks.variants,
             refuse_fidelity=self._refuse_fidelity,
-            accepts=accept_any if self._profiles is None else Encoding("raw", self._profiles).accepts,
+            accepts=None if self._profiles is None else Encoding("raw", self._profiles).accepts,
             gpu=await self._gpu_tier(host),
         )
         self.service.snapshot = self.snapshot

@@ -239,13 +239,14 @@ class Ladder(WrappedTier):
         """Store a block, encoded if it is whole and becomes smaller by it."""
         form = self._form(block.scope)
         encoded = None
-        if form is not None and form.is_by_engine(nbytes):
-            encoded = await self._given(form, header, payload)
-        elif form is not None and form.is_raw(nbytes) and not self.inner.contains(block.scope, block.key):
-            encoded = await self._encoded(form, header, payload, nbytes, durable)
-        if form is not None and encoded is None and not form.is_raw(nbytes):  # it could not be told from an encoded one
-            self.counters.drop(DropReason.UNDECODABLE)
-            return Dropped(DropReason.UNDECODABLE)
+        if form is not None and not self.inner.contains(block.scope, block.key):
+            if form.is_raw(nbytes):
+                encoded = await self._encoded(form, header, payload, nbytes, durable)
+            elif form.is_by_engine(nbytes):
+                encoded = await self._given(form, header, payload)
+            if encoded is None and not form.is_raw(nbytes):  # it could not be told from an encoded one
+                self.counters.drop(DropReason.UNDECODABLE)
+                return Dropped(DropReason.UNDECODABLE)
         size = nbytes if encoded is None else encoded.data.nbytes
         await self._make_room(size)
         views = payload if encoded is None else [encoded.data]

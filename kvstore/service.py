@@ -67,12 +67,6 @@ def only_exact(namespace: Namespace) -> str:
     return "" if is_exact(namespace) else "no profile is here: codecs.profiles is not set"
 
 
-def accept_any(namespace: Namespace, header: BlockHeader, payload: Sequence[memoryview]) -> bool:
-    """For daemons without profiles: nothing that is stored there was encoded."""
-    del namespace, header, payload
-    return True
-
-
 class Service:
     """The daemon's verbs over a tier chain.
 
@@ -92,7 +86,7 @@ class Service:
         Bytes of the chunk index, and variants of one chunk.
     refuse_fidelity : callable
         Why a namespace may not have the fidelity it asks for; empty if it may.
-    accepts : callable
+    accepts : callable, optional
         Whether a payload may be kept under its name: an engine may have encoded it in a way its profile does not know.
     gpu : GpuDesk, optional
         The GPU tier, if there is one.
@@ -109,7 +103,7 @@ class Service:
         chunk_bytes: int = 64 << 20,
         chunk_variants: int = 5,
         refuse_fidelity: Callable[[Namespace], str] = only_exact,
-        accepts: Callable[[Namespace, BlockHeader, Sequence[memoryview]], bool] = accept_any,
+        accepts: Callable[[Namespace, BlockHeader, Sequence[memoryview]], bool] | None = None,
         gpu: GpuDesk | None = None,
     ) -> None:
         self.chain = chain
@@ -421,14 +415,19 @@ class Service:
         if remote and not place.filled:
             self.host.free(place.extents, len(place.header_bytes))
             return DropReason.ABORTED.value, []
-        fields = self.namespaces.fields(place.block.scope)
-        if fields is not None and not self._accepts(fields, place.header, self.host.arena.views(place.extents)):
+        if not self._acceptable(place):
             self.host.free(place.extents, len(place.header_bytes))
             self._count_refused(DropReason.UNDECODABLE.value)
             return DropReason.UNDECODABLE.value, []
         block = HostBlock(place.block, place.header_bytes, place.header, place.nbytes, place.extents)
         self.namespaces.count_stored(place.block.scope)
         return "stored", self.chain.admit(block, durable)
+
+    def _acceptable(self, place: Place) -> bool:
+        if self._accepts is None:
+            return True
+        fields = self.namespaces.fields(place.block.scope)
+        return fields is None or self._accepts(fields, place.header, self.host.arena.views(place.extents))
 
     async def _when_durable(self, outcomes: list[m.Outcome], writes: list[tuple[int, list[asyncio.Future[Any]]]]):
         for position, queued in writes:

@@ -144,7 +144,7 @@ def _brought(block: LeasedBlock, device: torch.device) -> torch.Tensor:
     """A block's bytes brought to a device straight from the daemon's memory; who ends the lease waits for it."""
     out = torch.empty(block.nbytes, dtype=torch.uint8, device=device)
     at = 0
-    for run in (run for part in block.parts for run in host.reach(part)):
+    for run in (run for part in block.parts for run in host.reach(part, device)):
         out[at : at + len(run)].copy_(torch.from_numpy(run), non_blocking=True)
         at += len(run)
     return out

@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from mmap import PAGESIZE
 from typing import Any
 
@@ -30,7 +31,9 @@ _MAPPED = 2
 _ALREADY = 712
 """cudaErrorHostMemoryAlreadyRegistered"""
 
-_lock = threading.Lock()
+_lock = threading.RLock()
+"""Entered again where a garbage collection under it lets a mapping go."""
+
 _known: dict[int, dict[int, int]] = {}
 """Of each mapping, by the address of its first page: the windows that are registered, by number, and where they end."""
 
@@ -42,8 +45,10 @@ def root(view: np.ndarray) -> np.ndarray:
     return view
 
 
-def reach(view: np.ndarray) -> list[np.ndarray]:
+def reach(view: np.ndarray, device: torch.device) -> list[np.ndarray]:
     """Make memory known to CUDA, at once if it is already: the view in pieces that one copy may span each.
+
+    The device is the one that this process works on: threads begin on the first one, and would leave a context there.
 
     Raises
     ------
@@ -56,12 +61,12 @@ def reach(view: np.ndarray) -> list[np.ndarray]:
     pieces = []
     for window in range(at // WINDOW, -(-(at + view.nbytes) // WINDOW)):
         if window not in _known.get(base, ()):
-            _register(whole, window)
+            _register(whole, window, device)
         pieces.append(view[max(window * WINDOW - at, 0) : (window + 1) * WINDOW - at])
     return pieces
 
 
-def ahead(whole: np.ndarray) -> Iterator[None]:
+def ahead(whole: np.ndarray, device: torch.device) -> Iterator[None]:
     """Register a mapping window by window; the caller says when by asking for the next.
 
     Raises
@@ -72,7 +77,7 @@ def ahead(whole: np.ndarray) -> Iterator[None]:
     base = _base(whole)
     for window in range(-(-(whole.ctypes.data + whole.nbytes - base) // WINDOW)):
         if window not in _known.get(base, ()):
-            _register(whole, window)
+            _register(whole, window, device)
             yield
 
 
@@ -80,18 +85,18 @@ def _base(whole: np.ndarray) -> int:
     return whole.ctypes.data // PAGESIZE * PAGESIZE
 
 
-def _register(whole: np.ndarray, window: int) -> None:
+def _register(whole: np.ndarray, window: int, device: torch.device) -> None:
     base = _base(whole)
     begin = max(base + window * WINDOW, whole.ctypes.data)
     end = min(base + (window + 1) * WINDOW, whole.ctypes.data + whole.nbytes)
     populate_at(base + window * WINDOW, end - base - window * WINDOW)  # a hint: else the driver touches
-    with _lock:
+    with _lock, _driver(device) as cuda:
         if base not in _known:
             _known[base] = {}
-            weakref.finalize(whole, _forget, base, whole.ctypes.data)
+            weakref.finalize(whole, _forget, base, whole.ctypes.data, device)
         if window in _known[base]:
             return
-        code = int(_runtime().cudaHostRegister(begin, end - begin, _MAPPED))
+        code = int(cuda.cudaHostRegister(begin, end - begin, _MAPPED))
         if code not in (0, _ALREADY):
             raise DeviceUnavailable(
                 f"{end - begin} bytes of shared memory cannot be pinned (CUDA error {code}).",
@@ -100,15 +105,21 @@ def _register(whole: np.ndarray, window: int) -> None:
         _known[base][window] = end
 
 
-def _runtime() -> Any:
-    return torch.cuda.cudart()
+@contextmanager
+def _driver(device: torch.device) -> Iterator[Any]:
+    """CUDA's runtime, with a device as the thread's own."""
+    with torch.cuda.device(device):
+        yield torch.cuda.cudart()
 
 
-def _forget(base: int, start: int) -> None:
+def _forget(base: int, start: int, device: torch.device) -> None:
     # Before the mapping goes, since the array holds it until its own end.
     with _lock:
-        for window in _known.pop(base, ()):
-            _runtime().cudaHostUnregister(max(base + window * WINDOW, start))
+        windows = _known.pop(base, {})
+        if windows:
+            with _driver(device) as cuda:
+                for window in windows:
+                    cuda.cudaHostUnregister(max(base + window * WINDOW, start))
 
 
 def registered() -> tuple[int, int]:
@@ -133,7 +144,7 @@ def addresses(blocks: Sequence[torch.Tensor], device: torch.device) -> list[int]
 def _reachable(block: torch.Tensor) -> bool:
     begin, end = block.data_ptr(), block.data_ptr() + block.nbytes
     with _lock:
-        for base, windows in _known.items():
+        for base, windows in list(_known.items()):
             needed = range((begin - base) // WINDOW, -(-(end - base) // WINDOW))
             known = needed and needed[0] >= 0 and all(window in windows for window in needed)
             if known and end <= windows[needed[-1]]:

@@ -9,10 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from fakes import eventually
 
 from kvstore.errors import DeviceUnavailable
 from kvstore_connectors.vllm import ahead
+
+CUDA = torch.device("cuda", 1)
 
 
 def slab() -> np.ndarray:
@@ -22,7 +25,8 @@ def slab() -> np.ndarray:
 def test_slabs_are_pinned_as_they_appear(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     there, pinned = [slab()], []
 
-    def pin(one: np.ndarray) -> Any:
+    def pin(one: np.ndarray, device: torch.device) -> Any:
+        assert device == CUDA
         if len(pinned) == 4:
             raise DeviceUnavailable("no more memory can be pinned.", "")
         if not any(one is other for other in pinned):
@@ -32,7 +36,7 @@ def test_slabs_are_pinned_as_they_appear(monkeypatch: pytest.MonkeyPatch, caplog
     monkeypatch.setattr(ahead, "LOOK_S", 0.01)
     monkeypatch.setattr(ahead.host, "ahead", pin)
     link = SimpleNamespace(close=lambda: None, run=lambda _, work: work(SimpleNamespace(map_all=lambda: list(there))))
-    made = ahead.Ahead(link)  # type: ignore[arg-type]
+    made = ahead.Ahead(link, CUDA)  # type: ignore[arg-type]
     assert eventually(lambda: len(pinned) == 2)
     with caplog.at_level(logging.WARNING):
         there.append(slab())

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from kvstore_connectors.vllm.device_pages import DevicePages
 from kvstore_connectors.vllm.layout import learn
-from kvstore_connectors.vllm.pages import DevicePages, HostPages, Piece
+from kvstore_connectors.vllm.pages import HostPages, Piece
 
 pytestmark = [
     pytest.mark.gpu,

@@ -152,8 +152,9 @@ def test_what_is_read_on_the_gpu_is_what_was_stored(daemon: Daemon) -> None:
 
 
 def test_pages_filled_from_gpu_memory_are_those_filled_from_host_memory(place: Path) -> None:
+    from kvstore_connectors.vllm.device_pages import DevicePages
     from kvstore_connectors.vllm.layout import learn
-    from kvstore_connectors.vllm.pages import DevicePages, Piece
+    from kvstore_connectors.vllm.pages import Piece
 
     layers, blocks, heads, tokens, dim = 4, 64, 8, 16, 128
 

@@ -88,8 +88,8 @@ def test_straight_to_and_from_registered_host_memory(layout) -> None:
     view = torch.from_numpy(slab[nbytes : 2 * nbytes])
     with pytest.raises(InvalidParams, match="register"):
         paged.gather(cache, [Part(view, [1, 2, 3, 4])], PAGES)
-    assert all(len(piece) for piece in host.reach(slab[5:9]))
-    list(host.ahead(slab))
+    assert all(len(piece) for piece in host.reach(slab[5:9], cache.device))
+    list(host.ahead(slab, cache.device))
     paged.gather(cache, [Part(view, [1, 2, 3, 4])], PAGES)
     torch.cuda.synchronize()
     assert torch.equal(view, expected(cache, Part(view, [1, 2, 3, 4])))

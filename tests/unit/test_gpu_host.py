@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,7 @@ from kvstore.errors import DeviceUnavailable, InvalidParams
 from kvstore_gpu import host
 
 W = 4 * mmap.PAGESIZE
+CUDA = torch.device("cuda", 1)
 
 
 @pytest.fixture
@@ -30,7 +32,7 @@ def driver(monkeypatch):
 
     runtime = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=lambda start: pinned.pop(start))
     monkeypatch.setattr(host, "WINDOW", W)
-    monkeypatch.setattr(host, "_runtime", lambda: runtime)
+    monkeypatch.setattr(host, "_driver", lambda device: nullcontext(runtime) if device == CUDA else None)
     return SimpleNamespace(pinned=pinned, codes=codes)
 
 
@@ -42,39 +44,38 @@ def test_a_view_is_reached_in_pieces_that_span_one_window_each(driver) -> None:
     whole = slab(3 * W + 100)
     whole[:] = np.random.default_rng(1).integers(0, 255, whole.nbytes, np.uint8)
     view = whole[W - 5 : 2 * W + 7]
-    pieces = host.reach(view)
+    pieces = host.reach(view, CUDA)
     assert [len(piece) for piece in pieces] == [5, W, 7]
     assert np.array_equal(np.concatenate(pieces), view)
     assert all(np.shares_memory(piece, view) for piece in pieces)
     assert sorted(driver.pinned.values()) == [W, W, W]
-    assert [len(piece) for piece in host.reach(whole[3 * W :])] == [100]
+    assert [len(piece) for piece in host.reach(whole[3 * W :], CUDA)] == [100]
     assert sum(driver.pinned.values()) == whole.nbytes
-    host.reach(view)
+    host.reach(view, CUDA)
     assert len(driver.pinned) == 4
 
 
 def test_memory_is_found_only_where_all_its_windows_are_registered(driver) -> None:
     whole = slab(4 * W)
-    host.reach(whole[W : 2 * W])
-    cuda = torch.device("cuda")
+    host.reach(whole[W : 2 * W], CUDA)
     inside = torch.from_numpy(whole[W + 1 : 2 * W])
-    assert host.addresses([inside], cuda) == [inside.data_ptr()]
+    assert host.addresses([inside], CUDA) == [inside.data_ptr()]
     for outside in (whole[W - 1 : W + 1], whole[2 * W - 1 : 2 * W + 1], whole[:1]):
         with pytest.raises(InvalidParams, match="register"):
-            host.addresses([torch.from_numpy(outside)], cuda)
+            host.addresses([torch.from_numpy(outside)], CUDA)
 
 
 def test_memory_that_begins_within_a_page(driver) -> None:
     whole = np.zeros(2 * W, np.uint8)
-    assert np.concatenate(host.reach(whole)).nbytes == whole.nbytes
+    assert np.concatenate(host.reach(whole, CUDA)).nbytes == whole.nbytes
     assert sum(driver.pinned.values()) == whole.nbytes
-    assert host.addresses([torch.from_numpy(whole)], torch.device("cuda")) == [whole.ctypes.data]
+    assert host.addresses([torch.from_numpy(whole)], CUDA) == [whole.ctypes.data]
 
 
 def test_windows_ahead_one_at_a_time_and_gone_with_the_mapping(driver) -> None:
     whole = slab(3 * W)
-    host.reach(whole[:1])
-    steps = host.ahead(whole)
+    host.reach(whole[:1], CUDA)
+    steps = host.ahead(whole, CUDA)
     next(steps)
     assert len(driver.pinned) == 2
     assert len(list(steps)) == 1
@@ -88,8 +89,8 @@ def test_a_driver_that_refuses_is_an_error_with_a_cause_and_the_next_try_counts(
     whole = slab(W)
     driver.codes.append(2)
     with pytest.raises(DeviceUnavailable, match="CUDA error 2"):
-        host.reach(whole)
+        host.reach(whole, CUDA)
     with pytest.raises(InvalidParams):
-        host.addresses([torch.from_numpy(whole)], torch.device("cuda"))
-    host.reach(whole)
+        host.addresses([torch.from_numpy(whole)], CUDA)
+    host.reach(whole, CUDA)
     assert driver.pinned == {whole.ctypes.data: W}

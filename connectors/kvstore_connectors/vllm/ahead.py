@@ -9,6 +9,8 @@ from __future__ import annotations
 import threading
 import time
 
+import torch
+
 from kvstore.errors import DeviceUnavailable
 from kvstore_connectors.base import Link, log
 from kvstore_gpu import host
@@ -24,10 +26,12 @@ class Ahead:
     ----------
     link : Link
         Its own, for this thread.
+    device : torch.device
+        The engine's.
     """
 
-    def __init__(self, link: Link) -> None:
-        self._link = link
+    def __init__(self, link: Link, device: torch.device) -> None:
+        self._link, self._device = link, device
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="kvstore-ahead", daemon=True)
         self._thread.start()
@@ -48,7 +52,7 @@ class Ahead:
     def _look(self) -> None:
         for slab in self._link.run("ahead", lambda client: client.map_all()) or []:
             begun = time.monotonic()
-            for _ in host.ahead(slab):
+            for _ in host.ahead(slab, self._device):
                 if self._stopped.wait(time.monotonic() - begun):
                     return
                 begun = time.monotonic()

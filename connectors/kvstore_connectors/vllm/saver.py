@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from kvstore.client import Room
 from kvstore_connectors.base import Tally, report_defect
-from kvstore_connectors.vllm.pages import DevicePages, Piece
+from kvstore_connectors.vllm.device_pages import DevicePages
+from kvstore_connectors.vllm.pages import Piece
 
 if TYPE_CHECKING:
     from kvstore_connectors.vllm.jobs import SaveBlock, SaveJob

@@ -39,6 +39,7 @@ class _Landing(NamedTuple):
 
     lease: Any
     blocks: int
+    nbytes: int
     landed: Callable[[], None]
     final: bool
 
@@ -136,20 +137,22 @@ class Transfers:
         except BaseException:
             lease.release()
             raise
-        self._tally.add("loaded_bytes", sum(piece.nbytes for piece in pieces))
         if reason is MissReason.CORRUPT:
             self._tally.add("load_corrupt")
         elif reason is not None and reason is not MissReason.DEADLINE:
             self._tally.add("load_missing")
         # Blocks on their way up from a lower tier are worth another round; anything else is final.
-        return _Landing(lease, len(pieces), landed, reason is not None and reason is not MissReason.DEADLINE)
+        nbytes = sum(piece.nbytes for piece in pieces)
+        return _Landing(lease, len(pieces), nbytes, landed, reason is not None and reason is not MissReason.DEADLINE)
 
     def _finish(self, landing: _Landing) -> bool:
         """Wait until blocks have landed, and end their lease; whether it held all the time."""
         with landing.lease:
             landing.landed()
             valid = bool(landing.lease.valid())
-        if not valid and landing.blocks:
+        if valid:
+            self._tally.add("loaded_bytes", landing.nbytes)
+        elif landing.blocks:
             self._tally.add("load_expired")
         return valid or not landing.blocks
 

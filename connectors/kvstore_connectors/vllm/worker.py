@@ -22,10 +22,11 @@ from kvstore_connectors.vllm.blend_model import EngineModel, find_model
 from kvstore_connectors.vllm.blend_rows import Rows
 from kvstore_connectors.vllm.blend_worker import Blender
 from kvstore_connectors.vllm.code import Codes
+from kvstore_connectors.vllm.device_pages import DevicePages
 from kvstore_connectors.vllm.identity import rank_namespace, request_namespace
 from kvstore_connectors.vllm.jobs import ConnectorMeta, Handshake, LoadJob, Report, SaveJob
 from kvstore_connectors.vllm.layout import CANONICAL, PageViews, WriteOp, layer_cache, learn, write_op
-from kvstore_connectors.vllm.pages import DevicePages, Pages, make_pages
+from kvstore_connectors.vllm.pages import HostPages, Pages
 from kvstore_connectors.vllm.saver import Saver
 from kvstore_connectors.vllm.transfers import Fill, Transfers
 from kvstore_gpu.shared import importer
@@ -155,7 +156,7 @@ class WorkerSide:
         """
         self._end_threads()  # of an earlier cache, should the engine have made a new one
         layers, page_tokens = self._learn(caches)
-        pages = make_pages(layers, self._block_tokens, self._spec.block_size, page_tokens)
+        pages = _pages(layers, self._block_tokens, self._spec.block_size, page_tokens)
         attention = "mla" if type(self._spec).__name__.startswith("MLA") else "full"
         self._namespace = rank_namespace(
             self._vllm_config,
@@ -182,7 +183,8 @@ class WorkerSide:
             self._loader = Loader(lambda job, after, stop: transfers.load(self._load_link, job, after, stop))
         if isinstance(pages, DevicePages):
             self._saver = Saver(pages, self._store, self.tally)
-            self._ahead = Ahead(Link(lambda: self._open_client("ahead", LOAD_TIMEOUT_S), self._breaker, self.tally))
+            link = Link(lambda: self._open_client("ahead", LOAD_TIMEOUT_S), self._breaker, self.tally)
+            self._ahead = Ahead(link, pages.device)
         self._breaker.start(START_WAIT_S)
         if self._blender is not None and self._config.blend_gate:
             self._blender.report(self._load_link)
@@ -371,6 +373,16 @@ class WorkerSide:
 
 
 _REMEDY = "Run this model without the connector."
+
+
+def _pages(layers: list[PageViews], block_tokens: int, engine_block: int, page_tokens: int) -> Pages:
+    """The implementation for the device that the cache lies on."""
+    device = layers[0].sides[0].device
+    if device.type == "cpu":
+        return HostPages(layers, block_tokens, engine_block, page_tokens)
+    if device.type == "cuda":
+        return DevicePages(layers, block_tokens, engine_block, page_tokens)
+    raise ConfigError(f"vllm: a cache on {device.type!r} is not supported.", "Supported are cpu and cuda.")
 
 
 def _version() -> str:
