@@ -24,6 +24,9 @@ THREADS = 256
 TENSOR_CORES = ("common.cuh", "mma.cuh")
 """Headers of kernels that multiply matrices."""
 
+TURN = ("common.cuh", "turn.cuh")
+"""Headers of kernels that turn keys."""
+
 _sources: dict[str, Source] = {}
 
 emulator: Any = None

@@ -10,6 +10,7 @@ from kvstore_gpu import (
     kv4,
     lowrank,
     paged,
+    place,
     rope,
     rows,
     segments,
@@ -18,6 +19,6 @@ from kvstore_gpu import (
 )
 
 __all__ = [
-    "attention", "centroid", "colsum", "deviation", "fp8", "hadamard", "kv4", "lowrank", "paged", "rope", "rows",
-    "segments", "select", "slerp",
+    "attention", "centroid", "colsum", "deviation", "fp8", "hadamard", "kv4", "lowrank", "paged", "place", "rope",
+    "rows", "segments", "select", "slerp",
 ]  # fmt: skip

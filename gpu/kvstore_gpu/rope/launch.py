@@ -12,7 +12,7 @@ from kvstore.rope import Rotary
 from kvstore_gpu import checks, host, jobs
 from kvstore_gpu.cache import PagedCache
 from kvstore_gpu.checks import FLOATS
-from kvstore_gpu.compile import Source, blocks_for, uses_reference
+from kvstore_gpu.compile import TURN, Source, blocks_for, uses_reference
 from kvstore_gpu.jobs import Part
 from kvstore_gpu.rope import reference
 
@@ -27,6 +27,7 @@ SOURCE = Source(
         for style, narrow in (("false", 1), ("true", 2))
         for width in (wide, narrow)
     ],
+    TURN,
 )
 
 
