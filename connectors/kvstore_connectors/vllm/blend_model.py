@@ -13,6 +13,8 @@ import torch
 
 from kvstore.errors import ConfigError
 from kvstore_connectors.blend.attention import attend
+from kvstore_connectors.blend.varlen import PAGE, Plan, attend_by_runs
+from kvstore_connectors.vllm.blend_varlen import flash_varlen
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,6 +69,9 @@ class EngineModel:
         self._heads, self._kv_heads, self._dim = attention.num_heads, attention.num_kv_heads, attention.head_dim
         self.layers = len(self._layers)
         self.scale = float(attention.scaling)
+        sample = next(self._inner.parameters())
+        self._varlen = flash_varlen(self._heads, self._kv_heads, self._dim, sample.dtype, sample.device)
+        self._plan: tuple[Tensor, Plan] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -94,8 +99,12 @@ class EngineModel:
         return turned.view(rows.shape)
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
-        """See `Model.attend`."""
-        return attend(queries, keys, values, positions, self.scale)
+        """See `Model.attend`; by the engine's own attention where it can be had."""
+        if self._varlen is None or len(keys) % PAGE or keys.dtype != queries.dtype or not len(positions):
+            return attend(queries, keys, values, positions, self.scale)
+        if self._plan is None or self._plan[0] is not positions:  # the same rows pass one layer after the other
+            self._plan = positions, Plan.of(positions)
+        return attend_by_runs(self._varlen, queries, keys, values, self._plan[1], self.scale)
 
     def post(self, layer: int, hidden: Tensor, attended: Tensor) -> Tensor:
         """See `Model.post`."""

@@ -1,0 +1,76 @@
+"""Scattered queries by sequences of an engine's attention: the same as under a mask, whatever the positions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvstore_connectors.blend import varlen as module
+from kvstore_connectors.blend.attention import attend, scores
+from kvstore_connectors.blend.varlen import PAGE, Plan, attend_by_runs
+
+HEADS, KV_HEADS, DIM, SCALE = 4, 2, 8, 0.35
+
+
+def paged(queries, keys, values, sequences, scale, *, causal):
+    """Attention of sequences over pages, by its definition; a query that sees nothing would be an error here."""
+    out, mass = torch.empty_like(queries), torch.empty(queries.shape[1], len(queries))
+    assert sequences.pages.shape[0] == len(sequences.keys) == len(sequences.begins) - 1
+    assert sequences.pages.min() >= 0
+    assert sequences.pages.max() < len(keys)
+    assert sequences.most_keys == sequences.keys.max()
+    for row, (begin, end) in enumerate(zip(sequences.begins[:-1], sequences.begins[1:], strict=True)):
+        count, seen = int(end - begin), int(sequences.keys[row])
+        assert 0 < count <= sequences.longest
+        assert seen > 0
+        k, v = (side[sequences.pages[row].long()].flatten(0, 1)[:seen] for side in (keys, values))
+        at = torch.arange(seen - count, seen) if causal else torch.full((count,), seen - 1)
+        table = scores(queries[begin:end], k, at, scale)
+        mass[:, begin:end] = table.logsumexp(-1)
+        repeated = v.repeat_interleave(HEADS // KV_HEADS, 1)
+        out[begin:end] = torch.einsum("hqk,khd->qhd", table.softmax(-1), repeated)
+    return out, mass
+
+
+@st.composite
+def positions(draw):
+    """Rising positions: runs of any length, gaps of any length."""
+    at, out = draw(st.integers(0, 60)), []
+    for _ in range(draw(st.integers(1, 12))):
+        run = draw(st.integers(1, 30))
+        out += range(at, at + run)
+        at += run + draw(st.integers(1, 90))
+    return torch.tensor(out)
+
+
+@settings(max_examples=40, deadline=None)
+@given(positions(), st.integers(0, 40), st.sampled_from([(8, 32), (128, 512), (3, 64)]))
+def test_the_same_as_under_a_mask(at, behind, sizes) -> None:
+    patch = pytest.MonkeyPatch()
+    patch.setattr(module, "BLOCK_QUERIES", sizes[0])
+    patch.setattr(module, "BLOCK_KEYS", sizes[1])
+    tokens = -(-(int(at[-1]) + 1 + behind) // PAGE) * PAGE
+    queries = torch.randn(len(at), HEADS, DIM)
+    keys, values = (torch.randn(tokens, KV_HEADS, DIM) for _ in range(2))
+    with patch.context():
+        plan = Plan.of(at)
+        found = attend_by_runs(paged, queries, keys, values, plan, SCALE)
+    patch.undo()
+    torch.testing.assert_close(found, attend(queries, keys, values, at, SCALE), atol=2e-6, rtol=1e-5)
+
+
+def test_blocks_are_bounded_and_cover_all_queries() -> None:
+    at = torch.cat([torch.arange(0, 300), torch.arange(1000, 30_000, 7)])
+    plan = Plan.of(at)
+    assert plan.before is not None
+    assert plan.before.longest <= module.BLOCK_QUERIES
+    assert plan.within.most_keys <= module.BLOCK_KEYS
+    assert int(plan.within.begins[-1]) == len(at) == plan.alone + int(plan.before.begins[-1])
+
+
+def test_a_prompt_from_its_first_token_on_needs_one_call() -> None:
+    plan = Plan.of(torch.arange(100))
+    assert plan.before is None
+    assert plan.alone == 100
