@@ -7,6 +7,9 @@ those of an engine are of odd length, those of a tier of even length.
 
     encoded payload: frame of `kvstore.codecs` | xxh3-64 of the raw payload, exact chains only | zeros, if needed
 
+Chains that give bits to the tokens that matter take their importance from the block's header. A block whose header says
+nothing of it that can be used passes over such rungs: bits by a guess would not be what the profile measured.
+
 Nothing here does I/O or waits; all of it may run in threads.
 """
 
@@ -14,7 +17,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -134,27 +137,39 @@ class Encoding:
             raise ConfigError("no profile is here.", "Start the daemon with the profile that the namespace names.")
         return self._profiles.rungs(form.namespace)
 
-    def first(self, form: Form, nbytes: int, *, durable: bool) -> Chain | None:
-        """What a new block is encoded by; None if it stays raw. What is durable loses nothing."""
+    def first(self, form: Form, header: BlockHeader, nbytes: int, *, durable: bool) -> tuple[int, Chain] | None:
+        """Rung and chain that a new block is encoded by; None if it stays raw. What is durable loses nothing."""
         if nbytes != form.whole:
             return None
         if form.lossy and not durable:
-            return self.rungs(form)[0][0][1]
+            rungs = self.rungs(form)[0]
+            return next(((i, chain) for i, (_, chain) in enumerate(rungs) if _takes(chain, form, header)), None)
         if self.exact == "raw":
             return None
         from kvstore.codecs import parse  # brings torch, which takes seconds: only where it was loaded at the start
 
-        return parse(self.exact)
+        return 0, parse(self.exact)
 
-    def encode(self, form: Form, header: BlockHeader, payload: Sequence[memoryview], chain: Chain) -> Encoded | None:
+    def passes_over(self, form: Form, header: BlockHeader) -> bool:
+        """Whether a block of a lossy namespace has rungs that its header's importance, absent or bad, keeps it from."""
+        return not all(_takes(chain, form, header) for _, chain in self.rungs(form)[0])
+
+    def encode(
+        self, form: Form, header: BlockHeader, payload: Sequence[memoryview], chain: Chain, rung: int = 0
+    ) -> Encoded | None:
         """A raw payload, encoded; None if it does not become smaller. Raises `CodecError`."""
         parts = [np.frombuffer(view, np.uint8) for view in payload]
-        return self._encode(form, header, parts[0] if len(parts) == 1 else np.concatenate(parts), chain)
+        found = self._encode(form, header, parts[0] if len(parts) == 1 else np.concatenate(parts), chain)
+        return None if found is None else found._replace(rung=rung)
 
     def _encode(self, form: Form, header: BlockHeader, raw: np.ndarray, chain: Chain) -> Encoded | None:
         import torch
 
         spec, context = form.spec(header), self._context(form, chain)
+        if chain.by_importance:
+            from kvstore.codecs import importance
+
+            context = replace(context, importance=importance.known(header, spec.tokens))
         tensor = torch.from_numpy(raw if raw.flags.writeable else raw.copy()).view(spec.torch_dtype).view(spec.shape)
         out = pages(chain.bound(spec, context) + SUM_BYTES + MARK_BYTES)
         size = chain.encode(tensor, spec, np.frombuffer(out, np.uint8), context)
@@ -254,7 +269,8 @@ class Encoding:
     def lower(self, form: Form, header: BlockHeader, data: memoryview) -> Encoded | None:
         """An encoded block on the next rung down; None if there is none, or it was stored to lose nothing.
 
-        Where the next rung is a prefix of the block's planes, stepping down is cutting off.
+        Where the next rung is a prefix of the block's planes, stepping down is cutting off. Rungs that need importance
+        are passed over where the header has none.
         """
         from kvstore.codecs import parse, read
 
@@ -273,6 +289,8 @@ class Encoding:
                 out[:size] = data[:size]
                 cut = _marked(form, out, size, by_engine=form.is_by_engine(data.nbytes))
                 found = None if cut is None else Encoded(cut, frame.chain)
+            elif not _takes(chain, form, header):
+                continue
             else:
                 if raw is None:
                     raw = np.empty(form.whole, np.uint8)
@@ -281,6 +299,15 @@ class Encoding:
             if found is not None and found.data.nbytes < data.nbytes:
                 return found._replace(rung=number)
         return None
+
+
+def _takes(chain: Chain, form: Form, header: BlockHeader) -> bool:
+    """Whether a header says all that a chain needs to encode its block."""
+    if not chain.by_importance:
+        return True
+    from kvstore.codecs import importance
+
+    return importance.known(header, form.namespace.block_tokens) is not None
 
 
 def _planes(frame: Frame, nbytes: int) -> int:

@@ -94,7 +94,7 @@ class Ladder(WrappedTier):
         self._next: list[BlockId] = []
         inner.watch(self._standing)
         self.passed: dict[str, Counter[str]] = {}
-        self.stepped = self.lost = self.stepped_bytes = self.undecodable = 0
+        self.stepped = self.lost = self.stepped_bytes = self.undecodable = self.unweighed = 0
         self.busy_s = 0.0
 
     async def start(self) -> None:
@@ -175,6 +175,7 @@ class Ladder(WrappedTier):
             "bytes_freed": self.stepped_bytes,
             "lost_stepping": self.lost,
             "undecodable": self.undecodable,
+            "without_importance": self.unweighed,
             "busy_s": round(self.busy_s, 3),
         }
         return {**self.inner.describe_state(), "codecs": codecs}
@@ -277,10 +278,13 @@ class Ladder(WrappedTier):
     ) -> Encoded | None:
         """A new block, encoded; None if it is to stay raw, as does what a chain does not take."""
         try:
-            chain = self._encoding.first(form, nbytes, durable=durable)
-            if chain is None:
+            if form.lossy and not durable and nbytes == form.whole:
+                self.unweighed += self._encoding.passes_over(form, header)
+            first = self._encoding.first(form, header, nbytes, durable=durable)
+            if first is None:
                 return None
-            return await self._work(self._encoding.encode, form, header, payload, chain)
+            rung, chain = first
+            return await self._work(self._encoding.encode, form, header, payload, chain, rung)
         except (CodecError, ConfigError):
             return None
 

@@ -126,12 +126,16 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     @property
     def passed(self) -> list[Rung]:
-        """The rungs that may run, from the largest to the smallest; without those that a smaller one outdoes."""
-        found: list[Rung] = []
+        """The rungs that may run, from the largest to the smallest; without those that a smaller one outdoes.
+
+        One that only blocks with importance can take outdoes none that all can.
+        """
+        found: list[tuple[Rung, bool]] = []
         for rung in sorted(filter(self._is_good, self.rungs), key=lambda rung: (-rung.ratio, rung.kl)):
-            if not found or rung.kl < found[-1].kl:
-                found.append(rung)
-        return found[::-1]
+            weighed = parse(rung.chain).by_importance
+            if all(rung.kl < other.kl for other, for_some in found if weighed or not for_some):
+                found.append((rung, weighed))
+        return [rung for rung, _ in found][::-1]
 
     def _is_good(self, rung: Rung) -> bool:
         return rung.kl_upper <= self.most_kl and rung.top1 >= self.least_top1 and rung.ratio > 1

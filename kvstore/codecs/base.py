@@ -128,6 +128,8 @@ class Step(ABC):
     name: ClassVar[str]
     """Name in the header; a changed format gets a new name, so an old reader sees an unknown codec."""
     lossy: ClassVar[bool] = False
+    by_importance: ClassVar[bool] = False
+    """Needs `Context.importance` to encode; to decode nothing needs it."""
 
     def check(self, spec: BlockSpec) -> None:
         """Raise `CannotEncode` if the step does not work on such blocks."""

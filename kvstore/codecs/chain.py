@@ -54,6 +54,11 @@ class Chain:
         return any(step.lossy for step in self.steps)
 
     @property
+    def by_importance(self) -> bool:
+        """Whether encoding needs the importance of the block's tokens."""
+        return any(step.by_importance for step in self.steps)
+
+    @property
     def exact_size(self) -> bool:
         """Whether `bound` is the encoded size; otherwise the size is known once `encode` has run."""
         return all(step.exact for step in self.byte_steps)

@@ -46,6 +46,7 @@ class MiKV(BlockCoder):
     sinks: int = 4
     name: ClassVar[str] = "mikv"
     lossy: ClassVar[bool] = True
+    by_importance: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not (2 <= self.lo < self.hi <= 8 and 0 <= self.share <= 100):

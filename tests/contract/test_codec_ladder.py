@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from kvstore.codecs import parse
+from kvstore.codecs import importance, parse
 from kvstore.codecs.base import Context
 from kvstore.encoding import form_of, pages
 from kvstore.errors import ConfigError
@@ -394,3 +394,74 @@ async def test_nothing_encoded_is_stored_under_an_exact_name(workdir: Path) -> N
     tier = await ladder(workdir, profiles=profiles(workdir))
     assert isinstance(await give(tier, 3, encoded_by_an_engine(3), EXACT), Dropped)
     await tier.close()
+
+
+# -- importance --------------------------------------------------------------------------------------------------------
+
+BY_IMPORTANCE = "prerope|mikv(hi=8,lo=2,share=25,sinks=0)"
+HEAVY = torch.arange(3, 64, 4)
+"""A quarter of the tokens."""
+
+
+def weighed(what: str) -> BlockHeader:
+    """The header of block 1 with importance that says `HEAVY`, says nothing, or cannot be believed."""
+    weights = torch.full((64,), 0.5).index_fill(0, HEAVY, 2.0)
+    found = {
+        "measured": importance.pack(weights),
+        "missing": b"",
+        "of fewer tokens": importance.pack(weights[1:]),
+        "not a number": importance.pack(weights)[:-2] + b"\x00\x7e",
+    }
+    return BlockHeader(position=64, importance=found[what])
+
+
+async def lost_by(tier: Tier, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Squared error of the tokens that matter, and of the others."""
+    got = await load(tier, number, LOSSY)
+    assert isinstance(got, torch.Tensor)
+    error = (got - payload(1)).float().pow(2).sum((0, 1, 3, 4))
+    others = torch.ones(64, dtype=torch.bool).index_fill(0, HEAVY, False)
+    return error[HEAVY], error[others]
+
+
+@pytest.mark.parametrize("what", ["missing", "of fewer tokens", "not a number"])
+async def test_the_tokens_that_matter_get_the_bits_if_the_header_names_them(tmp_path: Path, what: str) -> None:
+    tier = await ladder(tmp_path, profiles=profiles(tmp_path / "p", [rung(BY_IMPORTANCE, 4.0), rung(CHAINS[2], 6.0)]))
+    raw = as_bytes(payload(1))
+    view = pages(raw.size)
+    view[:] = raw.data
+    for number, says in ((1, "measured"), (2, what)):
+        assert isinstance(await tier.put(block_id(number, LOSSY), weighed(says), [view], WHOLE), Stored)
+    assert tier.chain(block_id(1, LOSSY)).startswith("prerope|mikv")
+    assert tier.chain(block_id(2, LOSSY)).startswith("prerope|kv4(k=2")  # passed over: bits by a guess are not measured
+    assert tier.describe_state()["codecs"]["without_importance"] == 1
+    heavy, light = await lost_by(tier, 1)
+    assert heavy.max() < light.min() / 10
+    assert heavy.max() < (await lost_by(tier, 2))[0].min() / 10
+    await tier.close()
+
+
+async def test_a_step_down_to_bits_by_importance(tmp_path: Path) -> None:
+    rungs = [rung(CHAINS[0], 2.0), rung(BY_IMPORTANCE, 4.0), rung(BY_IMPORTANCE, 6.0, planes=1)]
+    tier = await ladder(tmp_path, profiles=profiles(tmp_path / "p", rungs))
+    raw = as_bytes(payload(1))
+    view = pages(raw.size)
+    view[:] = raw.data
+    for number, says in ((1, "measured"), (2, "missing")):
+        await tier.put(block_id(number, LOSSY), weighed(says), [view], WHOLE)
+        await tier._step(block_id(number, LOSSY))
+    heavy, light = await lost_by(tier, 1)
+    assert heavy.max() < light.min() / 10
+    assert tier.chain(block_id(2, LOSSY)) == "prerope|kv4(k=8,v=8,group=64,sinks=4)"  # nothing below it is for it
+    assert tier.lost == 0
+    await tier._step(block_id(1, LOSSY))  # cut off to the low bits of all: needs no importance any more
+    heavy, light = await lost_by(tier, 1)
+    assert heavy.mean() > light.mean() / 4
+    assert tier.stepped == 2
+    await tier.close()
+
+
+def test_bits_by_importance_outdo_no_rung_that_every_block_can_take(tmp_path: Path) -> None:
+    found = profiles(tmp_path, [rung(CHAINS[0], 2.0), rung(BY_IMPORTANCE, 4.0, kl=1e-6), rung(BY_IMPORTANCE, 3.0)])
+    chains = [each.chain for each, _ in found.rungs(LOSSY)[0]]
+    assert chains == [CHAINS[0], BY_IMPORTANCE]

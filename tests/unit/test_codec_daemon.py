@@ -13,7 +13,7 @@ import torch
 from daemons import DaemonProcess, MakeDaemon, until
 
 from kvstore import KVStoreClient, Namespace
-from kvstore.codecs import BlockSpec, frame
+from kvstore.codecs import BlockSpec, frame, importance
 from kvstore.encoding import pages
 from kvstore.errors import ConfigError, FidelityRefused
 from kvstore.keys import namespace_digest
@@ -52,9 +52,9 @@ def put(client: KVStoreClient, number: int, *, durable: bool = False) -> object:
     return client.put(key(number), raw, BlockHeader(position=64 * number), durable=durable)
 
 
-def profile(folder: Path, revision: str = "1") -> str:
+def profile(folder: Path, revision: str = "1", chains: tuple[str, ...] = CHAINS) -> str:
     """A profile with figures made up: what they say is not what is tested here."""
-    rungs = [Rung(chain, 0, 0.001 * i, 0.001 * i, 0.99, 0.0, 2.0 + i, 1.0, 1.0) for i, chain in enumerate(CHAINS)]
+    rungs = [Rung(chain, 0, 0.001 * i, 0.001 * i, 0.99, 0.0, 2.0 + i, 1.0, 1.0) for i, chain in enumerate(chains)]
     save_profile(
         Profile(name="small", model="another name", revision="", also=[Identity("m", revision)], layers=4, kv_heads=2,
                 head_dim=32, frequencies=[10_000.0 ** (-i / 32) for i in range(0, 32, 2)], rungs=rungs), folder
@@ -264,3 +264,28 @@ def test_redis_holds_the_encoded_size_and_another_daemon_decodes_it(make_daemon:
         assert stored < 0.7 * 8 * WHOLE
         assert redis["bytes_written"] < 8 * WHOLE
         assert redis["codecs"]["can_step"] == 0
+
+
+def test_a_daemon_gives_the_bits_to_the_tokens_that_the_engine_found_important(
+    make_daemon: MakeDaemon, workdir: Path
+) -> None:
+    heavy = torch.arange(3, 64, 4)
+    weights = importance.pack(torch.full((64,), 0.5).index_fill(0, heavy, 2.0))
+    folder = profile(workdir / "profiles", chains=("prerope|mikv(hi=8,lo=2,share=25)", CHAINS[2]))
+    daemon = make_daemon({"disk.bytes": "8MiB", "codecs.profiles": folder}).start()
+    with daemon.client(namespace=LOSSY) as client:
+        raw = payload(1).view(-1).view(torch.uint8).numpy().tobytes()
+        for number, says in ((1, weights), (2, b""), (3, weights[:-2])):
+            assert isinstance(client.put(key(number), raw, BlockHeader(position=64, importance=says)), Stored)
+        settled(daemon)
+    assert daemon.stop() == 0
+    daemon.start()
+    with daemon.client(namespace=LOSSY) as client:
+        lost = []
+        for number in (1, 2, 3):
+            block: Any = client.get(key(number))
+            got = torch.frombuffer(bytearray(block.data), dtype=torch.bfloat16).view(4, 2, 64, 2, 32)
+            lost.append((got - payload(1)).float().pow(2).sum((0, 1, 3, 4))[heavy].mean())
+        assert lost[0] < lost[1] / 100
+        assert lost[1] == lost[2]
+        assert disk(daemon)["codecs"]["undecodable"] == 0

@@ -120,12 +120,12 @@ def test_a_tier_that_encodes_nothing_does_not_load_torch() -> None:
     """It takes seconds, in which the daemon would answer nobody."""
     code = """
 import sys
-from kvstore import Namespace
+from kvstore import BlockHeader, Namespace
 from kvstore.encoding import Encoding, form_of
 shape = dict(layers=2, block_tokens=16, kv_heads=1, head_dim=8)
 form = form_of(Namespace(model="m", dtype="float16", layout="lkthd1", **shape))
 assert form is not None
-assert Encoding("raw", None).first(form, form.whole, durable=False) is None
+assert Encoding("raw", None).first(form, BlockHeader(), form.whole, durable=False) is None
 assert "torch" not in sys.modules, "torch"
 """
     subprocess.run([sys.executable, "-c", code], check=True)
