@@ -25,6 +25,10 @@ def calibrate(
     fit_contexts: Annotated[int, Parameter(help="Contexts that the basis is fitted on; 0: no basis.")] = 24,
     tokens: Annotated[int, Parameter(help="Tokens of a context.")] = 1024,
     span: Annotated[int, Parameter(help="Layers that share a basis.")] = 5,
+    importance: Annotated[
+        bool,
+        Parameter(negative="", help="Also rungs for blocks that carry the importance of their tokens (transformers)."),
+    ] = False,
     max_kl: Annotated[
         float, Parameter(help="Most divergence (upper end of the interval) of a rung that may run.")
     ] = 0.012,
@@ -45,8 +49,9 @@ def calibrate(
     first, others = (Identity(first.model, revision), []) if revision else (first, others)
     found = evaluate(
         model, texts, contexts=contexts, fit_contexts=fit_contexts, tokens=tokens, span=span, device=device,
-        identity=(first.model, first.revision),
+        weighed=importance, identity=(first.model, first.revision), told=out.progress,
     )  # fmt: skip
+    out.progress("")
     shape, rotary, basis = found.probe.shape, found.probe.rotary, found.basis
     profile = Profile(
         name=name or model.resolve().name.lower(), model=first.model, revision=first.revision, also=others,

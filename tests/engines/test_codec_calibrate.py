@@ -159,7 +159,8 @@ def test_eval_shows_each_chain_with_its_intervals(
 
 
 def test_a_prompt_comes_back_from_disk_by_the_rungs_of_its_profile(tmp_path: Path) -> None:
-    path = calibrated(tmp_path, **{"fit-contexts": "0"})
+    path = calibrated(tmp_path, **{"fit-contexts": "0", "importance": "true"})
+    assert sum("mikv" in rung.chain for rung in load_profile(path).rungs) == 2
     daemon = Daemon(tmp_path / "d", disk=True, flags=["--codecs-profiles", str(path.parent)])
     daemon.start()
     try:

@@ -18,6 +18,8 @@ from kvstore.codecs import importance
 from kvstore.errors import ConfigError
 from kvstore.keys import prefix_keys
 from kvstore_connectors.transformers import KVStoreCache
+from kvstore_connectors.transformers.calibrate import Reference, Sample
+from kvstore_connectors.transformers.codec_eval import stored_importance
 from kvstore_connectors.transformers.importance import MOST
 from kvstore_connectors.transformers.probe import Probe
 
@@ -76,6 +78,9 @@ def test_what_is_stored_is_the_attention(model: Any, attach: Any, daemon: Daemon
         got = importance.unpack(data, BLOCK)
         assert got is not None
         torch.testing.assert_close(got, wanted[block * BLOCK : (block + 1) * BLOCK], rtol=2e-3, atol=2e-3)
+    # What the gate measures mikv with is what mikv will get.
+    gate = stored_importance(Reference(Probe(model), Sample("", tokens, numbers(2, 7)), torch.float32))
+    torch.testing.assert_close(gate, wanted, rtol=2e-3, atol=2e-3)
 
 
 def test_of_a_long_pass_some_queries_are_looked_at_and_the_last_is_among_them(model: Any, attach: Any) -> None:

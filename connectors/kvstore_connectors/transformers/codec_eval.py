@@ -16,7 +16,8 @@ import torch
 from kvstore.codecs import Chain, Context, importance, parse
 from kvstore.codecs.basis import Basis
 from kvstore.errors import InvalidParams
-from kvstore_connectors.transformers.calibrate import Reference, cut, fit, measure
+from kvstore_connectors.transformers.calibrate import Reference, cut, fit, measure, nobody
+from kvstore_connectors.transformers.importance import Shares
 from kvstore_connectors.transformers.ladder import load
 from kvstore_connectors.transformers.probe import Probe
 
@@ -28,7 +29,7 @@ CHAINS = (
 STEPS = (5, 10, 15, 20, 40)
 """Steps of `pca` that are tried in the fitted basis."""
 WITH_IMPORTANCE = ("prerope|mikv", "prerope|mikv(hi=4,lo=2)")
-"""What needs to know which tokens matter: nothing that a daemon can use yet."""
+"""What needs to know which tokens matter: rungs of blocks that carry that in their header, if they pass."""
 MAX_CHARACTERS = 1 << 20
 Documents = dict[str, list[list[int]]]
 
@@ -118,6 +119,7 @@ def evaluate(
     steps: Sequence[int] = STEPS,
     weighed: bool = False,
     identity: tuple[str, str] = ("", ""),
+    told: Callable[[str], None] = nobody,
 ) -> Evaluation:
     """Measure chains on a model.
 
@@ -140,9 +142,11 @@ def evaluate(
     chains, steps
         Chains without a basis, and steps of ``pca`` in the fitted one.
     weighed : bool
-        Also chains that need the importance of tokens (`mean_attention`).
+        Also chains that need the importance of tokens, as blocks carry it (`stored_importance`).
     identity : (str, str)
         Name and revision that are written into the basis.
+    told : callable
+        Is given a line after each context.
 
     Raises
     ------
@@ -156,12 +160,13 @@ def evaluate(
     if fit_contexts:
         samples = cut(halves[0], fit_contexts, (tokens, tokens), 256, seed=seed - 1)
         shape = (min(span, probe.shape.layers), True)
-        (basis,) = fit(probe, samples, [shape], model=identity[0], revision=identity[1])
+        (basis,) = fit(probe, samples, [shape], model=identity[0], revision=identity[1], told=told)
         names += [pca(basis, step) for step in steps]
     judged = cut(halves[1], contexts, (tokens, tokens), following, seed=seed)
     context = Context(rotary=probe.rotary, bases={} if basis is None else {basis.digest: basis})
     references = [Reference(probe, sample) for sample in judged]
-    rows = compare(references, {name: parse(name) for name in names}, context, mean_attention if weighed else None)
+    weights = stored_importance if weighed else None
+    rows = compare(references, {name: parse(name) for name in names}, context, weights, told)
     digest = hashlib.sha256(repr([(s.tokens, s.following) for s in judged]).encode()).hexdigest()
     return Evaluation(probe, basis, len(judged), tokens, digest, sorted(rows, key=lambda row: row.ratio))
 
@@ -171,9 +176,10 @@ def compare(
     chains: Mapping[str, Chain],
     context: Context,
     weights: Callable[[Reference], torch.Tensor] | None = None,
+    told: Callable[[str], None] = nobody,
 ) -> list[Row]:
     """What chains cost over contexts, against raw blocks."""
-    costs = measure(references, {"raw": parse("raw"), **chains}, context, importance=weights)
+    costs = measure(references, {"raw": parse("raw"), **chains}, context, importance=weights, told=told)
     exact = costs.pop("raw")
     rows = []
     for name, cost in costs.items():
@@ -185,6 +191,18 @@ def compare(
 def pca(basis: Basis, step: int) -> str:
     """The chain of a basis and a step."""
     return f"prerope|pca(basis={basis.digest},step={step})|zstd"
+
+
+def stored_importance(reference: Reference) -> torch.Tensor:
+    """Importance of each token of a context as the connector measures it and headers carry it: what mikv will get."""
+    probe, tokens, shares = reference.probe, len(reference.sample.tokens), Shares()
+    keys = reference.block[:, 0].transpose(1, 2)
+    for layer, queries in enumerate(probe.queries(reference.sample.tokens)):
+        shares.add(queries.transpose(0, 1)[None], keys[layer][None], queries.shape[-1] ** -0.5)
+    found = importance.unpack(shares.of(0, 0, tokens), tokens)
+    if found is None:
+        raise InvalidParams("a token of a context that no query has seen has no importance.")
+    return found
 
 
 def mean_attention(reference: Reference) -> torch.Tensor:
@@ -200,14 +218,26 @@ def mean_attention(reference: Reference) -> torch.Tensor:
 
 
 def split(paths: Sequence[Path], encode: Callable[[str], list[int]]) -> tuple[Documents, Documents]:
-    """Token ids to fit on and to judge on, all as one kind; a file is cut in two so that both see all kinds."""
-    files = sorted(f for path in paths for f in ([path] if path.is_file() else path.rglob("*")) if f.is_file())
-    if not files:
-        raise InvalidParams("--texts: no file there.", "Name text files, or folders of them.")
+    """Token ids to fit on and to judge on, all as one kind; a file is cut in two so that both see all kinds.
+
+    Hidden files of a folder, and files that are no text, are passed over.
+    """
     halves: tuple[Documents, Documents] = ({"texts": []}, {"texts": []})
-    for file in files:
+    for file in _files(paths):
         with file.open(encoding="utf-8", errors="replace") as text:
-            ids = encode(text.read(MAX_CHARACTERS))
-        halves[0]["texts"].append(ids[: len(ids) // 2])
-        halves[1]["texts"].append(ids[len(ids) // 2 :])
+            read = text.read(MAX_CHARACTERS)
+        if "\0" not in read:
+            ids = encode(read)
+            halves[0]["texts"].append(ids[: len(ids) // 2])
+            halves[1]["texts"].append(ids[len(ids) // 2 :])
+    if not halves[0]["texts"]:
+        raise InvalidParams("--texts: no text file there.", "Name text files, or folders of them.")
     return halves
+
+
+def _files(paths: Sequence[Path]) -> list[Path]:
+    found = [path for path in paths if path.is_file()]
+    for folder in paths:
+        inside = (file for file in folder.rglob("*") if file.is_file())
+        found += [file for file in inside if not any(part[0] == "." for part in file.relative_to(folder).parts)]
+    return sorted(found)
