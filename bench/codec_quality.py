@@ -6,17 +6,17 @@ only then is the other half looked at. Each block goes through the product's own
     python bench/codec_quality.py MODEL --state DIR --out bench/results/codec_quality.json --plot docs/img/codecs.svg
     python bench/codec_quality.py MODEL --state DIR --tokens tokens.npz --tasks tasks.json --tasks-model OTHER …
 
-What is measured is written down context by context; the same command goes on where the last one stopped, several may
-run at a time (``--part 0/2``, ``--part 1/2``), and each prints what there is. ``--tasks`` are questions whose answer
-must come out exactly (`bench/codec_tables.py` says the format).
+What is measured is written down context by context; the same command goes on where the last one stopped, and several
+may run at a time. ``--tasks`` are questions whose answer must come out exactly (`bench/codec_tables.py` says the
+format).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from functools import cache
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from types import SimpleNamespace
@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM
 from kvstore.cli import codec_plot
 from kvstore.codecs import Chain, Context, parse
 from kvstore.codecs.basis import Basis, load_basis
-from kvstore_connectors.transformers.calibrate import Cost, Reference, cut, fit, half_width, measure
+from kvstore_connectors.transformers.calibrate import Cost, Reference, Sample, cut, fit, half_width, measure
 from kvstore_connectors.transformers.codec_eval import mean_attention, pca
 from kvstore_connectors.transformers.probe import Probe
 
@@ -59,21 +59,25 @@ def started(path: str, device: str) -> Probe:
 def fitted(args: Any, state: State, probe: Probe, half: texts.Documents) -> list[Basis]:
     """The bases of all forms, out of the state's folder if they are there."""
     paths = [state.folder / f"{span}-{'kv' if joint else 'k-v'}.basis" for span, joint in FORMS]
-    if not all(path.exists() for path in paths):
-        samples = cut(half, args.calibration, (768, 768), 256, seed=1)
-        for path, basis in zip(paths, fit(probe, samples, FORMS, model="bench", revision=""), strict=True):
-            path.write_bytes(basis.to_bytes())
+    with state.claimed("bases", wait=True):
+        if not all(path.exists() for path in paths):
+            samples = cut(half, args.calibration, (768, 768), 256, seed=1)
+            for path, basis in zip(paths, fit(probe, samples, FORMS, model="bench", revision=""), strict=True):
+                path.write_bytes(basis.to_bytes())
     return [load_basis(path) for path in paths]
 
 
-def choose(probe: Probe, bases: list[Basis], half: texts.Documents, threads: int) -> dict[str, Any]:
+def choose(state: State, probe: Probe, bases: list[Basis], half: texts.Documents, threads: int) -> dict[str, Any]:
     """The form of the basis with the fewest bytes at a divergence, on held-out calibration texts, and its curve."""
-    samples = cut(half, 1, (1000, 1500), 64, seed=77)
     chains: dict[str, Chain] = {}
     for form, basis in enumerate(bases):
         chains |= {f"{form},{step}": parse(pca(basis, step)) for step in TRIED}
     context = Context(rotary=probe.rotary, bases={b.digest: b for b in bases})
-    found = measure([Reference(probe, s) for s in samples], chains, context, threads=threads)
+    samples = cut(half, 1, (1000, 1500), 64, seed=77)
+    wanted = {f"choose-{n:03}": partial(costs, probe, one, chains, context, threads) for n, one in enumerate(samples)}
+    if not state.every(wanted):
+        raise SystemExit("No basis is chosen yet: run the same command again.")
+    found = joined(state.all("choose"))
     curves = {label: cost.summary() for label, cost in found.items()}
     best = max(
         (label for label in curves if curves[label]["kl"] <= TARGET * MARGIN),
@@ -81,6 +85,16 @@ def choose(probe: Probe, bases: list[Basis], half: texts.Documents, threads: int
         default="2,10",
     )
     return {"form": int(best.split(",")[0]), "chosen": best, "held_out": curves}
+
+
+def costs(
+    probe: Probe, sample: Sample, chains: Mapping[str, Chain], context: Context, threads: int, *, weighed: bool = False
+) -> dict[str, Any]:
+    """What chains cost on one context."""
+    weights = mean_attention if weighed else None
+    found = measure([Reference(probe, sample)], chains, context, importance=weights, threads=threads)
+    about = {"kind": sample.kind, "tokens": len(sample.tokens)}
+    return {**about, "costs": {label: asdict(cost) for label, cost in found.items()}}
 
 
 def within(costs: Mapping[str, Mapping[str, float]], chains: Mapping[str, Chain]) -> dict[str, Chain]:
@@ -113,6 +127,34 @@ def means(parts: list[dict[str, list[float]]]) -> dict[str, dict[str, float]]:
     }
 
 
+def chains_of(basis: Basis, layers: int) -> dict[str, Chain]:
+    """The chains by their labels."""
+    names = {name: name for name in FIXED} | {f"pca(step={step})": pca(basis, step) for step in STEPS}
+    names |= {
+        f"minicache({start} %, {bits} bits)": f"prerope|minicache(layers={layers},start={start},bits={bits})"
+        for start, bits in ((50, 4), (87, 8))
+    }
+    return {label: parse(name) for label, name in names.items()}
+
+
+def asked(args: Any, tuned: Probe, chains: Mapping[str, Chain], context: Context) -> dict[str, Callable[[], Any]]:
+    """Questions to the model that answers them, now that it is known which chains pass."""
+    wanted = json.loads(args.tasks.read_text())[: args.questions]
+    answers = {f"tasks-{n:03}": partial(tables.tasks, [one], tuned, chains, context, args.threads)
+               for n, one in enumerate(wanted)}  # fmt: skip
+    return answers | {f"retrieval-{n:03}": partial(tables.retrieval, one, tuned) for n, one in enumerate(wanted)}
+
+
+def apart(probe: Probe, sample: Sample, bases: list[Basis]) -> dict[str, Any]:
+    """Single tensors on one context."""
+    return tables.tensors([Reference(probe, sample)], bases, FORMS)
+
+
+def evicted(probe: Probe, sample: Sample) -> dict[str, Any]:
+    """Evictions on one context."""
+    return tables.evictions([Reference(probe, sample)])
+
+
 def main() -> None:
     """Fit, choose, measure, print."""
     parser = arguments(__doc__)
@@ -127,53 +169,31 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, default=6, help="contexts of each kind to fit on (default 6)")
     parser.add_argument("--longest", type=int, default=4000, help="tokens of the longest context (default 4000)")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--part", default="0/1", help="which of how many processes this is")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing after so long")
     parser.add_argument("--plot", type=Path, help="draw size against loss into this SVG file")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cuda.matmul.allow_tf32 = False
     state = State(args.state, args.seconds)
-    part, parts = map(int, args.part.split("/"))
     probe = started(args.model, device)
     halves = texts.load(args.tokens) if args.tokens else texts.tokenized(texts.encoder(args.model))
     bases = fitted(args, state, probe, halves[0])
-    chosen = state.once("choose", lambda: choose(probe, bases, halves[0], args.threads)) or {"form": 2}
+    chosen = choose(state, probe, bases, halves[0], args.threads)
     basis = bases[chosen["form"]]
-    names = {name: name for name in FIXED} | {f"pca(step={step})": pca(basis, step) for step in STEPS}
-    layers = probe.shape.layers
-    names |= {
-        f"minicache({start} %, {bits} bits)": f"prerope|minicache(layers={layers},start={start},bits={bits})"
-        for start, bits in ((50, 4), (87, 8))
-    }
+    chains = chains_of(basis, probe.shape.layers)
     context = Context(rotary=probe.rotary, bases={basis.digest: basis})
-    chains = {label: parse(name) for label, name in names.items()}
     by_kind = cut(halves[1], args.per_kind, (1000, args.longest), 64, seed=5)
     samples = [by_kind[kind + i] for i in range(args.per_kind) for kind in range(0, len(by_kind), args.per_kind)]
-    reference = cache(lambda number: Reference(probe, samples[number]))
-
-    def chained(number: int) -> dict[str, Any]:
-        one = reference(number)
-        costs = measure([one], chains, context, importance=mean_attention, threads=args.threads)
-        about = {"kind": one.sample.kind, "tokens": len(one.sample.tokens)}
-        return {**about, "costs": {label: asdict(cost) for label, cost in costs.items()}}
-
-    for number in range(part, len(samples), parts):
-        state.once(f"chains-{number:02}", lambda n=number: chained(n))
-        if number < args.few:
-            state.once(f"tensors-{number:02}", lambda n=number: tables.tensors([reference(n)], bases, FORMS))
-            state.once(f"eviction-{number:02}", lambda n=number: tables.evictions([reference(n)]))
-        reference.cache_clear()
-    costs = joined(state.all("chains"))
-    summary = {label: cost.summary(costs["raw"]) for label, cost in costs.items()}
-    if args.tasks and len(state.all("chains")) == len(samples):  # only now is it known what passes
-        tuned = started(args.tasks_model, device)
-        asked = json.loads(args.tasks.read_text())[: args.questions]
-        passing = within(summary, chains)
-        for number in range(part, len(asked), parts):
-            one = [asked[number]]
-            state.once(f"tasks-{number:02}", lambda o=one: tables.tasks(o, tuned, passing, context, args.threads))
-            state.once(f"retrieval-{number:02}", lambda o=one: tables.retrieval(o[0], tuned))
+    one = partial(costs, probe, chains=chains, context=context, threads=args.threads, weighed=True)
+    complete = state.every({f"chains-{n:03}": partial(one, sample) for n, sample in enumerate(samples)})
+    found = joined(state.all("chains"))
+    summary = {label: cost.summary(found["raw"]) for label, cost in found.items()}
+    if complete:
+        state.every(
+            (asked(args, started(args.tasks_model, device), within(summary, chains), context) if args.tasks else {})
+            | {f"tensors-{n:03}": partial(apart, probe, sample, bases) for n, sample in enumerate(samples[: args.few])}
+            | {f"eviction-{n:03}": partial(evicted, probe, sample) for n, sample in enumerate(samples[: args.few])}
+        )
     results: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "contexts": [(one["kind"], one["tokens"]) for one in state.all("chains")],
@@ -181,7 +201,7 @@ def main() -> None:
         "model_bytes": sum(2 * p.numel() for p in probe.model.parameters()),
         **chosen,
         "chains": summary,
-        "by_context": {label: cost.kl for label, cost in costs.items()},
+        "by_context": {label: cost.kl for label, cost in found.items()},
         **{stage: means(state.all(stage)) for stage in ("tasks", "tensors", "eviction", "retrieval")},
     }
     show(args, results)

@@ -7,7 +7,8 @@ values and index that a step reads, time a token. Then questions whose answers s
     python bench/sparse_decoding.py MODEL --state DIR --tasks tasks.json --tasks-model DIR \
         --out bench/results/sparse_decoding.json
 
-What is measured is written down context by context; the same command goes on where the last one stopped.
+What is measured is written down context by context; the same command goes on where the last one stopped, and several
+may run at a time.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -27,7 +29,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from kvstore.codecs.clusters import Squeezed
 from kvstore.codecs.h2o import H2O
-from kvstore_connectors.transformers.calibrate import cut, half_width
+from kvstore_connectors.transformers.calibrate import Sample, cut, half_width
 from kvstore_connectors.transformers.h2o import HeavyHitterCache
 from kvstore_connectors.transformers.probe import Probe
 from kvstore_connectors.transformers.shadow import ShadowCache, ShadowKV
@@ -38,9 +40,14 @@ ANSWER = 12
 FULL = "full attention"
 
 
-def _h2o(share: float) -> Callable[[Any, int], Any]:
-    """A budget of a share of the context, a quarter of it for recent tokens."""
-    return lambda model, tokens: HeavyHitterCache(model, H2O(int(share * tokens), recent=int(share * tokens) // 4))
+def _h2o(share: float, recent: float = 0.25, **options: bool) -> Callable[[Any, int], Any]:
+    """A budget of a share of the context, a share of that for recent tokens."""
+
+    def made(model: Any, tokens: int) -> HeavyHitterCache:
+        budget = int(share * tokens)
+        return HeavyHitterCache(model, H2O(budget, recent=int(recent * budget), sinks=4), **options)
+
+    return made
 
 
 def _shadow(share: float, rank: int) -> Callable[[Any, int], Any]:
@@ -53,6 +60,7 @@ def _squeezed(sparsity: int) -> Callable[[Any, int], Any]:
 
 WAYS: dict[str, Callable[[Any, int], Any]] = {
     FULL: lambda model, tokens: DynamicCache(config=model.config),
+    "H2O, 50 %, by sum, half recent": _h2o(0.5, 0.5, by_visibility=False),
     "H2O, 50 %": _h2o(0.5),
     "H2O, 25 %": _h2o(0.25),
     "ShadowKV, 25 %, rank 16 %": _shadow(0.25, 16),
@@ -110,7 +118,7 @@ def natural(probe: Probe, tokens: list[int], following: list[int]) -> dict[str, 
             began, logits, nbytes = time.perf_counter(), [], []
             for token in following:
                 out = probe.model(torch.tensor([[token]], device=probe.device), past_key_values=past, use_cache=True)
-                logits.append(out.logits[0, 0].float())
+                logits.append(out.logits[0, 0].float().cpu())
                 nbytes.append(read(past))
             took = time.perf_counter() - began
         logs = torch.stack(logits).log_softmax(-1)
@@ -142,6 +150,13 @@ def answered(probe: Probe, task: dict[str, Any]) -> dict[str, float]:
     return found
 
 
+def measured(probe: Probe, sample: Sample) -> dict[str, Any]:
+    """What `natural` finds, and on what."""
+    return {
+        "kind": sample.kind, "tokens": len(sample.tokens), "ways": natural(probe, sample.tokens, sample.following)
+    }  # fmt: skip
+
+
 def started(path: str) -> Probe:
     """A model in float32."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -167,25 +182,33 @@ def main() -> None:
     halves = texts.load(args.tokens) if args.tokens else texts.tokenized(texts.encoder(args.model))
     by_kind = cut(halves[1], args.per_kind, (1000, args.longest), FOLLOWING, seed=9)
     samples = [by_kind[kind + i] for i in range(args.per_kind) for kind in range(0, len(by_kind), args.per_kind)]
-    for number, sample in enumerate(samples):
-        state.once(f"natural-{number:02}", lambda s=sample: natural(probe, s.tokens, s.following))
+    state.every({f"natural-{n:03}": partial(measured, probe, sample) for n, sample in enumerate(samples)})
     if args.tasks is not None:
-        tuned = started(args.tasks_model)
-        for number, task in enumerate(json.loads(args.tasks.read_text())[: args.questions]):
-            state.once(f"answers-{number:02}", lambda t=task: answered(tuned, t))
-    texted, asked = state.all("natural"), state.all("answers")
+        tuned, wanted = started(args.tasks_model), json.loads(args.tasks.read_text())[: args.questions]
+        state.every({f"answers-{n:03}": partial(answered, tuned, task) for n, task in enumerate(wanted)})
+    show(args, state.all("natural"), state.all("answers"))
+
+
+def show(args: Any, texted: list[dict[str, Any]], asked: list[dict[str, float]]) -> None:
+    """Print the table, write the JSON."""
     results: dict[str, Any] = {
-        "contexts": [(s.kind, len(s.tokens)) for s in samples[: len(texted)]], "questions": len(asked)
-    }  # fmt: skip
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "contexts": [(one["kind"], one["tokens"]) for one in texted],
+        "questions": len(asked),
+    }
     rows = []
     for way in WAYS:
-        kl, top1 = ([one[way][name] for one in texted] for name in ("kl", "top1"))
-        share = mean(one[way]["bytes"] / one[FULL]["bytes"] for one in texted)
-        exact = mean(one[way] for one in asked) if asked else None
+        found = [one["ways"][way] for one in texted]
+        kl, top1 = ([one[name] for one in found] for name in ("kl", "top1"))
+        share = mean(one["ways"][way]["bytes"] / one["ways"][FULL]["bytes"] for one in texted)
+        right = [one[way] for one in asked]
+        exact = mean(right) if asked else None
         results[way] = {
-            "kl": mean(kl), "kl_interval": half_width(kl), "top1": mean(top1), "top1_interval": half_width(top1),
-            "bytes_share": share, "bytes_a_step": mean(one[way]["bytes"] for one in texted),
-            "ms_a_token": mean(one[way]["ms"] for one in texted), "exact": exact,
+            "kl": mean(kl), "kl_interval": half_width(kl), "kl_worst": max(kl),
+            "top1": mean(top1), "top1_interval": half_width(top1),
+            "bytes_share": share, "bytes_a_step": mean(one["bytes"] for one in found),
+            "ms_a_token": mean(one["ms"] for one in found),
+            "exact": exact, "exact_interval": half_width(right) if asked else None, "by_context": kl,
         }  # fmt: skip
         rows.append(
             (way, f"{100 * share:.0f} %", f"{mean(kl):.4f}", f"{half_width(kl):.4f}", f"{mean(top1):.3f}",

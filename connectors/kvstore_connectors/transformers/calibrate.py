@@ -27,6 +27,10 @@ FINEST = 0.0005
 """Finest step that a basis is made for, in its own units."""
 
 
+def nobody(line: str) -> None:
+    """Who is told of progress if nobody asks."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sample:
     """A context and what follows it in the text.
@@ -78,6 +82,7 @@ def fit(
     model: str,
     revision: str,
     draws: int = 2,
+    told: Callable[[str], None] = nobody,
 ) -> list[Basis]:
     """Bases of a model, one for each form (layers of a group, keys and values together).
 
@@ -91,6 +96,8 @@ def fit(
         Whose bases they are.
     draws : int
         Gradients a context.
+    told : callable
+        Is given a line after each context.
     """
     shape = probe.shape
     sums = [
@@ -104,6 +111,7 @@ def fit(
             slopes = probe.before_rope(probe.slopes(block, sample.following, 1000 * number + draw))[:, :, SINKS:]
             for one in sums:
                 one.add(rows, slopes)
+        told(f"basis: {number + 1} of {len(samples)} contexts")
     return [one.basis(rotary=probe.rotary.digest, model=model, revision=revision, finest=FINEST) for one in sums]
 
 
@@ -256,6 +264,7 @@ def measure(
     importance: Callable[[Reference], torch.Tensor] | None = None,
     threads: int = 1,
     block_tokens: int = 256,
+    told: Callable[[str], None] = nobody,
 ) -> dict[str, Cost]:
     """Costs of chains over contexts, by the chains' labels.
 
@@ -271,6 +280,8 @@ def measure(
         Chains coded at a time; one thread of torch each.
     block_tokens : int
         Tokens of a block.
+    told : callable
+        Is given a line after each context.
     """
     costs = {label: Cost() for label in chains}
     own = torch.get_num_threads()
@@ -278,13 +289,14 @@ def measure(
         torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(threads) as pool:
-            for one in references:
+            for number, one in enumerate(references, 1):
                 block = one.block.cpu()
                 weights = importance(one).cpu() if importance is not None else None
                 here = Context(context.rotary, context.bases, context.keys, weights)
                 jobs = {label: pool.submit(code, chain, block, here, block_tokens) for label, chain in chains.items()}
                 for label, job in jobs.items():
                     one.add(job.result(), costs[label])
+                told(f"chains: {number} of {len(references)} contexts")
     finally:
         torch.set_num_threads(own)
     return costs

@@ -63,10 +63,13 @@ class SparseLayer(DynamicLayer):
         """A pass of several tokens sees all of them."""
         return self.seen + query_length, 0
 
-    def keep_from(self, token: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values ``[token, kv_head, dim]`` of the first tokens, which from now on are in the index only."""
-        taken = tuple(part[0, :, :token].transpose(0, 1) for part in (self.keys, self.values))
-        self.keys, self.values = self.keys[:, :, token:].clone(), self.values[:, :, token:].clone()
+    def keep_from(self, token: int, sinks: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values ``[token, kv_head, dim]`` of the tokens before that one, but for some sinks at the beginning,
+        which from now on are in the index only."""
+        taken = tuple(part[0, :, sinks:token].transpose(0, 1) for part in (self.keys, self.values))
+        self.keys, self.values = (
+            torch.cat([part[:, :, : min(sinks, token)], part[:, :, token:]], 2) for part in (self.keys, self.values)
+        )
         self.indexed = True
         return taken[0], taken[1]
 

@@ -1,7 +1,9 @@
 """Squeezed Attention decoding: the mean keys of a fixed context first, then the keys of the clusters that matter.
 
 See `kvstore.codecs.clusters`. Thresholds are one number a level for the whole model, such that the last queries of the
-context leave out the share of its keys that was asked for: heads that look everywhere read much, others little.
+context leave out the share of its keys that was asked for: heads that look everywhere read much, others little. The
+first tokens stay out of the clusters and are always read: most heads park their attention there, and as a share of what
+is left the cluster that holds an answer stands out.
 """
 
 from __future__ import annotations
@@ -14,6 +16,9 @@ from kvstore.codecs import clusters
 from kvstore.codecs.clusters import HeadIndex, Squeezed
 from kvstore_connectors.transformers.sparse import SparseCache, SparseLayer, attention, nbytes
 from kvstore_connectors.transformers.support import base_model
+
+SINKS = 4
+"""First tokens, which are always read."""
 
 
 class SqueezedLayer(SparseLayer):
@@ -28,7 +33,7 @@ class SqueezedLayer(SparseLayer):
 
     def index(self, queries: torch.Tensor, scale: float) -> None:
         """See `SparseLayer.index`."""
-        keys, values = self.keep_from(max(self.seen - self._rule.window, 0))
+        keys, values = self.keep_from(max(self.seen - self._rule.window, 0), SINKS)
         if not len(keys):
             return
         self.heads = [clusters.build(keys[:, head], values[:, head], self._rule) for head in range(keys.shape[1])]
