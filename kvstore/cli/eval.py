@@ -108,7 +108,10 @@ def _codecs(model: Path, texts: list[Path] | None, contexts: int, device: str, p
         from kvstore_connectors.transformers.codec_eval import evaluate as measure
     except ImportError as error:
         raise ConfigError(f"eval: {error}.", "It needs torch and transformers in this environment.") from None
-    found = measure(model, texts, contexts=contexts, device=device, chains=("lossless", *CHAINS), weighed=True)
+    found = measure(
+        model, texts, contexts=contexts, device=device, chains=("lossless", *CHAINS), weighed=True, told=out.progress
+    )
+    out.progress("")
     name = model.resolve().name
     if plot is not None:
         plot.write_text(codec_plot.svg(found.rows, name, KL_LIMIT))
