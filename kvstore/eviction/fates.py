@@ -1,22 +1,24 @@
 """What became of blocks, by class and age, and what that says of the uses to come.
 
 A block's life begins with a use and ends with the next one, or fades: it was not used again while it was remembered.
-From lives that ended, and from those that are still open, follows for each class and age the chance of a use, and the
-room and time a block takes until then. An age is a number of uses of any blocks; buckets of ages are relative to how
-many blocks are held.
+From lives that ended, and from those that are still open, follows for each class and age the chance of a use, the room
+and time a block takes until then, and up to when it pays most to keep it. An age is a number of uses of any blocks;
+buckets of ages are relative to how many blocks are held.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from itertools import accumulate
 from operator import mul
+
+import numpy as np
+from numpy.typing import NDArray
 
 _AGES = 24
 _BUCKETS_HELD = 64
 """Parts of the time in which as many blocks are used as are held; a part is the width of the first buckets."""
-_FORGET = 0.9975
-"""What has been counted is aged by this each time the estimates are made anew: half of it is 277 times old."""
+_FORGET = 0.995
+"""What has been counted is aged by this each time the estimates are made anew: half of it is 138 times old."""
 _FALL = 4
 """How steeply what is to come is believed to fall behind the oldest age that was reached: by this power of the age."""
 _ENOUGH = 20.0
@@ -34,6 +36,8 @@ def _bucket(units: int) -> int:
 _SMALL = tuple(_bucket(units) for units in range(1024))
 _WIDTHS = tuple(1 if bucket < 4 else 1 << (bucket // 2 - 1) for bucket in range(_AGES))
 """Units between the ends of each bucket."""
+_STARTS = np.cumsum((0, *_WIDTHS[:-1]))
+"""Units at which each bucket begins."""
 _MIDDLES = tuple(sum(_WIDTHS[:bucket]) + _WIDTHS[bucket] // 2 for bucket in range(_AGES))
 
 
@@ -79,17 +83,15 @@ class Fates:
                     moved[self._age(middle)] += count
                 table[group] = moved
 
-    def learn(self, still_open: Iterable[tuple[int, int, int]] | None = None) -> None:
+    def learn(self, still_open: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]] | None = None) -> None:
         """Make the estimates anew, and age the counts.
 
         Parameters
         ----------
-        still_open : iterable of (class, age, weight), optional
-            Lives that have not ended. With them nothing is aged: too little was seen yet.
+        still_open : (classes, ages, weights), optional
+            Lives that have not ended, three arrays of one length. With them nothing is aged: too little was seen yet.
         """
-        tally = [[0.0] * _AGES for _ in self._uses]
-        for group, age, weight in still_open or ():
-            tally[group][self._age(age)] += weight
+        tally = self._tally(*still_open) if still_open else [[0.0] * _AGES for _ in self._uses]
         pooled = [sum(column) for column in zip(*self._uses, strict=True)]
         total = sum(pooled)
         # What a life that is still open tells: by its age, so many of those that end with a use would have ended.
@@ -111,26 +113,44 @@ class Fates:
             for counts in (*self._uses, *self._ends):
                 counts[:] = [count * _FORGET for count in counts]
 
+    def _tally(
+        self, groups: NDArray[np.int64], ages: NDArray[np.int64], weights: NDArray[np.int64]
+    ) -> list[list[float]]:
+        """Sum of the weights by class and bucket."""
+        buckets = np.searchsorted(_STARTS, ages // self._unit, side="right") - 1
+        classes = len(self._uses)
+        counts = np.bincount(groups * _AGES + buckets, weights, classes * _AGES)
+        return [[*map(float, row)] for row in counts.reshape(classes, _AGES)]
+
     def _estimate(self, uses: list[float], ends: list[float], unended: list[float]) -> list[float]:
-        """Hits to come per block and use, for each age.
+        """Hits to come per block and use, for each age, over the time for which it pays most to keep a block of it.
 
         From the oldest age down: of those that reached a bucket some were used in it, some faded, some are in it now
-        and stand for half a bucket, and the others went on to the next. An age that nobody has reached says that a use
-        takes longer, not that none will come: when a flood begins, all blocks get older between two uses.
+        and stand for half a bucket, and the others went on to the next. A block is kept into the buckets behind its own
+        as long as that raises the uses found per room taken. An age that nobody has reached says that a use takes
+        longer, not that none will come: when a flood begins, all blocks get older between two uses.
         """
         density = [0.0] * _AGES
         oldest = -1
-        reached = to_come = room = 0.0
+        reached = 0.0
+        later: list[tuple[float, float]] = []
+        """Hits and room of the times behind this bucket, for each block that reaches it: the nearest last, which is the
+        densest of them."""
         for bucket in range(_AGES - 1, -1, -1):
             reached += uses[bucket] + ends[bucket] + unended[bucket]
             if not reached:
                 continue
             oldest = max(oldest, bucket)
             at_risk = reached - 0.5 * unended[bucket]
-            use, gone = uses[bucket] / at_risk, (uses[bucket] + ends[bucket]) / at_risk
-            to_come = use + (1.0 - gone) * to_come
-            room = _WIDTHS[bucket] * (1.0 - 0.5 * gone) + (1.0 - gone) * room
-            density[bucket] = (to_come * reached + 0.02) / ((room * reached + 0.5) * self._unit + 1.0)
+            hits, gone = uses[bucket] / at_risk, (uses[bucket] + ends[bucket]) / at_risk
+            room = _WIDTHS[bucket] * (1.0 - 0.5 * gone)
+            later = [(found * (1.0 - gone), taken * (1.0 - gone)) for found, taken in later]
+            while later and later[-1][0] * room >= hits * later[-1][1]:
+                found, taken = later.pop()
+                hits += found
+                room += taken
+            later.append((hits, room))
+            density[bucket] = (hits * reached + 0.02) / ((room * reached + 0.5) * self._unit + 1.0)
         for bucket in range(oldest + 1, _AGES if oldest >= 0 else 0):
             density[bucket] = density[oldest] * ((_MIDDLES[oldest] + 1) / (_MIDDLES[bucket] + 1)) ** _FALL
         return density

@@ -2,9 +2,11 @@
 
 After N. Beckmann, H. Chen, A. Cidon, "LHD: Improving Cache Hit Rate by Maximizing Hit Density" (NSDI 2018), with
 classes made for prompts: how often a block was used, whether it is the end of a prompt, and whether it was computed
-behind text that had been used before. What became of blocks, also of those that were evicted, says for each class and
-age how many uses are to come (`kvstore.eviction.fates`). Blocks that come back after a long while teach it to wait, a
-flood of blocks that never come back teaches it to let go of new ones early.
+behind text that had been used before. A block need not be kept to the end of its life: its density is that of the
+time for which it pays most to keep it, the index of J. C. Gittins, "Bandit Processes and Dynamic Allocation Indices"
+(Journal of the Royal Statistical Society B 41, 1979). What became of blocks, also of those that were evicted, says for
+each class and age how many uses are to come (`kvstore.eviction.fates`). Blocks that come back after a long while teach
+it to wait, a flood of blocks that never come back teaches it to let go of new ones early.
 """
 
 from __future__ import annotations
@@ -12,7 +14,11 @@ from __future__ import annotations
 import heapq
 from collections import OrderedDict
 from collections.abc import Iterator
+from itertools import chain
 from typing import Generic
+
+import numpy as np
+from numpy.typing import NDArray
 
 from kvstore.eviction.base import EvictionPolicy, Item
 from kvstore.eviction.fates import Fates
@@ -27,11 +33,12 @@ _LEVELS = 8
 _LEVEL = tuple(0 if n < 1 else n - 1 if n < 4 else min(_LEVELS - 1, n.bit_length()) for n in range(1 << _LEVELS))
 """Level of a number of uses: each of the first three, then powers of two."""
 _CLASSES = 3 * _LEVELS
+_CLASS_BITS = _CLASSES.bit_length()
 _END = tuple(3 * level + 2 for level in _LEVEL)
 _INNER = tuple(3 * level for level in _LEVEL)
 """Class of a block by its number of uses: at the end of a prompt, and within one."""
 _MOST = len(_LEVEL) - 1
-_LEARN_EVERY = 512
+_LEARN_EVERY = 1024
 
 
 class _Entry(Generic[Item]):
@@ -268,12 +275,21 @@ class LHD(EvictionPolicy[Item], Generic[Item]):
         not used again: those whose fate is open are counted too, each at its age.
         """
         self._fates.scale(len(self._held))
-        held, ghosts, clock = self._held, self._ghosts, self._clock
-        if self._faded > len(held):
+        clock = self._clock
+        if self._faded > len(self._held):
             self._fates.learn()
             self._next = clock + _LEARN_EVERY
             return
-        still_open = [(entry.group, clock - entry.time, 1) for entry in held.values()]
-        still_open += [(group, clock - time, self._stride) for group, time, _ in ghosts.values()]
+        still_open = self._still_open()
         self._fates.learn(still_open)
-        self._next = clock + max(_LEARN_EVERY, len(still_open) // 4)
+        self._next = clock + max(_LEARN_EVERY, len(still_open[0]) // 4)
+
+    def _still_open(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Class, age and weight of each block that is held or remembered. One pass over them is most of the cost."""
+        held, ghosts = self._held, self._ghosts
+        seen = (entry.time << _CLASS_BITS | entry.group for entry in held.values())
+        left = (time << _CLASS_BITS | group for group, time, _ in ghosts.values())
+        both = np.fromiter(chain(seen, left), np.int64, len(held) + len(ghosts))
+        weights = np.full(len(both), self._stride)
+        weights[: len(held)] = 1
+        return both & (1 << _CLASS_BITS) - 1, self._clock - (both >> _CLASS_BITS), weights
