@@ -17,7 +17,12 @@ def calibrate(
     model: Annotated[Path, Parameter(help="Directory of the model, as transformers reads it.")],
     /,
     *,
-    texts: Annotated[list[Path], Parameter(help="Text files or folders of them; more than one kind is better.")],
+    texts: Annotated[
+        list[Path],
+        Parameter(
+            negative="", consume_multiple=True, help="Text files or folders of them; more than one kind is better."
+        ),
+    ],
     out_folder: Annotated[Path, Parameter(name="--out", help="Folder for the profile.")] = Path("profiles"),
     name: Annotated[str, Parameter(help="Name of the profile; `lossy:NAME` asks for it.")] = "",
     revision: Annotated[str, Parameter(help="Revision in the namespace; by default as the connectors name it.")] = "",

@@ -25,6 +25,7 @@ def evaluate(
         list[Path] | None,
         Parameter(
             negative="",
+            consume_multiple=True,
             help="Text files or folders, each one kind; by default Python's language reference and library.",
         ),
     ] = None,

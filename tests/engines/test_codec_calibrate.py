@@ -14,7 +14,7 @@ from kit import Daemon
 from transformers import AutoModelForCausalLM
 
 from kvstore.codecs import Context, importance, parse
-from kvstore.errors import ConfigError
+from kvstore.errors import ConfigError, InvalidParams
 from kvstore.profile import Profiles, load_profile
 from kvstore_connectors.transformers import KVStoreCache, codec_eval
 from kvstore_connectors.transformers.calibrate import Reference, Sample, code, cut, fit, measure
@@ -193,3 +193,16 @@ def comes_back(daemon: Daemon) -> None:
     with KVStoreCache(model, address=daemon.address, fidelity="lossy:other", block_tokens=64) as kv:
         kv.generate(prompt, max_new_tokens=1)  # refused, and so only not cached
         assert kv.last.loaded_tokens == kv.last.store.stored == 0
+
+
+def test_what_is_no_text_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / ".git").mkdir()
+    for name, data in (("a.txt", b"four words of it"), ("a.pyc", b"\x00\x01\x02"), (".git/config", b"no text of mine")):
+        (tmp_path / name).write_bytes(data)
+    encoded: list[str] = []
+    halves = codec_eval.split([tmp_path], lambda text: encoded.append(text) or list(range(10)))
+    assert encoded == ["four words of it"]
+    assert halves == ({"texts": [[0, 1, 2, 3, 4]]}, {"texts": [[5, 6, 7, 8, 9]]})
+    (tmp_path / "a.txt").unlink()
+    with pytest.raises(InvalidParams, match="no text file"):
+        codec_eval.split([tmp_path], lambda text: [])

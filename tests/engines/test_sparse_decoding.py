@@ -83,6 +83,17 @@ def test_a_step_reads_less_than_there_is_and_is_near_full_attention(model: Any, 
     assert float((full.exp() * (full - found)).sum(-1).mean()) < 0.1
 
 
+def test_the_sinks_are_always_read(model: Any) -> None:
+    prompt, full = ids(200, 20), DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(prompt, past_key_values=full, use_cache=True)
+        with SPARSE["squeezed"](model) as past:
+            model(prompt, past_key_values=past, use_cache=True)
+        for own, layer in zip(past.layers, full.layers, strict=True):
+            kept = torch.cat([layer.keys[:, :, :4], layer.keys[:, :, -20:]], 2)  # and the window
+            torch.testing.assert_close(own.keys, kept)
+
+
 def test_rebuilt_keys_of_full_rank_are_the_keys_to_bfloat16(model: Any) -> None:
     prompt, following = ids(200, 6), ids(8, 7)
     full = stepwise(model, DynamicCache(config=model.config), prompt, following)
