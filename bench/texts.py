@@ -3,9 +3,10 @@
 ``reference``: Python's language reference (``pydoc_data.topics``); ``code``: the standard library; ``readme``:
 descriptions of installed packages; ``docstrings``: documentation inside torch and the standard library.
 
+    python bench/texts.py --folder texts
     python bench/texts.py MODEL --out tokens.npz
 
-writes them tokenized, for a machine that has a model but no tokenizer.
+writes them as files, for `kvstore calibrate`, or tokenized, for a machine that has a model but no tokenizer.
 """
 
 from __future__ import annotations
@@ -60,6 +61,14 @@ def tokenized(encode: Callable[[str], list[int]]) -> tuple[Documents, Documents]
     return halves
 
 
+def write(folder: Path) -> None:
+    """Write the texts as files, a folder for each kind."""
+    for kind, documents in texts().items():
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+        for number, (_, text) in enumerate(documents):
+            (folder / kind / f"{number:03}.txt").write_text(text[:MOST_CHARACTERS])
+
+
 def save(halves: tuple[Documents, Documents], path: Path) -> None:
     """Write tokenized texts as one file of arrays."""
     arrays: dict[str, np.ndarray] = {}
@@ -91,8 +100,12 @@ def encoder(model: str) -> Callable[[str], list[int]]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Tokenize the texts.")
-    parser.add_argument("model")
-    parser.add_argument("--out", type=Path, required=True)
+    parser = argparse.ArgumentParser(description="Write the texts, as they are or tokenized.")
+    parser.add_argument("model", nargs="?", help="whose tokenizer")
+    parser.add_argument("--folder", type=Path, help="write the texts here as files")
+    parser.add_argument("--out", type=Path, help="write them here tokenized")
     args = parser.parse_args()
-    save(tokenized(encoder(args.model)), args.out)
+    if args.folder is not None:
+        write(args.folder)
+    if args.model and args.out is not None:
+        save(tokenized(encoder(args.model)), args.out)
