@@ -1,13 +1,16 @@
 """Stored chunks of a prompt, copied out of the daemon's memory into its cache, keys moved to where they stand now.
 
 A chunk is believed only if its header says the very tokens that stand in the prompt, all its bytes have come, and the
-lease was valid until the last was copied. Anything else is None: the prompt is then computed.
+lease was valid until the last was copied. Anything else is a load that failed: the prompt is then computed.
+
+To a device the first layers are copied first, and while they are computed on the next ones come.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -17,15 +20,20 @@ from kvstore.client import LeasedBlock, chunk_keys
 from kvstore.types import ChunkInfo, Miss, Namespace
 from kvstore_connectors.base import Tally
 from kvstore_connectors.blend.prompt import Capture, LayerKV, Span
-from kvstore_connectors.blend.rope import move
+from kvstore_connectors.clock import Moment
 from kvstore_gpu import host
+from kvstore_gpu.place import Piece, place
+from kvstore_gpu.rope import Turn
 
 if TYPE_CHECKING:
     from kvstore.rope import Rotary
 
 HEADERS_AT_ONCE = 24
-BLOCKS_AT_ONCE = 16
+BLOCKS_AT_ONCE = 256
 """Blocks leased in one call: with their headers, and for their bytes."""
+
+LAYERS_AT_ONCE = 4
+"""Layers that are copied to a device together: a copy should have a megabyte."""
 
 TTL_S = 30.0
 
@@ -85,102 +93,217 @@ def describe(
     return out
 
 
-def load_chunks(
+def begin_load(
     client: Any,
     namespace: Namespace,
-    chunks: Sequence[Described],
+    chunks: Sequence[Wanted],
+    tokens: bytes,
     cache: Sequence[LayerKV],
     rotation: Rotary,
-    deadline: float,
+    deadline_s: float,
     tally: Tally,
-) -> list[Span] | None:
-    """Copy chunks into a prompt's cache; None if one of them can not be had as it should be.
+    stream: torch.cuda.Stream | None = None,
+) -> ChunkLoad | None:
+    """Have chunks copied into a prompt's cache, by their headers; None if one of them can not be had as it should be.
+
+    Parameters as of `describe` and `ChunkLoad`.
+    """
+    deadline = time.monotonic() + deadline_s
+    described = describe(client, namespace, chunks, tokens, deadline_s, tally)
+    if described is None:
+        return None
+    load = ChunkLoad(namespace, described, cache, rotation, tally, stream)
+    return load if load.begin(client, deadline) else None
+
+
+class _Wish(NamedTuple):
+    """Tokens of one stored block that stand together in the prompt, and how far from where they were computed."""
+
+    key: bytes
+    block_tokens: int
+    first: int
+    tokens: int
+    row: int
+    distance: int
+
+
+class ChunkLoad:
+    """Chunks on their way into a prompt's cache: `begin`, `wait` for layers, `finish`.
 
     Parameters
     ----------
+    namespace : Namespace
+    chunks : sequence of Described
     cache : sequence of LayerKV
-        Of the prompt, from its first token on.
-    deadline : float
-        On the monotonic clock.
+        Of the prompt, from its first token on; dense.
+    rotation : Rotary
+        The model's.
+    tally : Tally
+    stream : torch.cuda.Stream, optional
+        What copies to a device run on. They begin behind what the current stream was given.
+
+    Attributes
+    ----------
+    spans : list of Span
+        What the chunks are in the prompt.
+    seconds : float
+        Time that asking and copying took; complete when it is finished.
     """
-    pieces: list[tuple[bytes, Described, int]] = []
-    for one in chunks:
-        keys = chunk_keys(one.wanted.key, one.info)
-        pieces += [(key, one, place * namespace.block_tokens) for place, key in enumerate(keys)]
-    for at in range(0, len(pieces), BLOCKS_AT_ONCE):
-        some = pieces[at : at + BLOCKS_AT_ONCE]
-        wait_s = max(deadline - time.monotonic(), 0.0)
-        with client.lease([key for key, _, _ in some], namespace=namespace, ttl_s=TTL_S, wait_s=wait_s) as lease:
-            for block, (_, one, first) in zip(lease.blocks, some, strict=True):
-                room = namespace.block_tokens
-                found = not isinstance(block, Miss) and _place(
-                    _bytes(client, lease, block, cache[0].keys.device), one, first, room, cache, rotation
-                )
-                if not found:
-                    tally.add("blend_chunk_missing")
-                    return None
-            if cache[0].keys.is_cuda:
-                torch.cuda.current_stream(cache[0].keys.device).synchronize()  # it reads the daemon's memory up to here
-            if not lease.valid():
-                tally.add("load_expired")
-                return None
-    return [_span(one, cache[0].keys.device) for one in chunks]
+
+    def __init__(
+        self,
+        namespace: Namespace,
+        chunks: Sequence[Described],
+        cache: Sequence[LayerKV],
+        rotation: Rotary,
+        tally: Tally,
+        stream: torch.cuda.Stream | None = None,
+    ) -> None:
+        self._namespace = namespace
+        self._rows = [(held.keys, held.values) for held in cache]
+        self._device = cache[0].keys.device
+        self._rotation = rotation
+        self._tally = tally
+        self._stream = stream
+        self._wishes = [wish for one in chunks for wish in _wishes(one, namespace.block_tokens)]
+        self._group = LAYERS_AT_ONCE if stream is not None else len(cache)
+        self._came: list[Moment] = []
+        self._waits: list[tuple[Moment, Moment]] = []
+        self._lease: Any = None
+        self.seconds = 0.0
+        self.spans = [_span(one, self._device) for one in chunks]
+
+    def begin(self, client: Any, deadline: float) -> bool:
+        """Have all chunks copied; whether they could be had. On the CPU they have come when this returns.
+
+        Parameters
+        ----------
+        deadline : float
+            On the monotonic clock.
+        """
+        begun = False
+        try:
+            begun = self._begin(client, deadline)
+        finally:
+            if not begun:
+                self.finish()
+        return begun
+
+    def _begin(self, client: Any, deadline: float) -> bool:
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        left = self._wishes
+        while left:
+            if not self.finish():  # the memory that was leased for the blocks before may be needed for the next
+                return False
+            begun = time.monotonic()
+            wait_s = max(deadline - begun, 0.0)
+            keys = [wish.key for wish in left[:BLOCKS_AT_ONCE]]
+            self._lease = client.lease(keys, namespace=self._namespace, ttl_s=TTL_S, wait_s=wait_s)
+            found: list[LeasedBlock] = []
+            for block in self._lease.blocks:
+                if isinstance(block, Miss) or block.nbytes != self._nbytes(left[len(found)].block_tokens):
+                    break
+                found.append(block)
+            if not found:
+                self._tally.add("blend_chunk_missing")
+                return False
+            self.seconds += time.monotonic() - begun
+            self._land(client, found, left[: len(found)])
+            left = left[len(found) :]
+        return True
+
+    def wait(self, layer: int) -> None:
+        """Let what is given to the device from here on wait for a layer."""
+        came = self._came[1 + layer // self._group].event
+        if came is not None and layer % self._group == 0:
+            before = Moment(self._device)
+            torch.cuda.current_stream(self._device).wait_event(came)
+            self._waits.append((before, Moment(self._device)))
+
+    def waited(self) -> float:
+        """Seconds that the device waited for layers; for when it is through."""
+        return sum(before.until(after) for before, after in self._waits)
+
+    def finish(self) -> bool:
+        """Wait until all has come and end the lease; whether the bytes were right until the last was copied."""
+        if self._lease is None:
+            return True
+        with self._lease as lease:
+            if self._came:
+                self._came[-1].wait()
+                self.seconds += self._came[0].until(self._came[-1])
+            valid = bool(lease.valid())
+        self._lease = None
+        if not valid:
+            self._tally.add("load_expired")
+        return valid
+
+    def _nbytes(self, tokens: int) -> int:
+        return 2 * len(self._rows) * tokens * self._rows[0][0][0].nbytes
+
+    def _land(self, client: Any, found: Sequence[LeasedBlock], wishes: Sequence[_Wish]) -> None:
+        """Copy leased blocks to their places, some layers after the other."""
+        layers, device = len(self._rows), self._device
+        with torch.cuda.stream(self._stream):
+            runs = [_runs(client, self._lease, block, device) for block in found]
+            turn = Turn.of(self._rotation, torch.tensor([wish.distance for wish in wishes]).to(device))
+            self._came = [Moment(device)]
+            for first in range(0, layers, self._group):
+                last = min(first + self._group, layers)
+                pieces = []
+                for block, parts, wish in zip(found, runs, wishes, strict=True):
+                    layer = block.nbytes // layers
+                    here = _brought(parts, first * layer, last * layer, device)
+                    where = (wish.block_tokens, wish.first, wish.tokens, wish.row)
+                    pieces.append(Piece(here, *where, moved=wish.distance != 0))
+                skipped = frozenset(layer - first for layer in turn.skipped_layers)
+                place(self._rows[first:last], pieces, replace(turn, skipped_layers=skipped))
+                self._came.append(Moment(device))
 
 
-def _bytes(client: Any, lease: Any, block: LeasedBlock, device: torch.device) -> torch.Tensor:
-    """A leased block's bytes: in place, on the cache's device if they are there; or copied together from elsewhere."""
-    if isinstance(block.device, torch.Tensor) and block.device.device == device:
-        return block.device
-    if device.type == "cuda" and block.parts:
-        return _brought(block, device)
-    if block.array is not None:
-        return torch.from_numpy(block.array)
-    whole = np.empty(block.nbytes, dtype=np.uint8)
-    client.read(lease, block, whole)
-    return torch.from_numpy(whole)
-
-
-def _brought(block: LeasedBlock, device: torch.device) -> torch.Tensor:
-    """A block's bytes brought to a device straight from the daemon's memory; who ends the lease waits for it."""
-    out = torch.empty(block.nbytes, dtype=torch.uint8, device=device)
-    at = 0
-    for run in (run for part in block.parts for run in host.reach(part, device)):
-        out[at : at + len(run)].copy_(torch.from_numpy(run), non_blocking=True)
-        at += len(run)
+def _wishes(one: Described, room: int) -> list[_Wish]:
+    """What of each of a chunk's blocks, of at most `room` tokens, is wanted."""
+    wanted, info = one
+    begin, end = wanted.offset, wanted.offset + wanted.stop - wanted.start
+    out = []
+    for number, key in enumerate(chunk_keys(wanted.key, info)):
+        first = number * room
+        count = min(len(info.tokens) // 4 - first, room)
+        a, b = max(begin, first), min(end, first + count)
+        if a < b:
+            row = wanted.start - begin + a
+            out.append(_Wish(key, count, a - first, b - a, row, row - info.position - a))
     return out
 
 
-def _place(
-    payload: torch.Tensor, one: Described, first: int, room: int, cache: Sequence[LayerKV], rotation: Rotary
-) -> bool:
-    """Copy a block of at most `room` tokens, the first of them the chunk's `first`, to where its tokens stand."""
-    wanted, info, held = one.wanted, one.info, cache[0].keys
-    shape = held.shape[1:]
-    count = min(len(info.tokens) // 4 - first, room)
-    if len(payload) != 2 * len(cache) * count * shape.numel() * held.dtype.itemsize:
-        return False
-    a, b = max(wanted.offset, first), min(wanted.offset + wanted.stop - wanted.start, first + count)
-    if a >= b:
-        return True
-    stored = payload.view(held.dtype).view(len(cache), 2, count, *shape)
-    stored = stored[:, :, a - first : b - first].to(held.device)
-    to = wanted.start - wanted.offset + a
-    new = torch.arange(to, to + b - a, device=held.device)
-    old = torch.arange(info.position + a, info.position + b, device=held.device)
-    moved = _moved(rotation, stored[:, 0], old, new)
-    for layer, target in enumerate(cache):
-        target.keys[to : to + b - a] = moved[layer]
-        target.values[to : to + b - a] = stored[layer, 1]
-    return True
+def _runs(client: Any, lease: Any, block: LeasedBlock, device: torch.device) -> list[torch.Tensor]:
+    """A leased block's bytes: on the cache's device if they are there; else where a copy can take them from."""
+    if isinstance(block.device, torch.Tensor) and block.device.device == device:
+        return [block.device]
+    if device.type == "cuda" and block.parts:
+        return [torch.from_numpy(run) for part in block.parts for run in host.reach(part, device)]
+    if block.array is not None:
+        return [torch.from_numpy(block.array)]
+    whole = np.empty(block.nbytes, dtype=np.uint8)
+    client.read(lease, block, whole)
+    return [torch.from_numpy(whole)]
 
 
-def _moved(rotation: Rotary, keys: torch.Tensor, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """Keys ``[layer, token, head, dim]`` moved; where all layers have RoPE in one go, as if they were heads."""
-    if rotation.skipped_layers:
-        return torch.stack([move(rotation, layer, one, old, new) for layer, one in enumerate(keys)])
-    layers, tokens, heads, dim = keys.shape
-    flat = keys.transpose(0, 1).reshape(tokens, layers * heads, dim)
-    return move(rotation, 0, flat, old, new).view(tokens, layers, heads, dim).transpose(0, 1)
+def _brought(runs: Sequence[torch.Tensor], begin: int, end: int, device: torch.device) -> torch.Tensor:
+    """Bytes `begin` to `end` of a block on a device, copied there unless they are; who ends the lease waits for it."""
+    parts, at = [], 0
+    for run in runs:
+        parts.append(run[max(begin - at, 0) : max(end - at, 0)])
+        at += len(run)
+    parts = [part for part in parts if len(part)]
+    if len(parts) == 1 and parts[0].device == device:
+        return parts[0]
+    out, at = torch.empty(end - begin, dtype=torch.uint8, device=device), 0
+    for part in parts:
+        out[at : at + len(part)].copy_(part, non_blocking=True)
+        at += len(part)
+    return out
 
 
 def _span(one: Described, device: torch.device) -> Span:

@@ -14,6 +14,7 @@ from kit import Daemon, numbers
 
 from kvstore.errors import ConfigError, InvalidParams, Unavailable
 from kvstore.keys import prefix_keys
+from kvstore_connectors import chunk_loads
 from kvstore_connectors.blend.recompute import prefill
 from kvstore_connectors.transformers import Chunks, KVStoreCache, chunks
 from kvstore_connectors.transformers.opened import OpenedModel
@@ -159,11 +160,11 @@ def test_as_much_is_computed_again_as_loading_takes_time_for(kv: KVStoreCache) -
     chunks.load(ids, share=0.2)
     least = chunks.last.computed_tokens
     for _ in range(20):
-        chunks._controller.loaded(1 << 10, 1e3)
+        chunks._controller.loaded(1 << 20, 1e3)
     chunks.load(ids, share=0.2, amount="loading")
     assert chunks.last.computed_tokens == ids.shape[1] > least
     for _ in range(200):
-        chunks._controller.loaded(1 << 10, 1e-9)
+        chunks._controller.loaded(1 << 20, 1e-9)
     chunks.load(ids, share=0.2, amount="loading")
     assert chunks.last.computed_tokens == least
     with pytest.raises(InvalidParams, match="amount"):
@@ -305,13 +306,13 @@ def test_without_a_daemon_nothing_is_lost(model: Any, tmp_path: Path, monkeypatc
         assert kv._breaker.start(5.0)
         some = Chunks(kv)
         some.store(DOCS)
-        describe = chunks.describe
+        describe = chunk_loads.describe
 
         def killed(*args: Any) -> Any:
             daemon.kill()
             return describe(*args)
 
-        monkeypatch.setattr(chunks, "describe", killed)
+        monkeypatch.setattr(chunk_loads, "describe", killed)
         assert run(some.generate, ids)[0] == truth  # killed while chunks were being loaded
         assert run(some.generate, ids)[0] == truth
         with pytest.raises(Unavailable):

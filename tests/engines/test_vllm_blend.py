@@ -14,6 +14,7 @@ from kit import Answer, Daemon, Engine, engine, numbers
 from kvstore.client import chunk_keys
 from kvstore.keys import namespace_digest
 from kvstore.types import Namespace
+from kvstore_connectors import chunk_loads
 from kvstore_connectors.vllm.blend_gate import Verdict
 from kvstore_connectors.vllm.blend_jobs import BlendJob
 from kvstore_connectors.vllm.blend_scheduler import Blends
@@ -320,17 +321,32 @@ def test_a_chunk_that_is_evicted_between_lookup_and_load(
 def test_a_block_in_the_middle_of_a_chunk_that_is_gone(
     vllm: Engine, truth: Any, daemon: Daemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    describe = Blender._describe
+    describe = chunk_loads.describe
 
-    def late(self: Blender, client: Any, job: BlendJob, ns: Namespace) -> Any:
-        described = describe(self, client, job, ns)
+    def late(client: Any, ns: Namespace, *args: Any) -> Any:
+        described = describe(client, ns, *args)
         assert described is not None
         with daemon.client() as other:
-            other.drop(chunk_keys(described[0].key, described[0].info)[1:2], namespace=ns)
+            other.drop(chunk_keys(described[0].wanted.key, described[0].info)[1:2], namespace=ns)
         return described
 
-    monkeypatch.setattr(Blender, "_describe", late)
+    monkeypatch.setattr(chunk_loads, "describe", late)
+    before = vllm.metrics()
     failing(vllm, truth, prompt_of(*DOCS)[0])
+    assert grown(vllm, before, "blend_chunk_missing") == 1
+
+
+def test_a_lease_that_ends_while_chunks_are_blended(vllm: Engine, truth: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    repair = Blender._repair
+
+    def late(self: Blender, model: Any, job: BlendJob, gathered: Any) -> Any:
+        gathered.load._lease._expires = 0.0
+        return repair(self, model, job, gathered)
+
+    monkeypatch.setattr(Blender, "_repair", late)
+    before = vllm.metrics()
+    failing(vllm, truth, prompt_of(*DOCS)[0])
+    assert grown(vllm, before, "load_expired") == 1
 
 
 def test_wrong_tokens_under_a_key_are_not_believed(vllm: Engine, truth: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,14 +377,14 @@ def test_a_selector_that_does_not_exist(vllm: Engine, truth: Any) -> None:
 def test_a_daemon_killed_in_the_middle(
     vllm: Engine, truth: Any, daemon: Daemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    describe = Blender._describe
+    describe = chunk_loads.describe
 
-    def late(self: Blender, client: Any, job: BlendJob, ns: Namespace) -> Any:
-        described = describe(self, client, job, ns)
+    def late(*args: Any) -> Any:
+        described = describe(*args)
         daemon.kill()
         return described
 
-    monkeypatch.setattr(Blender, "_describe", late)
+    monkeypatch.setattr(chunk_loads, "describe", late)
     try:
         failing(vllm, truth, prompt_of(*DOCS)[0])
     finally:

@@ -6,7 +6,6 @@ blended is stored under no name at all, the tokens that are generated behind it 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -19,12 +18,13 @@ from kvstore.keys import content_key
 from kvstore_connectors.base import report_defect
 from kvstore_connectors.blend.amount import AMOUNTS, Amount, Controller, chunk_bytes
 from kvstore_connectors.blend.influence import Influences
-from kvstore_connectors.blend.prompt import LayerKV, Prompt, Span
+from kvstore_connectors.blend.prompt import LayerKV, Prompt
 from kvstore_connectors.blend.recompute import empty_cache, prefill
 from kvstore_connectors.blend.selectors.planner import selector_for
 from kvstore_connectors.blend.work import Work
 from kvstore_connectors.build import PACK_TOKENS, Builder, Progress, store_chunk
-from kvstore_connectors.chunk_loads import Wanted, describe, load_chunks
+from kvstore_connectors.chunk_loads import ChunkLoad, Wanted, begin_load
+from kvstore_connectors.clock import Moment
 from kvstore_connectors.transformers.cache import KVStoreCache
 from kvstore_connectors.transformers.history import autocast
 from kvstore_connectors.transformers.opened import OpenedModel
@@ -98,6 +98,7 @@ class Chunks:
     ) -> None:
         self._kv = kv
         self._opened = OpenedModel(kv.model, kv.decoder)
+        self._copies = torch.cuda.Stream(kv.model.device) if kv.model.device.type == "cuda" else None
         self._system: list[int] = token_rows(system)[0].tolist() if len(system) else []
         self._labels = list(labels)
         self._salt = salt
@@ -275,7 +276,7 @@ class Chunks:
                 gathered = self._gather(namespace, row, past, _wanted(found, exact, len(row) - 1))
                 if gathered is not None:
                     if amount == "loading":
-                        share = self._controller.share(*gathered, share)
+                        share = self._controller.share(*gathered[:2], share)
                     self._blend(namespace, past, *gathered, share, selector)
             except ConfigError:  # a selector that does not fit these chunks
                 raise
@@ -287,7 +288,7 @@ class Chunks:
 
     def _gather(
         self, namespace: Namespace, row: Any, past: PrefixCache, wanted: Sequence[Wanted]
-    ) -> tuple[Prompt, list[LayerKV]] | None:
+    ) -> tuple[Prompt, list[LayerKV], ChunkLoad] | None:
         """The prompt and its KV as far as it is stored; None if it is no more than the exact beginning."""
         link, exact = self._kv.link, past.loaded_tokens
         if not wanted:
@@ -297,31 +298,36 @@ class Chunks:
             cache = empty_cache(self._opened, ids)
             for held, (keys, values) in zip(cache, past.pairs(), strict=False):
                 held.keys[:exact], held.values[:exact] = (x[0, :, :exact].transpose(0, 1) for x in (keys, values))
-
-            def fetch(client: Any) -> list[Span] | None:
-                deadline = time.monotonic() + LOAD_DEADLINE_S
-                tokens, tally = row.tobytes(), self._kv.tally
-                described = describe(client, namespace, wanted, tokens, LOAD_DEADLINE_S, tally)
-                if described is None:
-                    return None
-                return load_chunks(client, namespace, described, cache, self._opened.rotary, deadline, tally)
-
-            begun = time.monotonic()
-            found = link.run("blend", fetch)
-            if found is not None:
-                self._controller.loaded(chunk_bytes(found, cache), time.monotonic() - begun)
-        return None if found is None else (Prompt(ids, tuple(found), exact), cache)
+            work = partial(begin_load, namespace=namespace, chunks=wanted, tokens=row.tobytes(), cache=cache)
+            how = {"rotation": self._opened.rotary, "deadline_s": LOAD_DEADLINE_S, "tally": self._kv.tally}
+            load = link.run("blend", partial(work, **how, stream=self._copies))
+        return None if load is None else (Prompt(ids, tuple(load.spans), exact), cache, load)
 
     @torch.no_grad()
     def _blend(
-        self, namespace: Namespace, past: PrefixCache, prompt: Prompt, cache: list[LayerKV], share: float, name: str
+        self,
+        namespace: Namespace,
+        past: PrefixCache,
+        prompt: Prompt,
+        cache: list[LayerKV],
+        load: ChunkLoad,
+        share: float,
+        name: str,
     ) -> None:
-        begun = time.monotonic()
-        work = Work(self._opened, prompt, cache)
-        for _ in work.repair(selector_for(name, prompt), share):
-            pass
+        device = prompt.ids.device
+        begun = Moment(device)
+        try:
+            work = Work(self._opened, prompt, cache, load.wait)
+            for _ in work.repair(selector_for(name, prompt), share):
+                pass
+        finally:
+            sound = load.finish()
+        if not sound:  # the prompt is computed
+            return
+        ended = Moment(device)
         count, computed = len(prompt.ids) - 1, int(work.changed.sum())  # waits for the device
-        self._controller.repaired(work.token_layers, time.monotonic() - begun)
+        self._controller.loaded(chunk_bytes(prompt.spans, cache), load.seconds)
+        self._controller.repaired(work.token_layers, begun.until(ended) - load.waited())
         past.fill([(held.keys.transpose(0, 1)[None], held.values.transpose(0, 1)[None]) for held in cache], count)
         past.taint(TAINT)
         self.last = Blend(count + 1, prompt.exact, len(prompt.spans), prompt.reused, computed)

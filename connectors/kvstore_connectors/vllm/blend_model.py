@@ -131,5 +131,9 @@ class EngineModel:
 
     def agree(self, sound: bool) -> bool:
         """Whether all ranks are; a pass that one of them can not begin would leave the others waiting."""
+        from vllm.distributed.parallel_state import get_tp_group
+
+        if get_tp_group().world_size == 1:
+            return sound
         device = next(self._inner.parameters()).device
         return bool(self.total(torch.tensor([float(not sound)], device=device), "max").item() == 0.0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,10 +19,12 @@ from kvstore.keys import derived_key, namespace_digest
 from kvstore.types import Namespace, Stored
 from kvstore_connectors.base import Link, Tally, report_defect
 from kvstore_connectors.blend.amount import Controller, chunk_bytes
-from kvstore_connectors.blend.prompt import LayerKV, Prompt, Span
+from kvstore_connectors.blend.prompt import LayerKV, Prompt
 from kvstore_connectors.blend.selectors.planner import selector_for
+from kvstore_connectors.blend.varlen import PAGE
 from kvstore_connectors.blend.work import Work
-from kvstore_connectors.chunk_loads import Described, Wanted, describe, load_chunks
+from kvstore_connectors.chunk_loads import ChunkLoad, Wanted, begin_load
+from kvstore_connectors.clock import Moment
 from kvstore_connectors.vllm.blend_jobs import BlendJob, CaptureJob
 from kvstore_connectors.vllm.blend_rows import Rows
 from kvstore_connectors.vllm.blend_scheduler import MOST_COMPUTED
@@ -32,11 +34,28 @@ from kvstore_connectors.vllm.transfers import TTL_S, fill_room
 
 if TYPE_CHECKING:
     from kvstore.rope import Rotary
+    from kvstore_connectors.blend.prompt import Cache
     from kvstore_connectors.vllm.blend_gate import Gate
     from kvstore_connectors.vllm.blend_model import EngineModel
 
 MAX_BYTES = 4 << 30
 """Memory that one prompt's KV may take while it is blended; longer prompts are computed."""
+
+
+class _Gathered(NamedTuple):
+    """A prompt, its cache, and what is on its way into that."""
+
+    prompt: Prompt
+    cache: list[LayerKV]
+    load: ChunkLoad
+
+
+class _Repaired(NamedTuple):
+    """Work that was given to the device, from when to when it takes."""
+
+    work: Work
+    begun: Moment
+    ended: Moment
 
 
 class Blender:
@@ -76,6 +95,8 @@ class Blender:
         self._rotation = rotation
         self._gate = gate
         self._controller = Controller()
+        self._copies = torch.cuda.Stream(rows.device, priority=-1) if rows.device.type == "cuda" else None
+        self._ended: list[Callable[[], None]] = []
         self._token_bytes = 2 * rows.layers * rows.shape[0] * rows.shape[1] * rows.dtype.itemsize
 
     # -- blending ------------------------------------------------------------------------------------------------------
@@ -96,16 +117,40 @@ class Blender:
         except Exception:  # the other ranks wait to hear of it
             report_defect("gathering chunks")
         model = self._model
-        # All ranks begin the pass or none: its sums over ranks wait for each other.
-        if model is None or not model.agree(gathered is not None) or gathered is None:
+        # All ranks begin the pass or none: its sums over ranks wait for each other. What comes late may still fail.
+        filled = False
+        if model is not None and model.agree(gathered is not None) and gathered is not None:
+            try:
+                with torch.inference_mode():
+                    repaired = self._repair(model, job, gathered)
+            finally:
+                sound = gathered.load.finish()
+            filled = model.agree(sound)
+            if filled:
+                self._fill(job, gathered.cache)
+                self._ended.append(partial(self._count, link, gathered, repaired, begun))
+        if not filled:
             self._tally.add("blend_failures")
             self._tally.add("recomputed_tokens", len(job.tokens) // 4 - job.begin)
             return set(missing or job.table[job.exact // self._rows.engine_block :])
-        with torch.inference_mode():
-            computed = self._repair(model, job, *gathered)
-        self._tally.add("blend_seconds", time.monotonic() - begun)
-        self.report(link, prompts=1, tokens=len(job.tokens) // 4 - job.exact, computed=computed)
         return set()
+
+    def settle(self) -> None:
+        """Count what was blended; waits for the device. For when the step's other work has been given to it."""
+        ended, self._ended = self._ended, []
+        for count in ended:
+            count()
+
+    def _count(self, link: Link, gathered: _Gathered, repaired: _Repaired, begun: float) -> None:
+        prompt, cache, load = gathered
+        tokens, computed = len(prompt.ids) - prompt.exact, int(repaired.work.changed.sum())  # waits for the device
+        self._controller.loaded(chunk_bytes(prompt.spans, cache), load.seconds)
+        self._controller.repaired(repaired.work.token_layers, repaired.begun.until(repaired.ended) - load.waited())
+        self._tally.add("blend_seconds", time.monotonic() - begun)
+        self._tally.add("blended_tokens", tokens)
+        self._tally.add("blend_computed_tokens", computed)
+        self._tally.add("blend_reused_tokens", tokens - computed)
+        self.report(link, prompts=1, tokens=tokens, computed=computed)
 
     def report(self, link: Link, **counts: int) -> None:
         """Tell the daemon what was blended, and by which verdict."""
@@ -125,42 +170,41 @@ class Blender:
         first = next((place for place, one in enumerate(job.table) if one in failed), None)
         return [] if first is None else job.table[first:]
 
-    def _gather(self, link: Link, job: BlendJob) -> tuple[Prompt, list[LayerKV]] | None:
-        """The prompt and its KV as far as it is cached: the engine's own exact part, and the chunks, moved."""
+    def _gather(self, link: Link, job: BlendJob) -> _Gathered | None:
+        """The prompt and its KV as far as it is cached: the engine's own exact part, and the chunks, on their way."""
         count = len(job.tokens) // 4
         if count * self._token_bytes > MAX_BYTES:
             self._tally.add("blend_too_long")
             return None
         rows = self._rows
-        shape = (count, *rows.shape)
         # Zeros and not whatever was there: attention masks what is missing, but zero times NaN is NaN.
-        cache = [
-            LayerKV(*(torch.zeros(shape, dtype=rows.dtype, device=rows.device) for _ in range(2)))
-            for _ in range(rows.layers)
-        ]
+        room = torch.zeros(
+            (rows.layers, 2, -(-count // PAGE) * PAGE, *rows.shape), dtype=rows.dtype, device=rows.device
+        )
+        cache = [LayerKV(keys, values) for keys, values in room]
         for layer, held in enumerate(cache if job.exact else ()):
             held.keys[: job.exact], held.values[: job.exact] = rows.read(layer, job.table, 0, job.exact)
-        spans = link.run("blend", partial(self._load_chunks, job=job, cache=cache))
-        if spans is None:
+        load = link.run("blend", partial(self._begin_load, job=job, cache=cache))
+        if load is None:
             return None
         ids = torch.from_numpy(np.frombuffer(job.tokens, dtype="<i4").astype(np.int64)).to(rows.device)
-        return Prompt(ids, tuple(spans), exact=job.exact), cache
+        return _Gathered(Prompt(ids, tuple(load.spans), exact=job.exact), cache, load)
 
-    def _repair(self, model: EngineModel, job: BlendJob, prompt: Prompt, cache: list[LayerKV]) -> int:
-        """Compute the tokens that need it and write the prompt into the engine's cache; how many were computed."""
+    def _repair(self, model: EngineModel, job: BlendJob, gathered: _Gathered) -> _Repaired:
+        """Compute the tokens that need it, each layer when it has come."""
+        prompt, cache, load = gathered
         share = self._share(model, job, prompt, cache)
-        begun = time.monotonic()
-        work = Work(model, prompt, cache)
+        begun = Moment(self._rows.device)
+        work = Work(model, prompt, cache, load.wait)
         for _ in work.repair(selector_for(job.selector, prompt), share):
             pass
+        return _Repaired(work, begun, Moment(self._rows.device))
+
+    def _fill(self, job: BlendJob, cache: Cache) -> None:
+        """Put the prompt into the engine's cache."""
+        count = len(job.tokens) // 4
         for layer, held in enumerate(cache):
-            self._rows.write(layer, job.table, job.exact, held.keys[job.exact :], held.values[job.exact :])
-        computed = int(work.changed.sum())  # waits for the device
-        self._controller.repaired(work.token_layers, time.monotonic() - begun)
-        self._tally.add("blended_tokens", len(prompt.ids) - job.exact)
-        self._tally.add("blend_computed_tokens", computed)
-        self._tally.add("blend_reused_tokens", len(prompt.ids) - job.exact - computed)
-        return computed
+            self._rows.write(layer, job.table, job.exact, held.keys[job.exact : count], held.values[job.exact : count])
 
     def _share(self, model: EngineModel, job: BlendJob, prompt: Prompt, cache: list[LayerKV]) -> float:
         """Share of reused tokens to compute again; the same on all ranks, though their clocks differ."""
@@ -171,25 +215,14 @@ class Blender:
 
     # -- chunks --------------------------------------------------------------------------------------------------------
 
-    def _load_chunks(self, client: Any, job: BlendJob, cache: list[LayerKV]) -> list[Span] | None:
-        """Copy all chunks of a prompt into its cache; None if one of them can not be had as it should be."""
+    def _begin_load(self, client: Any, job: BlendJob, cache: list[LayerKV]) -> ChunkLoad | None:
         if self._rotation is None:
             raise InternalError("a chunk was to be placed without the model's rotation.")
         namespace = request_namespace(self._namespace, job.scope)
-        deadline = time.monotonic() + self._deadline_s
-        described = self._describe(client, job, namespace)
-        if described is None:
-            return None
-        begun = time.monotonic()
-        spans = load_chunks(client, namespace, described, cache, self._rotation, deadline, self._tally)
-        if spans is not None:
-            self._controller.loaded(chunk_bytes(spans, cache), time.monotonic() - begun)
-        return spans
-
-    def _describe(self, client: Any, job: BlendJob, namespace: Namespace) -> list[Described] | None:
         digest = namespace_digest(namespace)
         wanted = [Wanted(one.start, one.stop, one.offset, one.keys[digest], one.exact) for one in job.spans]
-        return describe(client, namespace, wanted, job.tokens, self._deadline_s, self._tally)
+        where = (job.tokens, cache, self._rotation, self._deadline_s, self._tally, self._copies)
+        return begin_load(client, namespace, wanted, *where)
 
     # -- capture -------------------------------------------------------------------------------------------------------
 
