@@ -13,23 +13,28 @@ earlier chunk, and those that light came to over a seam, with the words around t
 
 How rare a word is, is counted in the chunks themselves, in windows of `WINDOW` tokens, for tokens and for pairs of
 tokens: a name of two tokens is rarer than each of them.
+
+Everything is arrays over the prompt's positions, on the host: a prompt of 32,000 tokens takes some milliseconds.
 """
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kvstore_connectors.blend.selectors.choice import Choice
 
 if TYPE_CHECKING:
     from kvstore_connectors.blend.prompt import Prompt
     from kvstore_connectors.blend.work import Work
+
+Light = NDArray[np.float64]
+Places = NDArray[np.int64]
 
 WINDOW = 32
 """Tokens in a window; a word is rare if few windows have it."""
@@ -75,120 +80,159 @@ class Trail(Choice):
 
     def scores(self, work: Work) -> Generator[int, None, torch.Tensor]:
         yield from ()
-        prompt = work.prompt
         if repr(self) not in work.notes:
-            words = _Words(prompt, self.single)
-            found = torch.tensor(self._needed(self._light(prompt, words), words), device=prompt.ids.device)
-            work.notes[repr(self)] = found.masked_fill(found <= 0, -torch.inf)
+            words = _Words(work.prompt, self.single)
+            found = torch.from_numpy(self._needed(self._light(words), words)).float()
+            work.notes[repr(self)] = found.masked_fill(found <= 0, -torch.inf).to(work.prompt.ids.device)
         return work.notes[repr(self)]
 
-    def _light(self, prompt: Prompt, words: _Words) -> list[float]:
-        lit = [0.0] * len(words.ids)
-        for asked in prompt.question.tolist():
-            for there in words.places(asked):
-                lit[there] = max(lit[there], words.match(asked, there))
-        total = lit = self._spread(lit, words.owner)
+    def _light(self, words: _Words) -> Light:
+        total = lit = self._spread(words.asked(), words)
         for _ in range(self.hops):
-            lit = self._spread(self._hop(lit, words), words.owner)
-            total = [max(pair) for pair in zip(total, lit, strict=True)]
+            lit = self._spread(self._hop(lit, words), words)
+            total = np.maximum(total, lit)
         return total
 
-    def _needed(self, light: list[float], words: _Words) -> list[float]:
+    def _needed(self, light: Light, words: _Words) -> Light:
         """Light where something earlier in another chunk has not been seen, and around there; a little of the rest."""
-        owner = words.owner
-        needed = [0.0] * len(light)
-        for places in words.repeated():
-            for at, here in enumerate(places):
-                if light[here] >= FAINT:
-                    before = [words.match(there, here) for there in places[:at] if owner[there] != owner[here]]
-                    needed[here] = max([needed[here], *(light[here] * match for match in before)])
-        ahead = _fading(needed, self.ahead, lambda i, j: owner[i] == owner[j])
-        back = _fading(needed[::-1], self.back, lambda i, j: owner[-1 - i] == owner[-1 - j])[::-1]
-        rows = zip(ahead, back, self._over_seams(light, owner), light, owner, strict=True)
-        return [max(parts) + self.rest * lit if chunk >= 0 else 0.0 for *parts, lit, chunk in rows]
+        owner, needed = words.owner, np.zeros_like(light)
+        here, there, match = words.links(light, back_only=True)
+        np.maximum.at(needed, here, np.where(owner[there] != owner[here], light[here] * match, 0.0))
+        parts = (words.faded(needed, self.ahead), words.faded_back(needed, self.back), self._over_seams(light, words))
+        return np.where(owner >= 0, np.maximum.reduce(parts) + self.rest * light, 0.0)
 
-    def _over_seams(self, light: list[float], owner: list[int]) -> list[float]:
+    def _over_seams(self, light: Light, words: _Words) -> Light:
         """Light that the end of a chunk throws on the next one's beginning."""
-        over = [0.0] * len(light)
-        for start in range(1, len(owner)):
-            if owner[start - 1] < 0 or owner[start - 1] == owner[start] or owner[start] < 0:
-                continue
-            end = range(max(0, start - self.ahead), start)
-            thrown = max(light[i] * (1 - (start - i) / self.ahead) for i in end)
-            for at in range(start, min(len(owner), start + self.seam)):
-                if owner[at] == owner[start]:
-                    over[at] = max(over[at], thrown * (1 - (at - start) / self.seam))
+        starts, stops = words.spans[1:][words.spans[1:, 0] == words.spans[:-1, 1]].T[:, :, None]
+        before, behind = np.arange(self.ahead) + 1, np.arange(self.seam)
+        thrown = (light[np.maximum(starts - before, 0)] * (1 - before / self.ahead)).max(1, keepdims=True)
+        reached = starts + behind
+        inside = reached < stops
+        over = np.zeros_like(light)
+        over[reached[inside]] = (thrown * (1 - behind / self.seam))[inside]
         return over
 
-    def _hop(self, lit: list[float], words: _Words) -> list[float]:
-        passed = [0.0] * len(lit)
-        for places in words.repeated():
-            for here in places:
-                if lit[here] < FAINT:
-                    continue
-                for there in places:
-                    if abs(here - there) > self.back:
-                        weight = self.fade if here < there else self.fade * self.backward
-                        passed[there] = max(passed[there], weight * lit[here] * words.match(here, there))
+    def _hop(self, lit: Light, words: _Words) -> Light:
+        passed = np.zeros_like(lit)
+        here, there, match = words.links(lit)
+        weight = np.where(here < there, self.fade, self.fade * self.backward)
+        np.maximum.at(passed, there, np.where(abs(here - there) > self.back, weight * lit[here] * match, 0.0))
         return passed
 
-    def _spread(self, lit: list[float], owner: list[int]) -> list[float]:
+    def _spread(self, lit: Light, words: _Words) -> Light:
         """Light fading linearly with distance: onwards across chunks, backwards within one."""
-        out = _fading(lit, self.ahead, lambda _, __: True)
-        back = _fading(lit[::-1], self.back, lambda i, j: owner[-1 - i] == owner[-1 - j])[::-1]
-        return [
-            max(ahead, before) if chunk >= 0 else 0.0 for ahead, before, chunk in zip(out, back, owner, strict=True)
-        ]
+        spread = np.maximum(_fading(lit, np.arange(len(lit)), self.ahead), words.faded_back(lit, self.back))
+        return np.where(words.owner >= 0, spread, 0.0)
 
 
-def _fading(lit: list[float], reach: int, joined: Callable[[int, int], bool]) -> list[float]:
-    out, peak, at = [0.0] * len(lit), 0.0, 0
-    for i, light in enumerate(lit):
-        left = peak * (1 - (i - at) / reach) if joined(at, i) else 0.0
-        if light >= left:
-            peak, at, left = light, i, light
-        out[i] = max(0.0, left)
-    return out
+def _fading(lit: Light, place: Places, reach: int) -> Light:
+    """What each light leaves at the places behind it, until one shines at least as bright as what is left there.
+
+    One by one that is a walk; here all are compared at once, each with the last before it that seems to outshine, until
+    nothing changes. What is right stays right, and the rest shrinks quickly: some eight rounds.
+    """
+    shining = lit > 0
+    shining[0] = True  # what is before the first is dark
+    at = np.flatnonzero(shining)
+    light, where = lit[at], place[at]
+    behind = np.maximum(np.arange(len(at)) - 1, 0)
+    outshines = np.append(True, light[1:] >= light[:-1] * (1 - np.diff(where) / reach))
+    while True:
+        last = np.flatnonzero(outshines)[np.cumsum(outshines) - 1]
+        last[1:], last[0] = last[:-1].copy(), 0
+        moved = np.flatnonzero(last != behind)
+        if not len(moved):
+            break
+        behind, last = last, last[moved]
+        outshines[moved] = light[moved] >= light[last] * (1 - (where[moved] - where[last]) / reach)
+    over = np.diff(at[outshines], append=len(lit))
+    left = np.repeat(light[outshines], over) * (1 - (place - np.repeat(where[outshines], over)) / reach)
+    return np.maximum(left, 0.0)
 
 
 class _Words:
-    """Where the tokens of the chunks stand, and how rare they and pairs of them are: 1 in one window, 0 in all."""
+    """Where the tokens of the chunks stand, and how rare they and pairs of them are: 1 in one window, 0 in all.
+
+    Attributes
+    ----------
+    spans : ndarray of int, [chunks, 2]
+    owner : ndarray of int, [n]
+        Chunk that each token is in; -1 in none.
+    """
 
     def __init__(self, prompt: Prompt, single: float) -> None:
-        self.ids: list[int] = prompt.ids.tolist()
-        self.owner: list[int] = prompt.chunk_of.tolist()
-        body = [i for i, chunk in enumerate(self.owner) if chunk >= 0]
-        self._places: defaultdict[int, list[int]] = defaultdict(list)
-        for i in body:
-            self._places[self.ids[i]].append(i)
-        alone, paired = (self._rarity(body, words) for words in ([(t,) for t in self.ids], self._pairs()))
-        self._alone = {word: (single * rarity) ** 2 for word, rarity in alone.items()}
-        self._paired = {word: rarity**2 for word, rarity in paired.items()}
+        ids = prompt.ids.cpu().numpy()
+        self.spans = np.array([(span.start, span.stop) for span in prompt.spans], np.int64).reshape(-1, 2)
+        self.owner = np.full(len(ids), -1)
+        for chunk, (start, stop) in enumerate(self.spans):
+            self.owner[start:stop] = chunk
+        start = self.spans.min(initial=len(ids))
+        window = np.where(self.owner >= 0, (np.arange(len(ids)) - start) // WINDOW, -1)
+        apart = np.cumsum(np.diff(self.owner, prepend=-1) != 0) * len(ids)
+        self._place = np.arange(len(ids)) + apart  # so far from each other that no light passes between chunks
+        self._kind, rarity, self._sorted = _kinds(ids, window)
+        self._alone = (single * rarity) ** 2
+        # Pairs by their second token: one more than there are tokens, the first and the last of them with nothing.
+        pairs = np.append(-1, self._kind) * (len(ids) + 1) + np.append(self._kind, -1)
+        self._pair, rarity, _ = _kinds(pairs, np.append(-1, window))
+        self._paired = rarity**2
+        count = np.bincount(self._kind[self._sorted], minlength=len(ids))
+        self._count, self._first = count[self._kind], (np.cumsum(count) - count)[self._kind]
+        self._nth = np.empty_like(self.owner)
+        self._nth[self._sorted] = np.arange(len(self._sorted)) - self._first[self._sorted]
+        self._question = slice(self.spans.max(initial=0), None)
 
-    def places(self, at: int) -> list[int]:
-        """Where in the chunks the token of this position stands."""
-        return self._places.get(self.ids[at], [])
+    def asked(self) -> Light:
+        """How telling each token of the chunks is as one of the question's, with the neighbours it has there, too."""
+        asked, n = self._question, len(self.owner)
+        lit = self._alone * np.isin(self._kind, self._kind[asked])
+        for pair, telling in ((self._pair[:n], self._paired[:n]), (self._pair[1:], self._paired[1:])):
+            lit = np.maximum(lit, telling * np.isin(pair, pair[asked]))
+        return np.where(self.owner >= 0, lit, 0.0)
 
-    def repeated(self) -> Iterable[list[int]]:
-        """Places of each token that stands in several and not too many."""
-        return (places for places in self._places.values() if 1 < len(places) <= COMMON)
+    def faded(self, lit: Light, reach: int) -> Light:
+        """Light fading onwards within its chunk."""
+        return _fading(lit, self._place, reach)
 
-    def match(self, here: int, there: int) -> float:
-        """How telling it is that two equal tokens are equal, with the neighbours that are equal too."""
-        ids = self.ids
-        found = self._alone[(ids[there],)]
-        if min(here, there) > 0 and ids[here - 1] == ids[there - 1]:
-            found = max(found, self._paired.get((ids[there - 1], ids[there]), 0.0))
-        if max(here, there) + 1 < len(ids) and ids[here + 1] == ids[there + 1]:
-            found = max(found, self._paired.get((ids[there], ids[there + 1]), 0.0))
-        return found
+    def faded_back(self, lit: Light, reach: int) -> Light:
+        """Light fading backwards within its chunk."""
+        return _fading(lit[::-1], -self._place[::-1], reach)[::-1]
 
-    def _pairs(self) -> list[tuple[int, ...]]:
-        return [*zip(self.ids, self.ids[1:], strict=False), (self.ids[-1],)]
+    def links(self, lit: Light, back_only: bool = False) -> tuple[Places, Places, Light]:
+        """Every lit token, every place in the chunks where it stands, or only those before, and how well they match.
 
-    def _rarity(self, body: list[int], words: list[tuple[int, ...]]) -> dict[tuple[int, ...], float]:
-        windows = (body[-1] - body[0]) // WINDOW + 1 if body else 1
-        seen: defaultdict[tuple[int, ...], set[int]] = defaultdict(set)
-        for i in body:
-            seen[words[i]].add((i - body[0]) // WINDOW)
-        return {word: math.log(windows / len(where)) / math.log(max(2, windows)) for word, where in seen.items()}
+        Tokens that stand in one place only or in too many are left out.
+        """
+        linked = np.flatnonzero((lit >= FAINT) & (self._count > 1) & (self._count <= COMMON))
+        count = (self._nth if back_only else self._count)[linked]
+        here = np.repeat(linked, count)
+        there = self._sorted[np.repeat(self._first[linked] - np.cumsum(count) + count, count) + np.arange(len(here))]
+        match = np.repeat(self._alone[linked], count)
+        for pair, telling in ((self._pair, self._paired), (self._pair[1:], self._paired[1:])):
+            equal = pair[there] == np.repeat(pair[linked], count)
+            match = np.maximum(match, np.where(equal, np.repeat(telling[linked], count), 0.0))
+        return here, there, match
+
+
+def _kinds(words: Places, window: Places) -> tuple[Places, Light, Places]:
+    """What is equal, and how rare: of each word the number of its kind and the rarity; places in windows, by kind.
+
+    Parameters
+    ----------
+    words : ndarray of int, [n]
+    window : ndarray of int, [n]
+        In which window each is counted; -1 in none.
+    """
+    bits = len(words).bit_length()
+    ordered = np.sort(words << bits | np.arange(len(words)))  # all different: equal words stay in order
+    place, word = ordered & (1 << bits) - 1, ordered >> bits
+    number = np.cumsum(np.diff(word, prepend=word[:1]) != 0)
+    counted = window[place] >= 0
+    kind, at = number[counted], place[counted]
+    first = (np.diff(kind, prepend=-1) != 0) | (np.diff(window[at], prepend=-1) != 0)
+    within = np.bincount(kind[first], minlength=number[-1] + 1)
+    windows = max(1, window.max() + 1)
+    rarity = np.log(windows / np.maximum(within, 1)) / np.log(max(2, windows))
+    kinds = np.empty_like(number)
+    kinds[place] = number
+    return kinds, np.where(within > 0, rarity, 0.0)[kinds], at
