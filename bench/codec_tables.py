@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any
 
 import torch
 
 from kvstore.codecs import Chain, Context, hadamard, importance, minicache
-from kvstore.codecs.basis import Basis
+from kvstore.codecs.basis import Basis, Part
 from kvstore.codecs.h2o import H2O
 from kvstore_connectors.transformers.calibrate import Cost, Reference, code
 from kvstore_connectors.transformers.probe import Probe
@@ -42,10 +43,30 @@ def low_rank(rows: torch.Tensor, rank: int) -> torch.Tensor:
     return (rows.double() @ right @ right.mT).float()
 
 
-def project(rows: torch.Tensor, part: Any, rank: int) -> torch.Tensor:
+def project(rows: torch.Tensor, part: Part, rank: int) -> torch.Tensor:
     """Rows through the first components of a calibrated transform."""
     mean_, forward, inverse = (x.to(rows.device) for x in (part.mean, part.forward[:, :rank], part.inverse[:rank]))
     return (rows - mean_) @ forward @ inverse + mean_
+
+
+@cache
+def principal(part: Part) -> Part:
+    """The principal components of the texts that a basis was fitted on: what it is without the weight of the loss."""
+    inverse = part.inverse.double()
+    values, vectors = torch.linalg.eigh((inverse.T * part.spread.double() ** 2) @ inverse)
+    turn = vectors.flip(1).float()
+    return Part(part.mean, turn, turn.T.contiguous(), values.flip(0).clamp(min=0).sqrt().float())
+
+
+def projected(tensor: torch.Tensor, parts: Sequence[Part], span: int, share: int) -> torch.Tensor:
+    """Keys or values ``[layer, token, kv_head, dim]`` with a share of the components; sinks as they are."""
+    got = tensor.clone()
+    for group, part in enumerate(parts):
+        rows = tensor[group * span : (group + 1) * span].permute(1, 0, 2, 3).flatten(1)
+        back = project(rows, part, len(part.mean) * share // 100)
+        got[group * span : (group + 1) * span] = back.view(len(rows), -1, *tensor.shape[2:]).transpose(0, 1)
+    got[:, :SINKS] = tensor[:, :SINKS]
+    return got
 
 
 def tensors(references: Sequence[Reference], bases: list[Basis], forms: Sequence[tuple[int, bool]]) -> dict[str, Any]:
@@ -69,18 +90,13 @@ def tensors(references: Sequence[Reference], bases: list[Basis], forms: Sequence
             run(f"K before RoPE, SVD, rank {share} %", turned(low_rank(flat(k), rank).view(k.shape)), v)
             run(f"K after RoPE, SVD, rank {share} %", low_rank(flat(kr), rank).view(k.shape), v)
         for (span, joint), basis in by_form.items():
-            if joint:
-                continue
-            for share in (12, 25, 50):
-                for which, name, tensor in ((0, "K", k), (1, "V", v)):
-                    got = torch.empty_like(tensor)
-                    for group, parts in enumerate(basis.groups):
-                        rows = tensor[group * span : (group + 1) * span].permute(1, 0, 2, 3).flatten(1)
-                        part = parts[which]
-                        back = project(rows, part, len(part.mean) * share // 100)
-                        got[group * span : (group + 1) * span] = back.view(len(rows), -1, *k.shape[2:]).transpose(0, 1)
-                    label = f"{name} calibrated basis, {span} layers, {share} %"
-                    run(label, turned(got) if which == 0 else kr, v if which == 0 else got)
+            for way, form in (("PCA", principal), ("weighed basis", lambda part: part)) if not joint else ():
+                for share in (12, 25, 50):
+                    for which, name, tensor in ((0, "K", k), (1, "V", v)):
+                        parts = [form(group[which]) for group in basis.groups]
+                        got = projected(tensor, parts, span, share)
+                        label = f"{name} calibrated {way}, {span} layers, {share} %"
+                        run(label, turned(got) if which == 0 else kr, v if which == 0 else got)
         for bits in (4, 2):
             run(f"K{bits} per token, after RoPE", fake(flat(kr), bits, -1).view(k.shape), v)
             for group in (32, 128):
