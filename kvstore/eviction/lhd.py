@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Iterator
-from itertools import chain
-from typing import Generic
+from collections.abc import Collection, Iterable, Iterator
+from itertools import compress, cycle
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,10 +24,16 @@ from kvstore.eviction.base import EvictionPolicy, Item
 from kvstore.eviction.fates import Fates
 from kvstore.eviction.heaps import InOrder, Place
 
+T = TypeVar("T")
+
 GHOSTS_PER_ITEM = 3
 """How many blocks that left are remembered for each that is held: the longest age at which a use can be counted."""
 MAX_GHOSTS = 1 << 17
 """Beyond this only a sample is remembered, at about 200 bytes each; the statistics need no more."""
+MAX_OPEN = 1 << 15
+"""Blocks that are held, and as many that left, which are looked at while nothing better is known: some milliseconds."""
+_RUN = 1024
+"""Blocks in a row that are looked at: more than a prompt has, so that all parts of prompts are."""
 
 _LEVELS = 8
 _LEVEL = tuple(0 if n < 1 else n - 1 if n < 4 else min(_LEVELS - 1, n.bit_length()) for n in range(1 << _LEVELS))
@@ -285,11 +291,21 @@ class LHD(EvictionPolicy[Item], Generic[Item]):
         self._next = clock + max(_LEARN_EVERY, len(still_open[0]) // 4)
 
     def _still_open(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Class, age and weight of each block that is held or remembered. One pass over them is most of the cost."""
-        held, ghosts = self._held, self._ghosts
-        seen = (entry.time << _CLASS_BITS | entry.group for entry in held.values())
-        left = (time << _CLASS_BITS | group for group, time, _ in ghosts.values())
-        both = np.fromiter(chain(seen, left), np.int64, len(held) + len(ghosts))
-        weights = np.full(len(both), self._stride)
-        weights[: len(held)] = 1
+        """Class, age and weight of the blocks that are held or remembered; of very many, those in some runs of them."""
+        held, held_by = _some(self._held.values())
+        left, left_by = _some(self._ghosts.values())
+        stamps = [
+            np.fromiter((entry.time << _CLASS_BITS | entry.group for entry in held), np.int64),
+            np.fromiter((time << _CLASS_BITS | group for group, time, _ in left), np.int64),
+        ]
+        weights = np.repeat((held_by, left_by * self._stride), [len(each) for each in stamps])
+        both = np.concatenate(stamps)
         return both & (1 << _CLASS_BITS) - 1, self._clock - (both >> _CLASS_BITS), weights
+
+
+def _some(values: Collection[T]) -> tuple[Iterable[T], int]:
+    """All values, or of very many so many in a row every so often; and how many each of them stands for."""
+    stride = 1 + len(values) // MAX_OPEN
+    if stride == 1:
+        return values, 1
+    return compress(values, cycle([True] * _RUN + [False] * (_RUN * (stride - 1)))), stride
