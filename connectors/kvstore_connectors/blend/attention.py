@@ -104,9 +104,11 @@ def attend_in_pieces(queries: Tensor, keys: Tensor, values: Tensor, positions: T
 def scores(queries: Tensor, keys: Tensor, positions: Tensor, scale: float) -> Tensor:
     """Products of queries and keys ``[heads, n, keys]`` in float32; minus infinity where a key is behind its query."""
     n, heads, dim = queries.shape
-    grouped = queries.view(n, keys.shape[1], heads // keys.shape[1], dim).permute(1, 2, 0, 3).float()
-    products = grouped @ keys.permute(1, 2, 0)[:, None].float() * scale
-    return products.flatten(0, 1).masked_fill_(~_seen(positions, len(keys)), -torch.inf)
+    kv_heads = keys.shape[1]
+    # All queries of a group in one matrix: multiplied as a batch of heads, keys would be copied for each of them.
+    grouped = queries.float().transpose(0, 1).reshape(kv_heads, heads // kv_heads * n, dim)
+    products = torch.bmm(grouped, keys.permute(1, 2, 0).float()).mul_(scale)
+    return products.view(heads, n, -1).masked_fill_(~_seen(positions, len(keys)), -torch.inf)
 
 
 def segment_masses(

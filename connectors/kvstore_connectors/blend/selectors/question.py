@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -35,7 +35,7 @@ class Question(Choice):
 
     def scores(self, work: Work) -> Generator[int, None, Tensor]:
         if self.by not in work.notes:
-            yield from read_question(work)
+            yield from read_question(work, self.by)
         return work.notes[self.by]
 
     @property
@@ -43,38 +43,58 @@ class Question(Choice):
         return True
 
 
-class Reading:
-    """A `recompute.Watch` that notes where the question's tokens look, in each way of `Question`."""
+def _mean(table: Tensor) -> Tensor:
+    return table.sum((0, 1))
 
-    def __init__(self, work: Work) -> None:
+
+def _peaks(table: Tensor) -> Tensor:
+    return (table.amax(1) - table.mean(1)).sum(0)
+
+
+def _peak(table: Tensor) -> Tensor:
+    return (table.amax(1) - table.mean(1)).amax(0)
+
+
+How = Literal["sum", "max"]
+
+_MEASURES: dict[str, tuple[Callable[[Tensor], Tensor], How]] = {
+    "mean": (_mean, "sum"),
+    "peaks": (_peaks, "sum"),
+    "peak": (_peak, "max"),
+}
+"""From attention ``[head, query, key]`` to a number for each key, and how ranks put theirs together."""
+
+
+class Reading:
+    """A `recompute.Watch` that notes where the question's tokens look.
+
+    Parameters
+    ----------
+    work : Work
+    by : {"mean", "peak", "peaks"}
+        As of `Question`.
+    """
+
+    def __init__(self, work: Work, by: str) -> None:
         self._model = work.model
+        self._measure: Callable[[Tensor], Tensor]
+        self._how: How
+        self._measure, self._how = _MEASURES[by]
         self._tokens, self._asked = len(work.prompt.ids), int(work.prompt.question[0])
-        shape, device = (work.model.layers, self._tokens), work.prompt.ids.device
-        self._mean, self._peak, self._peaks = (torch.zeros(shape, device=device) for _ in range(3))
+        self._seen = torch.zeros((work.model.layers, self._tokens), device=work.prompt.ids.device)
 
     def __call__(self, layer: int, rows: Tensor, queries: Tensor, keys: Tensor) -> None:
         asking = rows >= self._asked
         products = scores(queries[asking], keys[: self._tokens], rows[asking], self._model.scale)
-        table = products.softmax(-1)
-        self._mean[layer] = table.sum((0, 1))
-        above = table.amax(1) - table.mean(1)
-        self._peak[layer], self._peaks[layer] = above.amax(0), above.sum(0)
+        self._seen[layer] = self._measure(products.softmax(-1))
 
-    def mean(self) -> Tensor:
-        """Mass on every position ``[n]``, summed over layers, heads, tokens and ranks."""
-        return self._model.total(self._mean, "sum").sum(0)
-
-    def peaks(self) -> Tensor:
-        """What the highest token of each head puts there above that head's mean, summed over heads."""
-        return self._model.total(self._peaks, "sum").sum(0)
-
-    def peak(self) -> Tensor:
-        """The same of the highest head."""
-        return self._model.total(self._peak, "max").sum(0)
+    def scores(self) -> Tensor:
+        """The measure of every position ``[n]``, summed over layers."""
+        return self._model.total(self._seen, self._how).sum(0)
 
 
-def read_question(work: Work) -> Iterator[int]:
-    """Compute the question's tokens over the cache as it is and note where they look, in each way of `Question`."""
-    reading = Reading(work)
+def read_question(work: Work, by: str) -> Iterator[int]:
+    """Compute the question's tokens over the cache as it is and note where they look."""
+    reading = Reading(work, by)
     yield from work.steps(work.prompt.missing, watch=reading)
-    work.notes |= {"mean": reading.mean(), "peak": reading.peak(), "peaks": reading.peaks()}
+    work.notes[by] = reading.scores()

@@ -50,11 +50,10 @@ class Relay:
         prompt = work.prompt
         scores = yield from self.first.scores(work)
         known = top(scores.masked_fill(~prompt.repairable, -torch.inf), int(self.lead * count + 0.5))
-        reading = Reading(work)
+        reading = Reading(work, self.by)
         yield from work.steps(work.with_missing(known), watch=reading)
         left = prompt.repairable.clone()
         left[known] = False
-        looked = reading.mean() if self.by == "mean" else reading.peak()
-        seen = top(looked.masked_fill(~left, -torch.inf), count - len(known))
+        seen = top(reading.scores().masked_fill(~left, -torch.inf), count - len(known))
         if len(seen):
             yield from work.steps(work.with_later(seen))
