@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping
 
 from kvstore.admission import Doorkeeper
+from kvstore.copies import Copies
 from kvstore.estimates import TierEstimate
 from kvstore.prefetch import PrefetchQueue
 from kvstore.tiers.base import Sized, Tier
@@ -78,6 +79,7 @@ class TierChain:
     ) -> None:
         self.host = host
         self.below = below
+        self._copies = Copies(below, self._loading)
         self.queues = [
             WriteBehind(host, tier, parallel, self._loading, Doorkeeper() if tier.code in twice else None)
             for tier in below
@@ -126,11 +128,8 @@ class TierChain:
         return {TierCode.HOST: (self.host.scopes, self.host.blocks), **below}
 
     def find_below(self, scope: Scope, key: bytes) -> Tier | None:
-        """The nearest lower tier that says it has the block."""
-        for tier in self.below:
-            if tier.contains(scope, key):
-                return tier
-        return None
+        """The lower tier that a load reads a block from: the nearest one, unless one further down has it better."""
+        return self._copies.best(scope, key)
 
     def touch(self, blocks: list[HostBlock]) -> None:
         """Note a use of one prompt's blocks in every tier, so that a lower one does not evict what is hot above."""
@@ -231,7 +230,7 @@ class TierChain:
 
     async def _promote(self, block: BlockId, *, patient: bool) -> tuple[HostBlock | Miss, TierCode]:
         miss = Miss(MissReason.ABSENT)
-        for tier in self.below:
+        for tier in self._copies.in_order(block):
             nbytes = tier.size(block)
             if nbytes is None:
                 continue
@@ -254,6 +253,7 @@ class TierChain:
                     self.host.insert(found)
                     self.host.counters.bytes_written += nbytes
                     kept = True
+                    self._copies.was_read(block, tier)
                     return found, tier.code
                 miss = outcome
             finally:
@@ -377,6 +377,7 @@ class TierChain:
 
     async def close(self) -> None:
         """Close the lower tiers, then let go of host memory."""
+        await self._copies.close()
         for tier in self.below:
             await tier.close()
         self.host.arena.close()

@@ -159,10 +159,14 @@ class Encoding:
     ) -> Encoded | None:
         """A raw payload, encoded; None if it does not become smaller. Raises `CodecError`."""
         parts = [np.frombuffer(view, np.uint8) for view in payload]
-        found = self._encode(form, header, parts[0] if len(parts) == 1 else np.concatenate(parts), chain)
+        planes = self.rungs(form)[0][rung][0].planes if chain.lossy else 0
+        found = self._encode(form, header, parts[0] if len(parts) == 1 else np.concatenate(parts), chain, planes)
         return None if found is None else found._replace(rung=rung)
 
-    def _encode(self, form: Form, header: BlockHeader, raw: np.ndarray, chain: Chain) -> Encoded | None:
+    def _encode(
+        self, form: Form, header: BlockHeader, raw: np.ndarray, chain: Chain, planes: int = 0
+    ) -> Encoded | None:
+        """Encode by a chain, and keep so many of its planes; 0 means all."""
         import torch
 
         spec, context = form.spec(header), self._context(form, chain)
@@ -173,6 +177,11 @@ class Encoding:
         tensor = torch.from_numpy(raw if raw.flags.writeable else raw.copy()).view(spec.torch_dtype).view(spec.shape)
         out = pages(chain.bound(spec, context) + SUM_BYTES + MARK_BYTES)
         size = chain.encode(tensor, spec, np.frombuffer(out, np.uint8), context)
+        if planes:
+            from kvstore.codecs import read
+
+            frame = read(np.frombuffer(out, np.uint8))
+            size = frame.nbytes(min(planes, frame.planes))
         if not chain.lossy:
             out[size : size + SUM_BYTES] = xxh3_64_intdigest(raw.data).to_bytes(SUM_BYTES, "little")
             size += SUM_BYTES
@@ -229,22 +238,53 @@ class Encoding:
         ConfigError
             The profile is not here.
         """
-        from kvstore.codecs import parse, read
+        from kvstore.codecs import read
 
         encoded = np.frombuffer(data, np.uint8)
-        frame, (rungs, context) = read(encoded), self.rungs(form)
-        chain, planes = parse(frame.chain), _planes(frame, encoded.size)
-        allowed = (0, planes) if planes == frame.planes else (planes,)
-        standing = [i for i, (rung, known) in enumerate(rungs) if known == chain and rung.planes in allowed]
-        references = tuple(step.reference(context) for step in chain.steps)
-        if frame.spec != form.spec(header) or frame.references != references or not standing:
-            raise CannotDecode(f"a block of {frame.spec} was encoded by {frame.chain}: no rung of its profile.")
+        frame = read(encoded)
+        planes = _planes(frame, encoded.size)
+        rung = self._rung(form, header, frame, planes)
         if not planes or data.nbytes != form.marked(frame.nbytes(planes), by_engine=True):
             raise CorruptBlock("an encoded block is longer or shorter than its header says.")
         if whole:
             for plane, unit in np.ndindex(planes, frame.units):
                 frame.part(encoded, plane, unit)
-        return Encoded(data, frame.chain, standing[0])
+        return Encoded(data, frame.chain, rung)
+
+    def _rung(self, form: Form, header: BlockHeader, frame: Frame, planes: int) -> int:
+        """The rung that so many planes of a lossy frame stand on; raises `CannotDecode` if the profile has none."""
+        from kvstore.codecs import parse
+
+        rungs, context = self.rungs(form)
+        chain, allowed = parse(frame.chain), (0, planes) if planes == frame.planes else (planes,)
+        standing = [i for i, (rung, known) in enumerate(rungs) if known == chain and rung.planes in allowed]
+        references = tuple(step.reference(context) for step in chain.steps)
+        if frame.spec != form.spec(header) or frame.references != references or not standing:
+            raise CannotDecode(f"a block of {frame.spec} was encoded by {frame.chain}: no rung of its profile.")
+        return standing[0]
+
+    def kept(self, form: Form, header: BlockHeader, data: memoryview) -> Encoded:
+        """What a tier keeps of a block of a lossy namespace, each part verified; on rung -1 if nothing of it is lost.
+
+        Raises
+        ------
+        CorruptBlock, CannotDecode
+            It is damaged, or stands on no rung of the profile.
+        ConfigError
+            The profile is not here.
+        """
+        from kvstore.codecs import parse, read
+
+        if form.is_raw(data.nbytes):
+            return Encoded(data, "", -1)
+        encoded = np.frombuffer(data, np.uint8)
+        frame = read(encoded)
+        planes, rung = _planes(frame, encoded.size), -1
+        if parse(frame.chain).lossy:
+            rung = self._rung(form, header, frame, planes)
+        for plane, unit in np.ndindex(planes, frame.units):
+            frame.part(encoded, plane, unit)
+        return Encoded(data, frame.chain, rung)
 
     def accepts(self, namespace: Namespace, header: BlockHeader, payload: Sequence[memoryview]) -> bool:
         """Whether a payload may be kept: raw, or encoded by its engine as its header says and its profile allows."""
@@ -284,7 +324,7 @@ class Encoding:
         for number in range((standing[-1] if standing else -1) + 1, len(rungs)):
             rung, chain = rungs[number]
             if str(chain) == frame.chain and rung.planes:
-                size = frame.nbytes(rung.planes)
+                size = frame.nbytes(min(rung.planes, own))
                 out = pages(size + MARK_BYTES)
                 out[:size] = data[:size]
                 cut = _marked(form, out, size, by_engine=form.is_by_engine(data.nbytes))
@@ -295,7 +335,7 @@ class Encoding:
                 if raw is None:
                     raw = np.empty(form.whole, np.uint8)
                     self._decode(form, header, encoded, frame, raw)
-                found = self._encode(form, header, raw, chain)
+                found = self._encode(form, header, raw, chain, rung.planes)
             if found is not None and found.data.nbytes < data.nbytes:
                 return found._replace(rung=number)
         return None

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from kvstore.encoding import Encoded, Encoding, Form, form_of, pages
 from kvstore.errors import CannotDecode, CodecError, ConfigError, CorruptBlock
 from kvstore.standing import UNREAD, Standing
+from kvstore.steps import Steps
 from kvstore.tiers.base import Tier
 from kvstore.tiers.wrappers import WrappedTier
 from kvstore.types import (
@@ -42,16 +43,6 @@ if TYPE_CHECKING:
     from kvstore.profile import Profiles
 
 T = TypeVar("T")
-NEARLY_FULL = 0.95
-"""Share of the capacity from which blocks step down."""
-STEPS_A_PUT = 8
-"""Most blocks that step down for one that comes in."""
-STEP_S = 2.0
-"""How long one that comes in waits for others to step down: slow chains must not hold up what is stored."""
-LOOK = 1024
-"""Blocks, in the order of eviction, among which the next to step down are looked for."""
-
-SPARE = 64
 MOST_FORMS = 8192
 """Namespaces whose layout is remembered before it is looked which of them the daemon still knows."""
 
@@ -88,13 +79,11 @@ class Ladder(WrappedTier):
         self._forms: dict[Scope, Form | None] = {}
         self._most_forms = MOST_FORMS
         self._threads = ThreadPoolExecutor(threads, "codec", initializer=_one_core)
-        self._lock = asyncio.Lock()
         self._standing = Standing()
-        self._pins: dict[BlockId, float] = {}
-        self._next: list[BlockId] = []
+        self.steps = Steps(inner, self._encoding, self._standing, self._form, self._work, self._noted)
         inner.watch(self._standing)
         self.passed: dict[str, Counter[str]] = {}
-        self.stepped = self.lost = self.stepped_bytes = self.undecodable = self.unweighed = 0
+        self.undecodable = self.unweighed = 0
         self.busy_s = 0.0
 
     async def start(self) -> None:
@@ -152,17 +141,8 @@ class Ladder(WrappedTier):
     def pin(self, block: BlockId, until: float) -> bool:
         """Keep a block from eviction, and where it stands, until a monotonic time."""
         pinned = self.inner.pin(block, until)
-        self._pins.pop(block, None)
-        if pinned and until and self._standing.may_step(block):  # no other block is ever changed
-            if len(self._pins) > 2 * self._standing.can_step + SPARE:
-                self._forget_pins()
-            self._pins[block] = until
+        self.steps.pin(block, until if pinned else 0.0)
         return pinned
-
-    def _forget_pins(self) -> None:
-        """Drop pins that are over, or of blocks that left."""
-        now, standing = time.monotonic(), self._standing
-        self._pins = {b: until for b, until in self._pins.items() if until > now and standing.may_step(b)}
 
     def describe_state(self) -> dict[str, Any]:
         """State of the tier, and `codecs`: what is held by each chain, what passed through it, what stepped down."""
@@ -171,14 +151,28 @@ class Ladder(WrappedTier):
             "held": self._standing.by_chain(),
             "since_start": {name: dict(counts) for name, counts in self.passed.items()},
             "can_step": self._standing.can_step,
-            "stepped_down": self.stepped,
-            "bytes_freed": self.stepped_bytes,
-            "lost_stepping": self.lost,
+            "stepped_down": self.steps.down,
+            "bytes_freed": self.steps.freed,
+            "lost_stepping": self.steps.lost,
+            "taken_over": self.steps.up,
             "undecodable": self.undecodable,
             "without_importance": self.unweighed,
             "busy_s": round(self.busy_s, 3),
         }
         return {**self.inner.describe_state(), "codecs": codecs}
+
+    # -- several copies ------------------------------------------------------------------------------------------------
+
+    def outdone(self, block: BlockId, other: Tier) -> bool:
+        """Whether another tier that keeps blocks encoded has a copy that lost less, as far as is known. No I/O."""
+        if not isinstance(other, Ladder):
+            return False
+        stored, theirs = self.inner.size(block), other.inner.size(block)
+        return stored is not None and theirs is not None and self.steps.outdone(block, stored, theirs)
+
+    async def take_over(self, block: BlockId, other: Tier) -> bool:
+        """Replace a block by the better copy of another tier, byte for byte, if there is room; whether it was."""
+        return isinstance(other, Ladder) and await self.steps.take_over(block, other.inner)
 
     # -- out -----------------------------------------------------------------------------------------------------------
 
@@ -249,18 +243,22 @@ class Ladder(WrappedTier):
                 self.counters.drop(DropReason.UNDECODABLE)
                 return Dropped(DropReason.UNDECODABLE)
         size = nbytes if encoded is None else encoded.data.nbytes
-        await self._make_room(size)
+        await self.steps.make_room(size)
         views = payload if encoded is None else [encoded.data]
         outcome = await self.inner.put(block, header, views, size, durable=durable)
         if durable:
             self._standing.stay(block)
         if form is not None and encoded is not None and isinstance(outcome, Stored):
-            self._count(encoded, form.whole)
-            self._stands(block, encoded, form, may_step=not durable)
+            self._noted(block, encoded, form, may_step=not durable)
         return outcome
 
-    def _stands(self, block: BlockId, encoded: Encoded, form: Form, *, may_step: bool) -> None:
-        """Note how a block was stored, in a tier that tells when it leaves."""
+    def _noted(self, block: BlockId, encoded: Encoded, form: Form, *, may_step: bool) -> None:
+        """Count how a block was stored, and remember it in a tier that tells when it leaves."""
+        if not encoded.chain:  # raw, as a better copy may be
+            self._standing.forget(block)
+            return
+        counts = self.passed.setdefault(encoded.chain, Counter())
+        counts.update(blocks=1, logical_bytes=form.whole, stored_bytes=encoded.data.nbytes)
         if self.inner.order is not None and self.inner.size(block) == encoded.data.nbytes:
             rung = encoded.rung if may_step and encoded.rung + 1 < self._rungs(form) else None
             self._standing.set(block, encoded.chain, encoded.data.nbytes, form.whole, rung)
@@ -287,59 +285,6 @@ class Ladder(WrappedTier):
             return await self._work(self._encoding.encode, form, header, payload, chain, rung)
         except (CodecError, ConfigError):
             return None
-
-    def _count(self, encoded: Encoded, raw: int) -> None:
-        counts = self.passed.setdefault(encoded.chain, Counter())
-        counts.update(blocks=1, logical_bytes=raw, stored_bytes=encoded.data.nbytes)
-
-    # -- down ----------------------------------------------------------------------------------------------------------
-
-    async def _make_room(self, nbytes: int) -> None:
-        """Have the least valuable lossy blocks step down, until there is room or all are on the last rung."""
-        order = self.inner.order
-        if order is None or not self._standing.can_step or not self._is_tight(nbytes):
-            return
-        async with self._lock:
-            self._forget_pins()
-            until = time.monotonic() + STEP_S
-            for _ in range(STEPS_A_PUT):
-                if not self._next:  # looking is far dearer than stepping
-                    victims = (block for block, _ in order.victims(None, 0, lambda _: 1))
-                    self._next = self._standing.stepping(victims, lambda b: b not in self._pins, LOOK, LOOK // 16)
-                if not self._next or not self._is_tight(nbytes) or time.monotonic() > until:
-                    return
-                await self._step(self._next.pop(0))
-
-    def _is_tight(self, nbytes: int) -> bool:
-        usage = self.inner.usage()
-        return usage.used + nbytes > NEARLY_FULL * usage.capacity
-
-    async def _step(self, block: BlockId) -> None:
-        """Put a block one rung down. If it cannot be put back it is lost, and counted."""
-        stored, form = self.inner.size(block), self._form(block.scope)
-        if stored is None or form is None or not self._standing.may_step(block) or block in self._pins:
-            return
-        buffer = pages(stored)
-        outcome = await self.inner.peek(block, [buffer])
-        if not isinstance(outcome, Hit):
-            self._standing.stay(block)
-            return
-        try:
-            lower = await self._work(self._encoding.lower, form, outcome.header, buffer)
-        except (CodecError, CorruptBlock, ConfigError):
-            self.lost += await self.inner.drop(block)
-            return
-        if lower is None:
-            self._standing.stay(block)
-            return
-        again = await self.inner.replace(block, outcome.header, [lower.data], lower.data.nbytes)
-        if not isinstance(again, Stored):
-            self.lost += not self.inner.contains(*block)
-            return
-        self._stands(block, lower, form, may_step=True)
-        self.stepped += 1
-        self.stepped_bytes += stored - lower.data.nbytes
-        self._count(lower, form.whole)
 
     # -- threads -------------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,8 @@ from kvstore.watcher import Watcher
 UNREAD = "found at start"
 """Chain of a block whose header nobody has read since the daemon started."""
 
+LOSSLESS = "byteplanes"
+"""What an encoded block begins with that has lost nothing."""
 FEW = 8
 """Where fewer than one block in so many may step down, it is not worth looking for them in the order of eviction."""
 
@@ -52,6 +54,10 @@ class Standing(Watcher):
         """By which chain a block is encoded; empty if it is not, as far as is known."""
         known = self._sizes.get(block)
         return "" if known is None else known[0]
+
+    def is_whole(self, block: BlockId) -> bool:
+        """Whether a block is encoded without loss, as far as is known."""
+        return self.chain(block).partition("|")[0] == LOSSLESS
 
     def stay(self, block: BlockId) -> None:
         """A block can step down no further."""

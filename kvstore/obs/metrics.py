@@ -130,8 +130,10 @@ TABLE: tuple[Row, ...] = (
     _gauge("codec_can_step_blocks", r.tiers("codecs", "can_step"), "Blocks that can become smaller yet."),
     _counter("codec_steps", r.tiers("codecs", "stepped_down"), "Times that a block was made smaller to make room."),
     _counter("codec_freed_bytes", r.tiers("codecs", "bytes_freed"), "Bytes that this has freed."),
+    _counter("codec_taken_over_blocks", r.tiers("codecs", "taken_over"), "Blocks replaced by a better copy."),
     _counter("codec_lost_blocks", r.tiers("codecs", "lost_stepping"), "Blocks lost on the way; 0 where all is well."),
     _counter("codec_undecodable_blocks", r.tiers("codecs", "undecodable"), "Blocks of a chain or profile not here."),
+    _counter("codec_unweighed_blocks", r.tiers("codecs", "without_importance"), "Blocks that passed over rungs."),
     _counter("codec_busy_seconds", r.tiers("codecs", "busy_s"), "Time that codec threads worked, waits included."),
     _gauge(
         "breaker_state",

@@ -100,6 +100,14 @@ class Tier(ABC):
         """By which chain of codecs a block is kept here; empty where it is as it came. No I/O."""
         return ""
 
+    def outdone(self, block: BlockId, other: Tier) -> bool:
+        """Whether another tier has a copy of the block that lost less than the one here, as far as is known. No I/O."""
+        return False
+
+    async def take_over(self, block: BlockId, other: Tier) -> bool:
+        """Have another tier's better copy replace the one here, if no block has to leave for it; whether it did."""
+        return False
+
     @abstractmethod
     async def get(self, block: BlockId, into: Sequence[memoryview]) -> LoadOutcome:
         """Read the block's payload into `into`, whose lengths sum to `size(block)`.

@@ -176,6 +176,10 @@ class RedisTier(Tier):
             self.counters.misses += 1
         return outcome
 
+    async def peek(self, block: BlockId, into: Sequence[memoryview]) -> LoadOutcome:
+        """As `get`, but nobody used the block."""
+        return await self._get(block, into)
+
     async def _get(self, block: BlockId, into: Sequence[memoryview]) -> LoadOutcome:
         if not self._usable:
             return Miss(MissReason.TIER_DOWN)

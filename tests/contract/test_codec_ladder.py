@@ -248,7 +248,7 @@ async def test_a_pinned_block_stays_where_it_is(tmp_path: Path) -> None:
     for number in range(1, 80):
         await store(tier, number, LOSSY)
     assert tier.inner.size(block_id(0, LOSSY)) == before
-    assert tier.stepped > 0
+    assert tier.steps.down > 0
     await tier.close()
 
 
@@ -263,7 +263,7 @@ async def test_what_is_remembered_is_bounded(tmp_path: Path, monkeypatch: pytest
         assert tier.pin(block_id(number, LOSSY if number % 2 else EXACT), time.monotonic() + 60)
         if number % 2:
             await tier.drop(block_id(number, LOSSY))
-    assert len(tier._pins) <= 65
+    assert len(tier.steps.pins) <= 65
     for number in range(100):
         scope = Scope("u0", number.to_bytes(32, "big"))
         known[scope] = EXACT
@@ -300,12 +300,12 @@ async def test_a_read_that_a_step_overtakes_is_read_again(tmp_path: Path) -> Non
     await store(tier, 0, LOSSY)
     before = tier.inner.size(block_id(0, LOSSY))
     readers = [asyncio.ensure_future(load(tier, 0, LOSSY)) for _ in range(4)]
-    steps = [asyncio.ensure_future(tier._step(block_id(0, LOSSY))) for _ in range(3)]
+    steps = [asyncio.ensure_future(tier.steps.step(block_id(0, LOSSY))) for _ in range(3)]
     found = await asyncio.gather(*readers)
     await asyncio.gather(*steps)
     assert all(isinstance(got, torch.Tensor) for got in found)
     assert (tier.inner.size(block_id(0, LOSSY)) or 0) < (before or 0)
-    assert tier.lost == 0
+    assert tier.steps.lost == 0
     assert await tier.check() == []
     await tier.close()
 
@@ -449,15 +449,15 @@ async def test_a_step_down_to_bits_by_importance(tmp_path: Path) -> None:
     view[:] = raw.data
     for number, says in ((1, "measured"), (2, "missing")):
         await tier.put(block_id(number, LOSSY), weighed(says), [view], WHOLE)
-        await tier._step(block_id(number, LOSSY))
+        await tier.steps.step(block_id(number, LOSSY))
     heavy, light = await lost_by(tier, 1)
     assert heavy.max() < light.min() / 10
     assert tier.chain(block_id(2, LOSSY)) == "prerope|kv4(k=8,v=8,group=64,sinks=4)"  # nothing below it is for it
-    assert tier.lost == 0
-    await tier._step(block_id(1, LOSSY))  # cut off to the low bits of all: needs no importance any more
+    assert tier.steps.lost == 0
+    await tier.steps.step(block_id(1, LOSSY))  # cut off to the low bits of all: needs no importance any more
     heavy, light = await lost_by(tier, 1)
     assert heavy.mean() > light.mean() / 4
-    assert tier.stepped == 2
+    assert tier.steps.down == 2
     await tier.close()
 
 

