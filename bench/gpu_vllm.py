@@ -158,14 +158,23 @@ def together(engine: Any, ask: Ask, connected: bool) -> dict[str, Any]:
 
 
 def generating(ask: Ask, rounds: int) -> dict[str, Any]:
-    """Many requests that generate: seconds a step, of each round the median over requests."""
-    steps = []
+    """Many requests that generate: seconds a step, of each round the median over requests; what was pinned meanwhile.
+
+    Most of them wait a step or two for prompts of others; `decode_step` is of those whose prompts were the last.
+    """
+    from kvstore_gpu import host
+
+    steps, least, pinned = [], [], []
     for number in range(rounds):
+        before = host.registered()[1]
         prompts = [prompt(512, 9000 + 100 * number + i) for i in range(GENERATING)]
         answers = ask(prompts, GENERATED)
         found = [(a.metrics.last_token_ts - a.metrics.first_token_ts) / (GENERATED - 1) for a in answers]
         steps.append(median(found))
-    row = {"requests": GENERATING, "tokens": GENERATED, "step": steps}
+        least.append(min(found))
+        pinned.append((host.registered()[1] - before) * host.WINDOW)
+    row = {"requests": GENERATING, "tokens": GENERATED, "step": steps, "decode_step": least,
+           "pinned_bytes": pinned}  # fmt: skip
     print(json.dumps(row), file=sys.stderr, flush=True)
     return row
 
