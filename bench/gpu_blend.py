@@ -25,6 +25,8 @@ from gpu_vllm import ENVIRONMENT, LLAMA3_8B, SEED, drop_prefix_cache, prompt
 
 SHARE = 0.15
 CHUNK, SYSTEM, QUESTION = 512, 64, 64
+REST_S = 1.0
+"""Pause before each prompt: what the one before brought is stored by then."""
 
 
 def main() -> None:
@@ -93,6 +95,7 @@ def one_length(engine: Any, system: list[int], chunks: list[list[int]], options:
         for name in ("full", *options.selectors):
             wish = None if name == "full" else {"blend": True, "share": SHARE, "spans": spans, "selector": name}
             drop_prefix_cache(engine)
+            time.sleep(REST_S)
             if number == 1 and name != "full":
                 before = counters(engine)
             seconds, answer = ask(engine, ids, wish, salt=f"{name}-{number}" if name == "full" else None)

@@ -120,10 +120,7 @@ class _Wish(NamedTuple):
     """Tokens of one stored block that stand together in the prompt, and how far from where they were computed."""
 
     key: bytes
-    block_tokens: int
-    first: int
-    tokens: int
-    row: int
+    piece: Piece
     distance: int
 
 
@@ -170,6 +167,7 @@ class ChunkLoad:
         self._came: list[Moment] = []
         self._waits: list[tuple[Moment, Moment]] = []
         self._lease: Any = None
+        self._held: list[torch.Tensor] = []  # what copies read that is not leased
         self.seconds = 0.0
         self.spans = [_span(one, self._device) for one in chunks]
 
@@ -202,7 +200,7 @@ class ChunkLoad:
             self._lease = client.lease(keys, namespace=self._namespace, ttl_s=TTL_S, wait_s=wait_s)
             found: list[LeasedBlock] = []
             for block in self._lease.blocks:
-                if isinstance(block, Miss) or block.nbytes != self._nbytes(left[len(found)].block_tokens):
+                if isinstance(block, Miss) or block.nbytes != self._nbytes(left[len(found)].piece.block_tokens):
                     break
                 found.append(block)
             if not found:
@@ -244,22 +242,41 @@ class ChunkLoad:
 
     def _land(self, client: Any, found: Sequence[LeasedBlock], wishes: Sequence[_Wish]) -> None:
         """Copy leased blocks to their places, some layers after the other."""
-        layers, device = len(self._rows), self._device
-        with torch.cuda.stream(self._stream):
-            runs = [_runs(client, self._lease, block, device) for block in found]
+        layers, device, stream = len(self._rows), self._device, self._stream
+        pieces = [wish.piece for wish in wishes]
+        with torch.cuda.stream(stream):
             turn = Turn.of(self._rotation, torch.tensor([wish.distance for wish in wishes]).to(device))
+            runs = [] if stream is None else [self._runs(client, block) for block in found]
             self._came = [Moment(device)]
             for first in range(0, layers, self._group):
                 last = min(first + self._group, layers)
-                pieces = []
-                for block, parts, wish in zip(found, runs, wishes, strict=True):
-                    layer = block.nbytes // layers
-                    here = _brought(parts, first * layer, last * layer, device)
-                    where = (wish.block_tokens, wish.first, wish.tokens, wish.row)
-                    pieces.append(Piece(here, *where, moved=wish.distance != 0))
+                if stream is None:
+                    blocks: Sequence[torch.Tensor] = [self._bytes(client, block) for block in found]
+                else:
+                    sizes = [block.nbytes // layers * (last - first) for block in found]
+                    blocks = torch.empty(sum(sizes), dtype=torch.uint8, device=device).split(sizes)
+                    for to, block, run in zip(blocks, found, runs, strict=True):
+                        host.bring(run, block.nbytes // layers * first, block.nbytes // layers * last, to, stream)
                 skipped = frozenset(layer - first for layer in turn.skipped_layers)
-                place(self._rows[first:last], pieces, replace(turn, skipped_layers=skipped))
+                place(self._rows[first:last], pieces, blocks, replace(turn, skipped_layers=skipped))
                 self._came.append(Moment(device))
+
+    def _runs(self, client: Any, block: LeasedBlock) -> list[host.Run]:
+        """Where copies to a device find a leased block: in its own memory if it is there, else in the daemon's."""
+        if isinstance(block.device, torch.Tensor) and block.device.device == self._device:
+            return [(block.device.data_ptr(), block.nbytes)]
+        if not block.parts:
+            self._held.append(self._bytes(client, block).pin_memory())
+            return [(self._held[-1].data_ptr(), block.nbytes)]
+        return [(run.ctypes.data, run.nbytes) for part in block.parts for run in host.reach(part, self._device)]
+
+    def _bytes(self, client: Any, block: LeasedBlock) -> torch.Tensor:
+        """A leased block's bytes in host memory, in place if they lie there together."""
+        if block.array is not None:
+            return torch.from_numpy(block.array)
+        whole = np.empty(block.nbytes, dtype=np.uint8)
+        client.read(self._lease, block, whole)
+        return torch.from_numpy(whole)
 
 
 def _wishes(one: Described, room: int) -> list[_Wish]:
@@ -273,36 +290,8 @@ def _wishes(one: Described, room: int) -> list[_Wish]:
         a, b = max(begin, first), min(end, first + count)
         if a < b:
             row = wanted.start - begin + a
-            out.append(_Wish(key, count, a - first, b - a, row, row - info.position - a))
-    return out
-
-
-def _runs(client: Any, lease: Any, block: LeasedBlock, device: torch.device) -> list[torch.Tensor]:
-    """A leased block's bytes: on the cache's device if they are there; else where a copy can take them from."""
-    if isinstance(block.device, torch.Tensor) and block.device.device == device:
-        return [block.device]
-    if device.type == "cuda" and block.parts:
-        return [torch.from_numpy(run) for part in block.parts for run in host.reach(part, device)]
-    if block.array is not None:
-        return [torch.from_numpy(block.array)]
-    whole = np.empty(block.nbytes, dtype=np.uint8)
-    client.read(lease, block, whole)
-    return [torch.from_numpy(whole)]
-
-
-def _brought(runs: Sequence[torch.Tensor], begin: int, end: int, device: torch.device) -> torch.Tensor:
-    """Bytes `begin` to `end` of a block on a device, copied there unless they are; who ends the lease waits for it."""
-    parts, at = [], 0
-    for run in runs:
-        parts.append(run[max(begin - at, 0) : max(end - at, 0)])
-        at += len(run)
-    parts = [part for part in parts if len(part)]
-    if len(parts) == 1 and parts[0].device == device:
-        return parts[0]
-    out, at = torch.empty(end - begin, dtype=torch.uint8, device=device), 0
-    for part in parts:
-        out[at : at + len(part)].copy_(part, non_blocking=True)
-        at += len(part)
+            distance = row - info.position - a
+            out.append(_Wish(key, Piece(count, a - first, b - a, row, moved=distance != 0), distance))
     return out
 
 

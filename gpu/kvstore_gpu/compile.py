@@ -99,7 +99,7 @@ class Source:
                 # A module for each instantiation: compiling all of them would take many seconds.
                 if name not in self.names:
                     raise InternalError(f"{self.operation}: there is no instantiation {name}.")
-                module = _cupy().RawModule(code=self.text, options=OPTIONS, name_expressions=[name])
+                module = cupy().RawModule(code=self.text, options=OPTIONS, name_expressions=[name])
                 kernel = module.get_function(name)
                 if shared > 48 << 10:
                     kernel.max_dynamic_shared_size_bytes = shared  # more than 48 KiB have to be asked for
@@ -128,7 +128,7 @@ def cubin(source: Source, architecture: str, names: Sequence[str] = ()) -> dict[
     InternalError
         If it does not compile; with the compiler's words.
     """
-    _cupy()
+    cupy()
     from cupy_backends.cuda.libs import nvrtc
 
     program = nvrtc.createProgram(source.text, f"{source.operation}/kernel.cu", (), ())
@@ -148,7 +148,14 @@ def cubin(source: Source, architecture: str, names: Sequence[str] = ()) -> dict[
 
 
 @cache
-def _cupy() -> Any:
+def cupy() -> Any:
+    """CuPy, imported when a device is first used.
+
+    Raises
+    ------
+    DeviceUnavailable
+        If it can not be.
+    """
     try:
         import cupy
     except ImportError as error:

@@ -24,19 +24,19 @@ def rows_of(dim: int, dtype: torch.dtype, device: str) -> list[tuple[torch.Tenso
     ]
 
 
-def pieces_of(dim: int, dtype: torch.dtype, device: str, moved: bool = True) -> list[Piece]:
+def pieces_of(dim: int, dtype: torch.dtype, device: str, moved: bool = True) -> tuple[list[Piece], list[torch.Tensor]]:
     blocks = [torch.randn(LAYERS * 2 * room * HEADS * dim, device=device).to(dtype) for room, *_ in PIECES]
-    return [
-        Piece(block.view(torch.uint8), *where, moved=moved) for block, where in zip(blocks, PIECES, strict=True)
-    ]  # fmt: skip
+    return [Piece(*where, moved=moved) for where in PIECES], [block.view(torch.uint8) for block in blocks]
 
 
-def by_hand(rows, pieces, cos, sin, interleaved, skipped=frozenset()) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def by_hand(
+    rows, pieces, blocks, cos, sin, interleaved, skipped=frozenset()
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Pair by pair in float64."""
     out = [tuple(side.cpu().double().clone() for side in layer) for layer in rows]
     dim, pairs = rows[0][0].shape[2], cos.shape[1]
     for index, piece in enumerate(pieces):
-        data = piece.block.cpu().view(rows[0][0].dtype).view(LAYERS, 2, piece.block_tokens, HEADS, dim).double()
+        data = blocks[index].cpu().view(rows[0][0].dtype).view(LAYERS, 2, piece.block_tokens, HEADS, dim).double()
         taken = data[:, :, piece.first : piece.first + piece.tokens]
         here = slice(piece.row, piece.row + piece.tokens)
         for layer, (keys, values) in enumerate(out):
@@ -54,11 +54,11 @@ def by_hand(rows, pieces, cos, sin, interleaved, skipped=frozenset()) -> list[tu
 @pytest.mark.parametrize("dtype", kit.DTYPES)
 def test_pieces_go_to_their_rows_and_keys_turn(variant, dtype, device) -> None:
     turning, dim = rotary(CONFIGS[variant]), CONFIGS[variant]["head_dim"]
-    rows, pieces = rows_of(dim, dtype, device), pieces_of(dim, dtype, device)
+    rows, (pieces, blocks) = rows_of(dim, dtype, device), pieces_of(dim, dtype, device)
     distances = torch.randint(-120_000, 120_000, (len(pieces),))
     angles = distances.double()[:, None] * torch.tensor(turning.frequencies, dtype=torch.float64)
-    right = by_hand(rows, pieces, angles.cos(), angles.sin(), turning.interleaved)
-    place(rows, pieces, Turn.of(turning, distances.to(device)))
+    right = by_hand(rows, pieces, blocks, angles.cos(), angles.sin(), turning.interleaved)
+    place(rows, pieces, blocks, Turn.of(turning, distances.to(device)))
     for (keys, values), (true_keys, true_values) in zip(rows, right, strict=True):
         assert kit.distance(keys, true_keys) < kit.ROUNDING[dtype]
         assert torch.equal(values.cpu().double(), true_values)
@@ -71,37 +71,39 @@ def test_what_does_not_move_keeps_its_bits_and_layers_without_positions_are_copi
     turning = rotary({"head_dim": 64, "rope_interleave": interleaved, "no_rope_layers": [1, 0, 1]})
     turn = Turn.of(turning, torch.full((len(PIECES),), 77, device=device))
     rows = rows_of(64, torch.bfloat16, device)
-    pieces = pieces_of(64, torch.bfloat16, device, moved=False)
-    right = by_hand(rows, pieces, turn.cos.cpu().double(), turn.sin.cpu().double(), interleaved)
-    place(rows, pieces, turn)
+    pieces, blocks = pieces_of(64, torch.bfloat16, device, moved=False)
+    right = by_hand(rows, pieces, blocks, turn.cos.cpu().double(), turn.sin.cpu().double(), interleaved)
+    place(rows, pieces, blocks, turn)
     assert all(torch.equal(rows[layer][0].cpu().double(), right[layer][0]) for layer in range(LAYERS))
-    moving = [Piece(p.block, p.block_tokens, p.first, p.tokens, p.row) for p in pieces]
-    place(rows, moving, turn)
+    place(rows, [piece._replace(moved=True) for piece in pieces], blocks, turn)
     assert torch.equal(rows[1][0].cpu().double(), right[1][0])
     assert not torch.equal(rows[0][0].cpu().double(), right[0][0])
 
 
 def test_pieces_that_do_not_fit_are_refused(device) -> None:
-    rows, good = rows_of(64, torch.float32, device), pieces_of(64, torch.float32, device)
+    rows, (good, blocks) = rows_of(64, torch.float32, device), pieces_of(64, torch.float32, device)
     before = [side.clone() for layer in rows for side in layer]
     turn = Turn.of(rotary({"head_dim": 64}), torch.zeros(len(good), dtype=torch.int64, device=device))
-    block = good[0].block
     wrong = [
-        Piece(block[:-1], 16, 0, 16, 0), Piece(block, 15, 0, 15, 0), Piece(block, 16, 1, 16, 0),
-        Piece(block, 16, -1, 4, 0), Piece(block, 16, 0, 0, 0), Piece(block, 16, 0, 16, ROWS - 15),
-        Piece(block, 16, 0, 16, -1), Piece(block.view(torch.float32), 16, 0, 16, 0),
+        Piece(16, 1, 16, 0), Piece(16, -1, 4, 0), Piece(16, 0, 0, 0), Piece(16, 0, 16, ROWS - 15), Piece(16, 0, 16, -1),
+        Piece(15, 0, 15, 0),
     ]  # fmt: skip
     for one in wrong:
         with pytest.raises(InvalidParams):
-            place(rows, [one, *good[1:]], turn)
+            place(rows, [one, *good[1:]], blocks, turn)
+    for block in (blocks[0][:-1], blocks[0].view(torch.float32), blocks[0][::2]):
+        with pytest.raises(InvalidParams):
+            place(rows, good, [block, *blocks[1:]], turn)
+    with pytest.raises(InvalidParams):
+        place(rows, good, blocks[1:], turn)
     for table in (
         Turn.of(rotary({"head_dim": 64}), torch.zeros(3, dtype=torch.int64, device=device)),
         Turn.of(rotary({"head_dim": 128}), torch.zeros(len(good), dtype=torch.int64, device=device)),
     ):
         with pytest.raises(InvalidParams):
-            place(rows, good, table)
+            place(rows, good, blocks, table)
     with pytest.raises(InvalidParams):
-        place([*rows[:-1], (rows[-1][0], rows[-1][1].bfloat16())], good, turn)
-    place(rows, [], turn)
-    place([], good, turn)
+        place([*rows[:-1], (rows[-1][0], rows[-1][1].bfloat16())], good, blocks, turn)
+    place(rows, [], [], turn)
+    place([], good, blocks, turn)
     assert all(torch.equal(a, b) for a, b in zip(before, (s for layer in rows for s in layer), strict=True))

@@ -101,14 +101,25 @@ def attend_in_pieces(queries: Tensor, keys: Tensor, values: Tensor, positions: T
     return out
 
 
-def scores(queries: Tensor, keys: Tensor, positions: Tensor, scale: float) -> Tensor:
-    """Products of queries and keys ``[heads, n, keys]`` in float32; minus infinity where a key is behind its query."""
+def scores(queries: Tensor, keys: Tensor, positions: Tensor, scale: float, open_keys: int = 0) -> Tensor:
+    """Products of queries and keys ``[heads, n, keys]`` in float32; minus infinity where a key is behind its query.
+
+    The first ``open_keys`` are known to be behind none of them.
+    """
     n, heads, dim = queries.shape
     kv_heads = keys.shape[1]
     # All queries of a group in one matrix: multiplied as a batch of heads, keys would be copied for each of them.
-    grouped = queries.float().transpose(0, 1).reshape(kv_heads, heads // kv_heads * n, dim)
-    products = torch.bmm(grouped, keys.permute(1, 2, 0).float()).mul_(scale)
-    return products.view(heads, n, -1).masked_fill_(~_seen(positions, len(keys)), -torch.inf)
+    grouped = queries.transpose(0, 1).reshape(kv_heads, heads // kv_heads * n, dim)
+    products = _products(grouped, keys.permute(1, 2, 0)).mul_(scale).view(heads, n, -1)
+    products[..., open_keys:].masked_fill_(~_seen(positions - open_keys, len(keys) - open_keys), -torch.inf)
+    return products
+
+
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """Products of matrices, summed up and given in float32."""
+    if a.is_cuda and a.dtype == b.dtype and a.dtype in (torch.bfloat16, torch.float16):
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    return torch.bmm(a.float(), b.float())
 
 
 def segment_masses(

@@ -35,7 +35,7 @@ class Model(Protocol):
         ...
 
     def rope(self, layer: int, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Queries or keys turned for their positions; unchanged in layers without positions."""
+        """Queries or keys turned for their positions, perhaps in place; unchanged in layers without positions."""
         ...
 
     def attend(
@@ -49,7 +49,7 @@ class Model(Protocol):
         ...
 
     def post(self, layer: int, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        """Output projection, residuals and MLP: the hidden states that enter the next layer."""
+        """Output projection, residuals and MLP: the hidden states that enter the next layer, perhaps in place."""
         ...
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

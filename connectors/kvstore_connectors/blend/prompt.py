@@ -58,6 +58,8 @@ class Prompt:
         Cached chunks, in prompt order.
     exact : int
         Leading tokens whose KV is there and exact; they are read, never computed.
+    told : Tensor, optional
+        The ids in host memory, where whoever asks has them there; bringing them back would wait for the device.
 
     Raises
     ------
@@ -68,6 +70,7 @@ class Prompt:
     ids: Tensor
     spans: tuple[Span, ...]
     exact: int = 0
+    told: Tensor | None = None
 
     def __post_init__(self) -> None:
         end = self.exact
@@ -87,24 +90,42 @@ class Prompt:
             )
 
     @cached_property
-    def cached(self) -> Tensor:
-        """Mask ``[n]`` of the tokens that have cached KV of a chunk."""
-        return self.chunk_of >= 0
+    def host_ids(self) -> Tensor:
+        """The ids in host memory."""
+        return self.ids.cpu() if self.told is None else self.told
 
     @cached_property
-    def repairable(self) -> Tensor:
-        """Mask ``[n]`` of the cached tokens whose KV may differ from what full prefill computes."""
-        mask = torch.zeros(len(self.ids), dtype=torch.bool, device=self.ids.device)
+    def host_chunk_of(self) -> Tensor:
+        """`chunk_of` in host memory: masks are made there, where they cost no launch and no wait for each span."""
+        owner = torch.full((len(self.ids),), -1, dtype=torch.long)
+        for index, span in enumerate(self.spans):
+            owner[span.start : span.stop] = index
+        return owner
+
+    @cached_property
+    def chunk_of(self) -> Tensor:
+        """Index of the span that holds each position ``[n]``; -1 in none."""
+        return self._brought(self.host_chunk_of)
+
+    @cached_property
+    def host_repairable(self) -> Tensor:
+        """`repairable` in host memory."""
+        mask = torch.zeros(len(self.ids), dtype=torch.bool)
         for span in self.spans:
             mask[span.start : span.stop] = span.capture is not Capture.EXACT
         return mask
 
     @cached_property
+    def repairable(self) -> Tensor:
+        """Mask ``[n]`` of the cached tokens whose KV may differ from what full prefill computes."""
+        return self._brought(self.host_repairable)
+
+    @cached_property
     def missing(self) -> Tensor:
         """Sorted positions of the tokens without any KV."""
-        absent = ~self.cached
+        absent = self.host_chunk_of < 0
         absent[: self.exact] = False
-        return absent.nonzero()[:, 0]
+        return self._brought(absent.nonzero()[:, 0])
 
     @cached_property
     def question(self) -> Tensor:
@@ -112,13 +133,9 @@ class Prompt:
         start = self.spans[-1].stop if self.spans else self.exact
         return torch.arange(start, len(self.ids), device=self.ids.device)
 
-    @cached_property
-    def chunk_of(self) -> Tensor:
-        """Index of the span that holds each position ``[n]``; -1 in none."""
-        owner = torch.full((len(self.ids),), -1, dtype=torch.long, device=self.ids.device)
-        for index, span in enumerate(self.spans):
-            owner[span.start : span.stop] = index
-        return owner
+    def _brought(self, made: Tensor) -> Tensor:
+        device = self.ids.device
+        return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
 
     @cached_property
     def reused(self) -> int:

@@ -88,8 +88,8 @@ class Pass:
         if self.narrow is not None:
             cached = LayerKV(held.keys[self.rows], held.values[self.rows])
             kept = self.narrow(layer, self.rows, LayerKV(keys, values), cached)
-        held.keys[self.rows] = keys.to(held.keys.dtype)
-        held.values[self.rows] = values.to(held.values.dtype)
+        held.keys.index_copy_(0, self.rows, keys.to(held.keys.dtype))
+        held.values.index_copy_(0, self.rows, values.to(held.values.dtype))
         if kept is not None:
             self.rows, self.hidden, queries = self.rows[kept], self.hidden[kept], queries[kept]
         self.token_layers += len(self.rows)

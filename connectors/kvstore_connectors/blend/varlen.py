@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 PAGE = 16
 """Keys in a page: a block's range begins at a page, since the second call reads whole ones."""
 
-BLOCK_QUERIES = 128
+BLOCK_QUERIES = 64
 BLOCK_KEYS = 512
 """Queries of a block, and keys from its first page to its last query, at most. Longer ranges read less twice in the
 first call, and more in the second."""
@@ -153,6 +153,5 @@ def attend_by_runs(varlen: Varlen, queries: Tensor, keys: Tensor, values: Tensor
         asked = queries[plan.alone :]
         earlier, earlier_mass = varlen(asked, k, v, plan.before, scale, causal=False)
         weight = torch.sigmoid(earlier_mass - mass[:, plan.alone :]).t()[..., None]
-        later = out[plan.alone :]
-        later.copy_(torch.lerp(later.float(), earlier.float(), weight))
+        out[plan.alone :].lerp_(earlier, weight.to(out.dtype))
     return out.flatten(1)

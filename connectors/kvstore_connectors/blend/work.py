@@ -84,7 +84,7 @@ class Work:
         if not 0 <= share <= 1:
             raise ConfigError(f"a share of {share} is not between 0 and 1", "Give the share of tokens to recompute.")
         count = int(share * self.prompt.reused + 0.5)
-        if count >= int(self.prompt.repairable.sum()):
+        if count >= int(self.prompt.host_repairable.sum()):
             yield from self.steps(self.all_rows())
         else:
             yield from selector.repair(self, count)

@@ -94,8 +94,10 @@ class EngineModel:
         return q, k, v.reshape(-1, self._kv_heads, self._dim)
 
     def rope(self, layer: int, rows: Tensor, positions: Tensor) -> Tensor:
-        """See `Model.rope`; with the engine's own table."""
-        turned, _ = self._layers[layer].self_attn.rotary_emb.forward_native(positions, rows.flatten(1), None)
+        """See `Model.rope`; with the engine's own table, on a device by its kernel and in place."""
+        rotation = self._layers[layer].self_attn.rotary_emb
+        turn = rotation.forward_cuda if rows.is_cuda else rotation.forward_native
+        turned, _ = turn(positions, rows.flatten(1), None)
         return turned.view(rows.shape)
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
@@ -110,8 +112,8 @@ class EngineModel:
         """See `Model.post`."""
         module = self._layers[layer]
         out, _ = module.self_attn.o_proj(attended.contiguous())
-        hidden = hidden + out
-        return hidden + module.mlp(module.post_attention_layernorm(hidden))
+        normed, hidden = module.post_attention_layernorm(out, hidden)
+        return module.mlp(normed).add_(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `Model.logits`."""

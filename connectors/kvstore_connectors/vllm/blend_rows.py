@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -13,6 +13,14 @@ from kvstore_connectors.vllm.pages import Pages
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+class _Slots(NamedTuple):
+    """Page of each token, place in it, and both in one number as the engine counts them."""
+
+    pages: Tensor
+    places: Tensor
+    slots: Tensor
 
 
 class Rows:
@@ -51,25 +59,24 @@ class Rows:
         sample = layers[0].sides[0]
         self.dtype, self.device = sample.dtype, sample.device
         self.shape = (int(sample.shape[2]), int(sample.shape[3]))
-        self._last: tuple[tuple[tuple[int, ...], int, int], tuple[Tensor, Tensor]] | None = None
+        self._last: tuple[Sequence[int], int, int, _Slots] | None = None
 
-    def _slots(self, table: Sequence[int], start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Page and place in it of each token; layer after layer asks for the same."""
-        asked = (tuple(table), start, stop)
-        if self._last is None or self._last[0] != asked:
+    def _slots(self, table: Sequence[int], start: int, stop: int) -> _Slots:
+        """Where each token lies; layer after layer asks with the same table."""
+        if self._last is None or self._last[0] is not table or self._last[1:3] != (start, stop):
             pages = torch.tensor(self._pages.page_ids(table), dtype=torch.int64, device=self.device)
             tokens = torch.arange(start, stop, device=self.device)
-            self._last = asked, (pages[tokens // self._page_tokens], tokens % self._page_tokens)
-        return self._last[1]
+            pages, places = pages[tokens // self._page_tokens], tokens % self._page_tokens
+            self._last = table, start, stop, _Slots(pages, places, pages * self._page_tokens + places)
+        return self._last[3]
 
     def read(self, layer: int, table: Sequence[int], start: int, stop: int) -> tuple[Tensor, Tensor]:
         """K and V ``[token, head, dim]`` of tokens `start` to `stop` of a request with this block table."""
-        pages, places = self._slots(table, start, stop)
+        pages, places, _ = self._slots(table, start, stop)
         keys, values = self._views[layer]
         return keys[pages, places], values[pages, places]
 
     def write(self, layer: int, table: Sequence[int], start: int, keys: Tensor, values: Tensor) -> None:
         """Put K and V ``[token, head, dim]`` of tokens from `start` on where the engine looks for them."""
-        pages, places = self._slots(table, start, start + len(keys))
         write, cache = self._writes[layer]
-        write(keys.contiguous(), values.contiguous(), cache, pages * self._page_tokens + places)
+        write(keys.contiguous(), values.contiguous(), cache, self._slots(table, start, start + len(keys)).slots)

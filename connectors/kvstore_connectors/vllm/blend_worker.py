@@ -187,8 +187,8 @@ class Blender:
         load = link.run("blend", partial(self._begin_load, job=job, cache=cache))
         if load is None:
             return None
-        ids = torch.from_numpy(np.frombuffer(job.tokens, dtype="<i4").astype(np.int64)).to(rows.device)
-        return _Gathered(Prompt(ids, tuple(load.spans), exact=job.exact), cache, load)
+        ids = torch.from_numpy(np.frombuffer(job.tokens, dtype="<i4").astype(np.int64))
+        return _Gathered(Prompt(ids.to(rows.device), tuple(load.spans), job.exact, ids), cache, load)
 
     def _repair(self, model: EngineModel, job: BlendJob, gathered: _Gathered) -> _Repaired:
         """Compute the tokens that need it, each layer when it has come."""

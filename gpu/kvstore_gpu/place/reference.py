@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 def place(
     rows: Rows,
     pieces: Sequence[Piece],
+    blocks: Sequence[torch.Tensor],
     cos: torch.Tensor,
     sin: torch.Tensor,
     interleaved: bool,
@@ -23,8 +24,8 @@ def place(
 ) -> None:
     """Copy tokens of blocks into rows, keys turned; what does not turn keeps its bytes."""
     shape = rows[0][0].shape[1:]
-    for index, piece in enumerate(pieces):
-        block = piece.block.view(rows[0][0].dtype).view(len(rows), 2, piece.block_tokens, *shape)
+    for index, (piece, stored_as) in enumerate(zip(pieces, blocks, strict=True)):
+        block = stored_as.view(rows[0][0].dtype).view(len(rows), 2, piece.block_tokens, *shape)
         here = slice(piece.row, piece.row + piece.tokens)
         for layer, (keys, values) in enumerate(rows):
             stored, values[here] = block[layer, :, piece.first : piece.first + piece.tokens]

@@ -80,12 +80,13 @@ class Reading:
         self._measure: Callable[[Tensor], Tensor]
         self._how: How
         self._measure, self._how = _MEASURES[by]
-        self._tokens, self._asked = len(work.prompt.ids), int(work.prompt.question[0])
+        self._tokens, self._asked = len(work.prompt.ids), len(work.prompt.question)
         self._seen = torch.zeros((work.model.layers, self._tokens), device=work.prompt.ids.device)
 
     def __call__(self, layer: int, rows: Tensor, queries: Tensor, keys: Tensor) -> None:
-        asking = rows >= self._asked
-        products = scores(queries[asking], keys[: self._tokens], rows[asking], self._model.scale)
+        # The question is the end of the prompt, nothing of it is cached, and so it is the end of the rows.
+        keys, first = keys[: self._tokens], self._tokens - self._asked
+        products = scores(queries[-self._asked :], keys, rows[-self._asked :], self._model.scale, first)
         self._seen[layer] = self._measure(products.softmax(-1))
 
     def scores(self) -> Tensor:

@@ -161,11 +161,9 @@ class _Words:
     """
 
     def __init__(self, prompt: Prompt, single: float) -> None:
-        ids = prompt.ids.cpu().numpy()
+        ids = prompt.host_ids.numpy()
         self.spans = np.array([(span.start, span.stop) for span in prompt.spans], np.int64).reshape(-1, 2)
-        self.owner = np.full(len(ids), -1)
-        for chunk, (start, stop) in enumerate(self.spans):
-            self.owner[start:stop] = chunk
+        self.owner = prompt.host_chunk_of.numpy()
         start = self.spans.min(initial=len(ids))
         window = np.where(self.owner >= 0, (np.arange(len(ids)) - start) // WINDOW, -1)
         apart = np.cumsum(np.diff(self.owner, prepend=-1) != 0) * len(ids)
