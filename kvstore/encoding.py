@@ -306,8 +306,10 @@ class Encoding:
 
         return self.rungs(form)[1] if chain.lossy else Context()
 
-    def lower(self, form: Form, header: BlockHeader, data: memoryview) -> Encoded | None:
+    def lower(self, form: Form, header: BlockHeader, data: memoryview, *, shared: bool = False) -> Encoded | None:
         """An encoded block on the next rung down; None if there is none, or it was stored to lose nothing.
+
+        In a tier that others share, what stands on no rung of the profile here stays as it is.
 
         Where the next rung is a prefix of the block's planes, stepping down is cutting off. Rungs that need importance
         are passed over where the header has none.
@@ -320,6 +322,8 @@ class Encoding:
             return None
         own = _planes(frame, encoded.size)
         standing = [i for i, (r, chain) in enumerate(rungs) if str(chain) == frame.chain and r.planes in (own, 0)]
+        if shared and not standing:
+            return None
         raw: np.ndarray | None = None
         for number in range((standing[-1] if standing else -1) + 1, len(rungs)):
             rung, chain = rungs[number]

@@ -5,15 +5,17 @@ that was used takes over a better copy from a tier further down.
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, Protocol
 
 from kvstore.encoding import Encoded, Encoding, Form, pages
 from kvstore.errors import CodecError, ConfigError, CorruptBlock
 from kvstore.standing import Standing
 from kvstore.tiers.base import Tier
-from kvstore.types import BlockId, Hit, Scope, Stored
+from kvstore.types import BlockId, Dropped, DropReason, Exists, Hit, Scope, Stored
 
 NEARLY_FULL = 0.95
 """Share of the capacity from which blocks step down."""
@@ -23,6 +25,14 @@ STEP_S = 2.0
 """How long one that comes in waits for others to step down: slow chains must not hold up what is stored."""
 LOOK = 1024
 """Blocks, in the order of eviction, among which the next to step down are looked for."""
+MOST = 64
+"""Blocks that are chosen at a time to step down."""
+FEW = 16
+"""The same in a tier that others share."""
+REST_S = 5.0
+"""How long it is not looked again in a tier that others share, after nothing was found there."""
+MOST_LOWEST = 1 << 16
+"""Blocks of such a tier that are remembered to stand on their last rung."""
 MARGIN = 16
 """A copy that is larger by less than one part in so many is taken to stand on the same rung."""
 HEADER_ROOM = 64 << 10
@@ -70,6 +80,9 @@ class Steps:
         self._note = note
         self._lock = asyncio.Lock()
         self._next: list[BlockId] = []
+        self._shared = tier.order is None
+        self._rest = 0.0
+        self._lowest: dict[BlockId, int] = {}
         self.pins: dict[BlockId, float] = {}
         self.down = self.lost = self.freed = self.up = 0
 
@@ -90,19 +103,51 @@ class Steps:
 
     async def make_room(self, nbytes: int) -> None:
         """Have the least valuable lossy blocks step down, until there is room or all are on the last rung."""
-        order = self._tier.order
-        if order is None or not self._standing.can_step or not self._is_tight(nbytes):
+        may = time.monotonic() > self._rest if self._shared else self._standing.can_step
+        if not may or not self._is_tight(nbytes):
             return
         async with self._lock:
             self._forget_pins()
             until = time.monotonic() + STEP_S
             for _ in range(STEPS_A_PUT):
                 if not self._next:  # looking is far dearer than stepping
-                    victims = (block for block, _ in order.victims(None, 0, lambda _: 1))
-                    self._next = self._standing.stepping(victims, lambda b: b not in self.pins, LOOK, LOOK // 16)
+                    self._next = await self._of_all() if self._shared else self._of_own()
                 if not self._next or not self._is_tight(nbytes) or time.monotonic() > until:
                     return
                 await self.step(self._next.pop(0))
+
+    def _of_own(self) -> list[BlockId]:
+        """Blocks to step down next, of a tier that is this daemon's alone."""
+        order = self._tier.order
+        victims = (block for block, _ in order.victims(None, 0, lambda _: 1)) if order is not None else iter(())
+        return self._standing.stepping(victims, lambda block: block not in self.pins, LOOK, MOST)
+
+    async def _of_all(self) -> list[BlockId]:
+        """Blocks to step down next, of a tier that others share: of those unused for longest, the least compressed.
+
+        A few, in no order, so that daemons seldom take the same one.
+        """
+        found: list[tuple[float, BlockId]] = []
+        for block in await self._tier.oldest(LOOK):
+            form, stored = self._form(block.scope), self._tier.size(block)
+            if form is None or stored is None or not form.lossy or form.is_raw(stored):
+                continue
+            if self._lowest.get(block) != stored:
+                found.append((stored / form.whole, block))
+        if not found:
+            self._rest = time.monotonic() + REST_S
+        found.sort(key=lambda each: each[0], reverse=True)
+        chosen = [block for _, block in found[:FEW]]
+        random.shuffle(chosen)
+        return chosen
+
+    def _stays(self, block: BlockId, stored: int) -> None:
+        """A block cannot step further down."""
+        self._standing.stay(block)
+        if self._shared:
+            if len(self._lowest) >= MOST_LOWEST:
+                self._lowest.clear()
+            self._lowest[block] = stored
 
     def _is_tight(self, nbytes: int) -> bool:
         usage = self._tier.usage()
@@ -111,7 +156,9 @@ class Steps:
     async def step(self, block: BlockId) -> None:
         """Put a block one rung down. If it cannot be put back it is lost, and counted."""
         stored, form = self._tier.size(block), self._form(block.scope)
-        if stored is None or form is None or not self._standing.may_step(block) or block in self.pins:
+        if stored is None or form is None:
+            return
+        if not self._shared and (not self._standing.may_step(block) or block in self.pins):
             return
         buffer = pages(stored)
         outcome = await self._tier.peek(block, [buffer])
@@ -119,15 +166,20 @@ class Steps:
             self._standing.stay(block)
             return
         try:
-            lower = await self._work(self._encoding.lower, form, outcome.header, buffer)
-        except (CodecError, CorruptBlock, ConfigError):
-            self.lost += await self._tier.drop(block)
+            lower = await self._work(partial(self._encoding.lower, form, outcome.header, buffer, shared=self._shared))
+        except (CodecError, CorruptBlock, ConfigError) as error:
+            if self._shared and not isinstance(error, CorruptBlock):
+                self._stays(block, stored)  # another daemon may be able to read it
+            else:
+                self.lost += await self._tier.drop(block)
             return
         if lower is None:
-            self._standing.stay(block)
+            self._stays(block, stored)
         elif await self._put(block, form, outcome, lower, stored):
             self.down += 1
             self.freed += stored - lower.data.nbytes
+            if lower.rung + 1 == len(self._encoding.rungs(form)[0]):
+                self._stays(block, lower.data.nbytes)
 
     async def _put(self, block: BlockId, form: Form, read: Hit, encoded: Encoded, stored: int) -> bool:
         """Put other bytes of a block in the place of those that were read, if they still are what is there."""
@@ -135,7 +187,8 @@ class Steps:
             return False
         again = await self._tier.replace(block, read.header, [encoded.data], encoded.data.nbytes)
         if not isinstance(again, Stored):
-            self.lost += not self._tier.contains(*block)
+            elsewhere = isinstance(again, Exists) or again == Dropped(DropReason.IN_FLIGHT)  # others store it just now
+            self.lost += not elsewhere and not self._tier.contains(*block)
             return False
         self._note(block, encoded, form, may_step=encoded.rung >= 0)
         return True
@@ -162,7 +215,9 @@ class Steps:
             Keeps encoded blocks as the tier here does, with the same rungs.
         """
         stored, theirs, form = self._tier.size(block), other.size(block), self._form(block.scope)
-        if stored is None or theirs is None or form is None or not self.outdone(block, stored, theirs):
+        if stored is None or theirs is None or form is None or self._shared:
+            return False
+        if not self.outdone(block, stored, theirs):
             return False
         copies = pages(stored), pages(theirs)
         own = await self._tier.peek(block, [copies[0]])

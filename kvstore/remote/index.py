@@ -68,12 +68,26 @@ COMMIT = (
     _HEAD
     + """
 if redis.call('HGET', KEYS[1], ARGV[2]) ~= ARGV[3] then return 0 end
-redis.call('ZADD', KEYS[2], now, ARGV[2])
+redis.call('ZADD', KEYS[2], ARGV[4] == '' and now or ARGV[4], ARGV[2])
 tell('stored', ARGV[2], ARGV[3])
 return 1
 """
 )
-"""Tell everybody of a block whose values are written; 0 if it was evicted meanwhile."""
+"""Tell everybody of a block whose values are written, used now or, given that, at another time; 0 if it was evicted."""
+
+OLDEST = _HEAD + "return redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', now, 'LIMIT', 0, ARGV[2])"
+"""Blocks unused for longest, without those that are pinned or being written."""
+
+TAKE = (
+    _HEAD
+    + """
+local used = redis.call('ZSCORE', KEYS[2], ARGV[2])
+if redis.call('HGET', KEYS[1], ARGV[2]) ~= ARGV[3] or not used or tonumber(used) > now then return {} end
+take_out(ARGV[2])
+return {ARGV[3], used}
+"""
+)
+"""Take one write of a block out, unless it is pinned, so that one daemon may write it anew; its value and last use."""
 
 REMOVE = (
     _HEAD

@@ -63,6 +63,12 @@ class Uses:
             pins = {member: delta for member, delta, back in some if back}
             await self._renew([(member, int(pins.get(member, 0.0))) for member, _, _ in some])
 
+    async def oldest(self, most: int) -> list[BlockId]:
+        """Blocks unused for longest, as far as they are known here; none that is pinned or being written."""
+        await self.flush()
+        found = [self._index.block(member) for member in await self._index.script(ix.OLDEST, most)]
+        return [block for block in found if block is not None and self._index.mirror.find(block) is not None]
+
     async def _renew(self, members: list[tuple[bytes, int]]) -> None:
         """Put off the expiry of blocks' values, now and then for those in use, at once for those pinned for long."""
         now = time.monotonic()

@@ -140,6 +140,10 @@ class Tier(ABC):
         await self.drop(block)
         return await self.put(block, header, payload, nbytes)
 
+    async def oldest(self, most: int) -> list[BlockId]:
+        """Blocks that leave next, least valuable first, of a tier that others share and that has no `order` here."""
+        return []
+
     @abstractmethod
     async def drop(self, block: BlockId) -> bool:
         """Forget a block; whether it was there."""

@@ -237,10 +237,47 @@ class RedisTier(Tier):
         cost = ix.cost_of(nbytes)
         if cost > self._capacity:
             return Dropped(DropReason.TOO_LARGE)
+        return await self._occupying(block, self._write(block, header, payload, nbytes, cost, durable))
+
+    async def replace(
+        self, block: BlockId, header: BlockHeader, payload: Sequence[memoryview], nbytes: int
+    ) -> StoreOutcome:
+        """Write a block anew, which keeps its place in the order. It is absent meanwhile: nobody's bytes are uncounted.
+
+        Of several daemons that want to, the first does; the others, and who finds it pinned, get ``IN_FLIGHT``.
+        """
+        outcome = await self._to_the_end(block, self._replace(block, header, payload, nbytes))
+        if isinstance(outcome, Stored):
+            self.counters.bytes_written += nbytes
+        return outcome
+
+    async def _replace(
+        self, block: BlockId, header: BlockHeader, payload: Sequence[memoryview], nbytes: int
+    ) -> StoreOutcome:
+        place = self._find(block)
+        if not self._usable:
+            return Dropped(DropReason.TIER_DOWN)
+        if place is None or block in self._writing:
+            return Dropped(DropReason.IN_FLIGHT)
+        return await self._occupying(block, self._write_anew(block, place, header, payload, nbytes))
+
+    async def _write_anew(
+        self, block: BlockId, place: ix.Place, header: BlockHeader, payload: Sequence[memoryview], nbytes: int
+    ) -> StoreOutcome:
+        member = self._index.member(block)
+        taken = await self._index.script(ix.TAKE, member, place.pack())
+        if not taken:
+            return Dropped(DropReason.IN_FLIGHT)
+        value, used = taken
+        await self._unlink([member, value])
+        return await self._write(block, header, payload, nbytes, ix.cost_of(nbytes), False, used)
+
+    async def _occupying(self, block: BlockId, work: Coroutine[Any, Any, StoreOutcome]) -> StoreOutcome:
+        """Write a block, which is not found meanwhile."""
         self._writing[block] = True
         began = time.perf_counter()
         try:
-            return await self._write(block, header, payload, nbytes, cost, durable)
+            return await work
         except FAILURES as error:
             self._link.note(error)
             return Dropped(DropReason.TIER_FULL if kind_of(error)[0] == "full" else DropReason.TIER_DOWN)
@@ -256,7 +293,9 @@ class RedisTier(Tier):
         nbytes: int,
         cost: int,
         durable: bool,
+        used: bytes = b"",
     ) -> StoreOutcome:
+        """Reserve, write, tell; `used` is when the block was last used, as the index says it, if that was not now."""
         await self._uses.flush()
         known, member = self._index.known(block), self._index.member(block)
         if self._seal is None:
@@ -272,7 +311,7 @@ class RedisTier(Tier):
             self._index.mirror.add(block, place)
             await self._unlink(reply[1:], evicted=True)
             await self._values.write(member, place, record, parts)
-            if not await self._index.script(ix.COMMIT, member, place.pack()) or not self._writing[block]:
+            if not await self._index.script(ix.COMMIT, member, place.pack(), used) or not self._writing[block]:
                 await self._remove([block], place)
                 return Dropped(DropReason.ABORTED)
         except FAILURES:
@@ -359,6 +398,10 @@ class RedisTier(Tier):
             return False
         self._uses.pin(block, until)
         return True
+
+    async def oldest(self, most: int) -> list[BlockId]:
+        """Blocks of the whole deployment that leave next, those unused for longest first; none without a connection."""
+        return (await self._link.quietly(self._uses.oldest(most)) if self._usable else None) or []
 
     async def check(self, fix: bool = False) -> list[Finding]:
         """Read and verify every block that the index names."""

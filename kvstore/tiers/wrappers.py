@@ -75,6 +75,9 @@ class WrappedTier(Tier):
     ) -> StoreOutcome:
         return await self.inner.replace(block, header, payload, nbytes)
 
+    async def oldest(self, most: int) -> list[BlockId]:
+        return await self.inner.oldest(most)
+
     async def drop(self, block: BlockId) -> bool:
         return await self.inner.drop(block)
 
