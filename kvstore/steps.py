@@ -182,7 +182,7 @@ class Steps:
                 self._stays(block, lower.data.nbytes)
 
     async def _put(self, block: BlockId, form: Form, read: Hit, encoded: Encoded, stored: int) -> bool:
-        """Put other bytes of a block in the place of those that were read, if they still are what is there."""
+        """Put other bytes of a block in the place of those that were read here, if they still are; the header stays."""
         if self._tier.size(block) != stored:  # dropped meanwhile: it must not come back
             return False
         again = await self._tier.replace(block, read.header, [encoded.data], encoded.data.nbytes)
@@ -203,7 +203,7 @@ class Steps:
         form = self._form(block.scope)
         if form is None or not form.lossy or form.is_raw(stored) or self._standing.is_whole(block):
             return False
-        return form.is_raw(theirs) or theirs > stored + stored // MARGIN
+        return stored + stored // MARGIN < theirs <= form.whole
 
     async def take_over(self, block: BlockId, other: Tier) -> bool:
         """Replace a block by another tier's copy, if that lost less, and has room where nothing leaves for it.
@@ -222,11 +222,11 @@ class Steps:
         copies = pages(stored), pages(theirs)
         own = await self._tier.peek(block, [copies[0]])
         read = await other.peek(block, [copies[1]])
-        if not isinstance(own, Hit) or not isinstance(read, Hit):
+        if not isinstance(own, Hit) or not isinstance(read, Hit) or own.header.position != read.header.position:
             return False
         try:
             worse = await self._work(self._encoding.kept, form, own.header, copies[0])
-            better = await self._work(self._encoding.kept, form, read.header, copies[1])
+            better = await self._work(self._encoding.kept, form, own.header, copies[1])
         except (CodecError, CorruptBlock, ConfigError):  # who reads it for somebody will see to that
             return False
         self._standing.seen(block, worse.chain)
@@ -234,7 +234,7 @@ class Steps:
             return False
         await self.make_room(theirs)
         async with self._lock:
-            if self._has_room(block, theirs) and await self._put(block, form, read, better, stored):
+            if self._has_room(block, theirs) and await self._put(block, form, own, better, stored):
                 self.up += 1
                 return True
         return False

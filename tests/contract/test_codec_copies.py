@@ -178,6 +178,16 @@ async def test_a_block_that_is_dropped_meanwhile_does_not_come_back(pair: Pair) 
     assert pair.disk.steps.lost == 0
 
 
+async def test_what_cannot_be_a_copy_of_it_is_never_read(pair: Pair) -> None:
+    block = block_id(1, LOSSY)
+    await pair.store(1)
+    await pair.disk.steps.step(block)
+    view = pages(2 * WHOLE)
+    await pair.redis.inner.drop(block)
+    assert isinstance(await pair.redis.inner.put(block, BlockHeader(position=64), [view], view.nbytes), Stored)
+    assert pair.copies.best(*block) is pair.disk
+
+
 @pytest.mark.parametrize("what", ["damaged", "of another profile"])
 async def test_a_copy_that_cannot_be_believed_replaces_nothing(pair: Pair, what: str) -> None:
     block = block_id(1, LOSSY)
