@@ -44,7 +44,7 @@ class Copies:
         for tier in self._below:
             if found is None:
                 found = tier if tier.contains(scope, key) else None
-            elif found.outdone(BlockId(scope, key), tier):
+            elif found.outdone(scope, key, tier):
                 found = tier
         return found
 
@@ -56,7 +56,7 @@ class Copies:
     def was_read(self, block: BlockId, source: Tier) -> None:
         """A load had a block from a tier: have nearer copies that are worse replaced by that one later."""
         for tier in self._below[: self._below.index(source)]:
-            if tier.outdone(block, source):
+            if tier.outdone(*block, source):
                 if len(self._worse) >= MOST:
                     del self._worse[next(iter(self._worse))]
                 self._worse[block] = tier, source

@@ -163,12 +163,14 @@ class Ladder(WrappedTier):
 
     # -- several copies ------------------------------------------------------------------------------------------------
 
-    def outdone(self, block: BlockId, other: Tier) -> bool:
+    def outdone(self, scope: Scope, key: bytes, other: Tier) -> bool:
         """Whether another tier that keeps blocks encoded has a copy that lost less, as far as is known. No I/O."""
-        if not isinstance(other, Ladder):
+        form = self._form(scope)
+        if form is None or not form.lossy or not isinstance(other, Ladder):
             return False
+        block = BlockId(scope, key)
         stored, theirs = self.inner.size(block), other.inner.size(block)
-        return stored is not None and theirs is not None and self.steps.outdone(block, stored, theirs)
+        return stored is not None and theirs is not None and self.steps.outdone(block, form, stored, theirs)
 
     async def take_over(self, block: BlockId, other: Tier) -> bool:
         """Replace a block by the better copy of another tier, byte for byte, if there is room; whether it was."""

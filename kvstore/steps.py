@@ -195,13 +195,12 @@ class Steps:
 
     # -- up ------------------------------------------------------------------------------------------------------------
 
-    def outdone(self, block: BlockId, stored: int, theirs: int) -> bool:
+    def outdone(self, block: BlockId, form: Form, stored: int, theirs: int) -> bool:
         """Whether another copy of a lossy block, of so many bytes, should have more precision than the one here.
 
         Each step makes a block smaller, so that this can be told from sizes, without reading.
         """
-        form = self._form(block.scope)
-        if form is None or not form.lossy or form.is_raw(stored) or self._standing.is_whole(block):
+        if not form.lossy or form.is_raw(stored) or self._standing.is_whole(block):
             return False
         return stored + stored // MARGIN < theirs <= form.whole
 
@@ -217,7 +216,7 @@ class Steps:
         stored, theirs, form = self._tier.size(block), other.size(block), self._form(block.scope)
         if stored is None or theirs is None or form is None or self._shared:
             return False
-        if not self.outdone(block, stored, theirs):
+        if not self.outdone(block, form, stored, theirs):
             return False
         copies = pages(stored), pages(theirs)
         own = await self._tier.peek(block, [copies[0]])

@@ -100,7 +100,7 @@ class Tier(ABC):
         """By which chain of codecs a block is kept here; empty where it is as it came. No I/O."""
         return ""
 
-    def outdone(self, block: BlockId, other: Tier) -> bool:
+    def outdone(self, scope: Scope, key: bytes, other: Tier) -> bool:
         """Whether another tier has a copy of the block that lost less than the one here, as far as is known. No I/O."""
         return False
 
