@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from kvstore.testing.tier_suite import block_of, load, pages, scope_of, store
+from kvstore.testing.tier_suite import block_of, header_of, load, pages, payload_of, scope_of, store
 from kvstore.testing.valkey import ValkeyCluster, ValkeyServer
 from kvstore.tiers.redis import RedisTier
-from kvstore.types import Exists, Hit, Miss, MissReason, Stored
+from kvstore.types import Dropped, DropReason, Exists, Hit, Miss, MissReason, Stored
 
 MIB = 1 << 20
 
@@ -76,6 +76,26 @@ async def test_two_daemons_keep_one_budget(cluster: ValkeyCluster) -> None:
         assert one.counters.evicted + other.counters.evicted == 21 - one.usage().blocks
         assert await load(one, block_of(99), MIB)
         assert not await load(one, block_of(0), MIB)
+
+
+async def test_a_block_that_is_replaced_keeps_its_age_and_other_daemons_find_it(cluster: ValkeyCluster) -> None:
+    async with opened(cluster, "replace") as one, opened(cluster, "replace") as other:
+        blocks = [block_of(number) for number in range(4)]
+        for block in blocks:
+            assert await store(one, block, 2 * MIB) == Stored()
+        await until(lambda: other.usage().blocks == 4)
+        assert isinstance(await other.peek(blocks[0], pages(2 * MIB)), Hit)
+        assert other.counters.hits == 0
+        assert one.pin(blocks[1], time.monotonic() + 60)
+        assert await one.oldest(10) == [blocks[0], *blocks[2:]]
+        smaller = [(block, header_of(block), pages(MIB, content=payload_of(block, MIB)), MIB) for block in blocks]
+        assert await other.replace(*smaller[0]) == Stored()
+        assert await other.replace(*smaller[1]) == Dropped(DropReason.IN_FLIGHT)  # pinned by the other daemon
+        await until(lambda: one.size(blocks[0]) == MIB)
+        assert one.usage() == other.usage()
+        assert await one.oldest(10) == [blocks[0], *blocks[2:]]
+        assert await load(one, blocks[0], MIB)
+        assert await load(one, blocks[1], 2 * MIB)
 
 
 async def test_a_hung_node_costs_its_timeout_and_comes_back(cluster: ValkeyCluster) -> None:
