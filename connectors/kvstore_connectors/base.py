@@ -66,6 +66,8 @@ class Tally:
 
     def drain(self) -> dict[str, float]:
         """All counters since the last call."""
+        if not self._counts:
+            return {}
         with self._lock:
             counts, self._counts = self._counts, Counter()
         return dict(counts)

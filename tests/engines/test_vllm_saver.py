@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import threading
+import time
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from fakes import eventually
 
 from kvstore.client import Room
 from kvstore_connectors.base import Tally
-from kvstore_connectors.vllm.saver import Saver
+from kvstore_connectors.vllm.saver import TOGETHER, Saver
 
 WAIT_S = 5
 UNENCODABLE = [0, 0]
@@ -25,9 +27,12 @@ class FakePages:
         self.pieces: list[Any] = []
         self.arrived = threading.Event()
         self.began = threading.Event()
+        self.marks = 0
+        self.behind: list[Any] = []
 
     def mark(self) -> Any:
-        return "after"
+        self.marks += 1
+        return self.marks
 
     def reach(self, piece: Any) -> Any:
         return piece
@@ -36,8 +41,8 @@ class FakePages:
         self.held.append(event)
 
     def take(self, pieces: Any, after: Any) -> Any:
-        assert after == "after"
         self.pieces += pieces
+        self.behind.append(after)
         self.began.set()
         good = [piece.engine_ids != UNENCODABLE for piece in pieces]
         return SimpleNamespace(taken="taken", wait=lambda: self.arrived.wait(WAIT_S) and good)
@@ -55,18 +60,26 @@ class Bench:
         self.asked = threading.Event()
         self.over = threading.Event()
         self.done: list[bool] = []
+        self.stored: list[tuple[Any, int]] = []
         self.tally = Tally()
         self.saver = Saver(self.pages, self._store, self.tally)  # type: ignore[arg-type]
 
-    def _store(self, job: Any, fill: Any) -> None:
+    def _store(self, scope: Any, blocks: Any, fill: Any) -> None:
+        self.stored.append((scope, len(blocks)))
         self.asked.set()
         self.room.wait(WAIT_S)
-        self.rooms = [Room(i, 4, [np.zeros(4, np.uint8)]) for i in range(len(job.blocks))]
-        self.done += fill(list(zip(job.blocks, self.rooms, strict=True)))
+        self.rooms = [Room(i, 4, [np.zeros(4, np.uint8)]) for i in range(len(blocks))]
+        self.done += fill(list(zip(blocks, self.rooms, strict=True)))
         self.over.set()
 
-    def submit(self, *blocks: list[int]) -> None:
-        self.saver.submit(SimpleNamespace(blocks=[SimpleNamespace(engine_ids=ids, position=7) for ids in blocks]))  # type: ignore[arg-type]
+    def submit(self, *blocks: list[int], scope: str = "") -> None:
+        made = [SimpleNamespace(engine_ids=ids, position=7) for ids in blocks]
+        self.saver.submit([SimpleNamespace(scope=scope, blocks=[one]) for one in made])  # type: ignore[misc]
+
+    def drained(self) -> None:
+        """Wait until nothing is open."""
+        assert eventually(lambda: not self.saver._open)
+        self.saver.close()
 
 
 def test_blocks_get_their_header_once_they_arrived_and_what_cannot_be_encoded_is_left_out() -> None:
@@ -166,3 +179,78 @@ def test_a_job_that_is_over_holds_nothing_up_and_a_failing_one_does_not_end_the_
     bench.saver.guard([1])
     assert bench.pages.held == []
     bench.saver.close()
+
+
+def test_what_is_queued_is_stored_together_behind_the_last_step() -> None:
+    bench = Bench()
+    bench.submit([1], [2])
+    assert bench.asked.wait(WAIT_S)
+    bench.submit([3])
+    bench.submit([4], scope="other")
+    bench.submit([5], scope="other")
+    bench.submit(*([i] for i in range(10, 10 + TOGETHER)), scope="other")
+    bench.pages.arrived.set()
+    bench.room.set()
+    bench.drained()
+    assert bench.stored == [("", 2), ("", 1), ("other", 2), ("other", TOGETHER)]
+    assert bench.pages.behind[:3] == [1, 2, 4]
+    assert all(bench.done)
+
+
+def test_a_page_that_became_full_a_second_time_is_stored_as_what_it_is_then() -> None:
+    bench = Bench()
+    bench.submit([0])
+    assert bench.asked.wait(WAIT_S)
+    bench.submit([1, 2])
+    bench.saver.guard([2])
+    bench.submit([2, 3])
+    bench.pages.arrived.set()
+    bench.room.set()
+    bench.drained()
+    assert bench.stored == [("", 1), ("", 2)]
+    assert bench.done == [True, False, True]
+    assert [piece.engine_ids for piece in bench.pages.pieces] == [[0], [2, 3]]
+
+
+def test_the_engine_waits_for_what_is_just_being_queued_only_if_it_writes_there() -> None:
+    bench = Bench()
+    take, go = bench.pages.take, threading.Event()
+
+    def slow(pieces: Any, after: Any) -> Any:
+        bench.pages.began.set()
+        go.wait(WAIT_S)
+        return take(pieces, after)
+
+    bench.pages.take = slow  # type: ignore[method-assign]
+    bench.pages.arrived.set()
+    bench.room.set()
+    bench.submit([1, 2])
+    assert bench.pages.began.wait(WAIT_S)
+    bench.saver.guard([7])
+    engine = threading.Thread(target=bench.saver.guard, args=([2],))
+    engine.start()
+    engine.join(0.05)
+    assert engine.is_alive()
+    assert bench.pages.held == []
+    go.set()
+    engine.join(WAIT_S)
+    assert bench.pages.held == ["taken"]
+    bench.drained()
+    assert bench.done == [True]
+
+
+def test_a_gathering_that_fails_holds_nobody_up() -> None:
+    bench = Bench()
+
+    def fail(pieces: Any, after: Any) -> Any:
+        bench.pages.began.set()
+        time.sleep(0.05)
+        raise RuntimeError
+
+    bench.pages.take = fail  # type: ignore[method-assign]
+    bench.room.set()
+    bench.submit([1, 2])
+    assert bench.pages.began.wait(WAIT_S)
+    bench.saver.guard([2])
+    assert bench.pages.held == []
+    bench.drained()

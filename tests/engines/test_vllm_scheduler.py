@@ -32,7 +32,7 @@ def make_request(name: str = "r", tokens: int = 40, **fields: Any) -> Any:
 
 def step(scheduled: dict[str, int], new: dict[str, list[int]] | None = None, **cached: Any) -> Any:
     """As much of a scheduler output as is read."""
-    news = [SimpleNamespace(req_id=name, block_ids=(ids,)) for name, ids in (new or {}).items()]
+    news = [SimpleNamespace(req_id=name, block_ids=(ids,), num_computed_tokens=0) for name, ids in (new or {}).items()]
     known = SimpleNamespace(
         req_ids=list(cached.get("grown", {})),
         new_block_ids=[None if ids is None else (ids,) for ids in cached.get("grown", {}).values()],
@@ -186,7 +186,9 @@ def test_a_promise_becomes_a_job(bench: Callable[..., Bench]) -> None:
     request = make_request()
     count, _ = one.matched(request, 4)
     one.side.allocated(request, [50, 51, 52, 53, 54, 55], count or 0)
-    (job,) = one.side.plan(step({})).loads
+    meta = one.side.plan(step({}))
+    (job,) = meta.loads
+    assert meta.fresh == job.engine_ids
     assert job.hashes == [hash_of(1), hash_of(3), hash_of(5)]
     assert (job.skip, job.engine_ids, job.tokens) == (1, [51, 52, 53, 54, 55], 20)
     assert one.side.plan(step({})).loads == []
@@ -203,15 +205,20 @@ def test_blocks_are_stored_as_they_fill(bench: Callable[..., Bench]) -> None:
     request = make_request()
     assert one.matched(request) == (0, False)
     one.side.allocated(request, [7, 8, 9], 0)
-    assert saved(one.side.plan(step({"r": 12}, {"r": [7, 8, 9]}))) == [(0, [7, 8])]
+    meta = one.side.plan(step({"r": 12}, {"r": [7, 8, 9]}))
+    assert saved(meta) == [(0, [7, 8])]
+    assert meta.fresh == [7, 8, 9]
     request.num_computed_tokens = 12
     meta = one.side.plan(step({"r": 12}, grown={"r": [3, 4, 5]}))
     assert saved(meta) == [(1, [9, 3]), (2, [4, 5])]
+    assert meta.fresh == [3, 4, 5]
     block = meta.saves[0].blocks[1]
     assert (block.hash, block.parent) == (hash_of(5), hash_of(3))
     assert np.frombuffer(block.tokens, "<i4").tolist() == list(range(16, 24))
     request.num_computed_tokens = 24
-    assert saved(one.side.plan(step({"r": 1}, grown={"r": None}))) == []
+    meta = one.side.plan(step({"r": 1}, grown={"r": None}))
+    assert saved(meta) == []
+    assert meta.fresh == []
 
 
 def test_what_was_loaded_is_not_stored_again(bench: Callable[..., Bench]) -> None:

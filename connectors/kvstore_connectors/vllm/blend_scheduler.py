@@ -86,6 +86,11 @@ class Blends:
         For requests that say nothing.
     gate : Gate or None
         Without one nothing is blended.
+
+    Attributes
+    ----------
+    capturing : set of str
+        Requests of which spans may still have to be stored.
     """
 
     def __init__(
@@ -105,6 +110,7 @@ class Blends:
         self._gate = gate
         self._ranks: list[Namespace] = []
         self._states: dict[str, State] = {}
+        self.capturing: set[str] = set()
         self._warned = False
 
     def know_ranks(self, namespaces: Sequence[Namespace]) -> None:
@@ -131,6 +137,8 @@ class Blends:
         state.search = self._searches.submit(self._namespaces(scope), state.tokens, wish)
         self._tally.add("blend_searches")
         self._states[request.request_id] = state
+        if wish.capture:
+            self.capturing.add(request.request_id)
 
     @staticmethod
     def _plain(request: Any, scope: Scope) -> bool:
@@ -277,11 +285,14 @@ class Blends:
         """Spans that are whole once `computed` tokens are, and are to be stored as chunks."""
         state = self._states.get(name)
         if state is None or not state.wish.capture or state.tainted is not None or state.search is None:
+            self.capturing.discard(name)
             return []
         search = state.search
         wanted = [*search.absent, *((c.start, c.stop) for c in search.found if c.overhead > STALE)]
         ready = sorted(span for span in wanted if span[1] <= computed and span not in state.captured)
         state.captured.update(ready)
+        if search.finished and state.captured.issuperset(wanted):
+            self.capturing.discard(name)
         return [self._capture(name, state, span, table, hashes) for span in ready]
 
     def _capture(
@@ -331,6 +342,7 @@ class Blends:
     def forget(self, name: str) -> None:
         """A request has ended."""
         self._states.pop(name, None)
+        self.capturing.discard(name)
 
     def reset(self) -> None:
         """The engine's weights may have changed: what was found belongs to others."""

@@ -253,6 +253,10 @@ class KVStoreConnector(KVConnectorBase_V1):
         if self._worker is not None and self._meta is not None:
             self._worker.start_loads(self._meta)
 
+    def has_connector_metadata(self) -> bool:
+        """Whether attention has to come here with each layer: never, since blocks are whole before and after it."""
+        return False
+
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Nothing to wait for: loads are whole before the forward pass."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, KeysView, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,6 +76,11 @@ class Decisions:
         self._last_output = 0.0
         self._probed = self._from_memory = -math.inf
         """When a lower tier was last looked at, and when something was last loaded from memory."""
+
+    @property
+    def waiting(self) -> KeysView[str]:
+        """Requests on their way to a first token that something was decided about."""
+        return self._open.keys()
 
     # -- the choice ----------------------------------------------------------------------------------------------------
 

@@ -288,43 +288,36 @@ class SchedulerSide:
         if meta.blends or (meta.loads and not self._async):
             self._unconfirmed[self._step] = len(self._ranks)
         try:
-            self._saves.follow(output)
+            meta.fresh = [*self._saves.follow(output), *self._filled(meta)]
             if self._may_save:
                 self._saves.plan(meta, output, hold=bool(self._unconfirmed))
         except Exception:  # the loads have to reach the workers whatever happens here
             meta.saves = []
+            self._saves.look_at_all()
             report_defect("planning saves")
-        meta.fresh = self._fresh(meta, output)
         if meta.idle and not meta.loads:
             self._rest()
         meta.timed = self._time(meta, output)
         return meta
 
-    def _fresh(self, meta: ConnectorMeta, output: Any) -> list[int] | None:
-        """Blocks that get new content: on a device, KV of an ended request may still be on its way out of them."""
-        try:
-            fresh = [one for job in meta.loads for one in job.engine_ids]
-            for job in meta.blends:
-                fresh.extend(job.table[job.begin // self._engine_block :])
-            for new in output.scheduled_new_reqs:
-                fresh.extend(new.block_ids[0][new.num_computed_tokens // self._engine_block :])
-            for new_ids in output.scheduled_cached_reqs.new_block_ids:
-                fresh.extend(new_ids[0] if new_ids is not None else ())
-            return fresh
-        except Exception:  # the plan has to reach the workers
-            report_defect("listing blocks that get new content")
-            return None
+    def _filled(self, meta: ConnectorMeta) -> list[int]:
+        """Engine blocks that the step's loads fill."""
+        loaded = [one for job in meta.loads for one in job.engine_ids]
+        return loaded + [one for job in meta.blends for one in job.table[job.begin // self._engine_block :]]
 
     def _time(self, meta: ConnectorMeta, output: Any) -> bool:
         """Begin to time a step; whether the workers shall say when it has ended."""
         try:
-            spans = {}
-            for name, count in output.num_scheduled_tokens.items():
+            spans, scheduled = {}, output.num_scheduled_tokens
+            one_each = output.total_num_scheduled_tokens == len(scheduled)
+            if one_each and self._decisions.waiting.isdisjoint(scheduled.keys()):
+                return False  # and nobody's first one
+            for name, count in scheduled.items():
                 tracked = self._requests.get(name)
                 if tracked is not None:
                     request = tracked.request
                     spans[name] = (request.num_computed_tokens, count, request.num_tokens)
-            whole = len(spans) == len(output.num_scheduled_tokens)
+            whole = len(spans) == len(scheduled)
             pure = whole and not meta.blends and (self._async or not meta.loads)
             return self._decisions.planned(self._step, spans, pure)
         except Exception:  # the plan has to reach the workers
@@ -355,6 +348,7 @@ class SchedulerSide:
             under their hash already: those of synchronous loads, and all that was computed on top of them.
         """
         spoiled: set[int] = set()
+        self._saves.look_at_all()
         for name, tracked in self._requests.items():
             if tracked.loading and not engine_ids.isdisjoint(tracked.loading):
                 filled = next(i for i, one in enumerate(tracked.loading) if one in engine_ids)

@@ -26,7 +26,9 @@ class Tracked:
     engine_ids : list of int
         The request's block table.
     computed : int
-        Tokens that the engine had computed when the last step was planned.
+        Tokens that are computed after the last step in which the request was looked at; -1 before.
+    due : int
+        Step in which it is to be looked at again.
     saved : int
         kvstore blocks from the start that need no save.
     present : int
@@ -52,6 +54,7 @@ class Tracked:
     loading: list[int] = field(default_factory=list)
     engine_ids: list[int] = field(default_factory=list)
     computed: int = -1
+    due: int = 0
     saved: int = 0
     present: int = 0
     given_up: bool = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,8 +23,8 @@ from kvstore_connectors.vllm.blend_rows import Rows
 from kvstore_connectors.vllm.blend_worker import Blender
 from kvstore_connectors.vllm.code import Codes
 from kvstore_connectors.vllm.device_pages import DevicePages
-from kvstore_connectors.vllm.identity import rank_namespace, request_namespace
-from kvstore_connectors.vllm.jobs import ConnectorMeta, Handshake, LoadJob, Report, SaveJob
+from kvstore_connectors.vllm.identity import Scope, rank_namespace, request_namespace
+from kvstore_connectors.vllm.jobs import ConnectorMeta, Handshake, LoadJob, Report, SaveBlock
 from kvstore_connectors.vllm.layout import CANONICAL, PageViews, WriteOp, layer_cache, learn, write_op
 from kvstore_connectors.vllm.pages import HostPages, Pages
 from kvstore_connectors.vllm.saver import Saver
@@ -71,6 +71,8 @@ class Loader:
 
     def take(self, wait_s: float = 0.0) -> tuple[set[str], set[int]]:
         """Requests whose loads ended since the last call, and engine blocks that failed; may wait for the first."""
+        if not self._open and not self._finished:  # as in most steps
+            return set(), set()
         with self._change:
             if self._open and not self._finished and wait_s > 0:
                 self._change.wait_for(lambda: self._finished or self._stopped, wait_s)
@@ -320,8 +322,7 @@ class WorkerSide:
             self.tally.add("skipped_save")
             self.tally.add("save_unreachable", blocks)
         elif self._saver is not None:
-            for job in meta.saves:
-                self._saver.submit(job)
+            self._saver.submit(meta.saves)
         else:
             self._transfers.save(self._save_link, meta.saves)
 
@@ -333,9 +334,9 @@ class WorkerSide:
                 except Exception:
                     report_defect("capturing a chunk")
 
-    def _store(self, job: SaveJob, fill: Fill) -> None:
+    def _store(self, scope: Scope, blocks: Sequence[SaveBlock], fill: Fill) -> None:
         if self._transfers is not None and self._namespace is not None:
-            self._transfers.store(self._save_link, request_namespace(self._namespace, job.scope), job.blocks, fill)
+            self._transfers.store(self._save_link, request_namespace(self._namespace, scope), blocks, fill)
 
     def take_finished(self, meta: ConnectorMeta | None) -> set[str]:
         """Requests whose asynchronous loads have ended."""
