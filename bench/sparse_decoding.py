@@ -54,8 +54,8 @@ def _shadow(share: float, rank: int) -> Callable[[Any, int], Any]:
     return lambda model, tokens: ShadowCache(model, ShadowKV(budget=int(share * tokens), rank=rank))
 
 
-def _squeezed(sparsity: int) -> Callable[[Any, int], Any]:
-    return lambda model, tokens: SqueezedCache(model, Squeezed(sparsity=sparsity, coarse=sparsity // 2))
+def _squeezed(sparsity: int, coarse: int = 0) -> Callable[[Any, int], Any]:
+    return lambda model, tokens: SqueezedCache(model, Squeezed(sparsity=sparsity, coarse=coarse))
 
 
 WAYS: dict[str, Callable[[Any, int], Any]] = {
@@ -68,6 +68,7 @@ WAYS: dict[str, Callable[[Any, int], Any]] = {
     "ShadowKV, 10 %, rank 50 %": _shadow(0.10, 50),
     "Squeezed, 50 % left out": _squeezed(50),
     "Squeezed, 70 % left out": _squeezed(70),
+    "Squeezed, 70 % left out, 10 of it by groups": _squeezed(70, 10),
     "Squeezed, 90 % left out": _squeezed(90),
 }
 
