@@ -19,7 +19,7 @@ import torch
 from kvstore.client import LeasedBlock, chunk_keys
 from kvstore.types import ChunkInfo, Miss, Namespace
 from kvstore_connectors.base import Tally
-from kvstore_connectors.blend.prompt import Capture, LayerKV, Span
+from kvstore_connectors.blend.prompt import Capture, LayerKV, Span, brought
 from kvstore_connectors.clock import Moment
 from kvstore_gpu import host
 from kvstore_gpu.place import Piece, place
@@ -245,7 +245,7 @@ class ChunkLoad:
         layers, device, stream = len(self._rows), self._device, self._stream
         pieces = [wish.piece for wish in wishes]
         with torch.cuda.stream(stream):
-            turn = Turn.of(self._rotation, torch.tensor([wish.distance for wish in wishes]).to(device))
+            turn = Turn.of(self._rotation, brought(torch.tensor([wish.distance for wish in wishes]), device))
             runs = [] if stream is None else [self._runs(client, block) for block in found]
             self._came = [Moment(device)]
             for first in range(0, layers, self._group):

@@ -105,7 +105,7 @@ class Prompt:
     @cached_property
     def chunk_of(self) -> Tensor:
         """Index of the span that holds each position ``[n]``; -1 in none."""
-        return self._brought(self.host_chunk_of)
+        return brought(self.host_chunk_of, self.ids.device)
 
     @cached_property
     def host_repairable(self) -> Tensor:
@@ -118,24 +118,20 @@ class Prompt:
     @cached_property
     def repairable(self) -> Tensor:
         """Mask ``[n]`` of the cached tokens whose KV may differ from what full prefill computes."""
-        return self._brought(self.host_repairable)
+        return brought(self.host_repairable, self.ids.device)
 
     @cached_property
     def missing(self) -> Tensor:
         """Sorted positions of the tokens without any KV."""
         absent = self.host_chunk_of < 0
         absent[: self.exact] = False
-        return self._brought(absent.nonzero()[:, 0])
+        return brought(absent.nonzero()[:, 0], self.ids.device)
 
     @cached_property
     def question(self) -> Tensor:
         """Positions behind the last span: what is asked about the chunks."""
         start = self.spans[-1].stop if self.spans else self.exact
         return torch.arange(start, len(self.ids), device=self.ids.device)
-
-    def _brought(self, made: Tensor) -> Tensor:
-        device = self.ids.device
-        return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
 
     @cached_property
     def reused(self) -> int:
@@ -153,6 +149,11 @@ class LayerKV:
 
 Cache = Sequence[LayerKV]
 """All layers of a prompt; rows of repaired tokens are written in place."""
+
+
+def brought(made: Tensor, device: torch.device) -> Tensor:
+    """A small tensor made in host memory, on a device: from pinned memory, since any other waits for the device."""
+    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
 
 
 def top(scores: Tensor, count: int) -> Tensor:

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import torch
 
+from kvstore_connectors.blend.prompt import brought
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -58,8 +60,7 @@ class Sequences:
         pages = first_keys[:, None] // PAGE + np.arange(width)
         pages = np.minimum(pages, (end_keys[:, None] - 1) // PAGE)  # behind its end a row names pages that are there
         table = np.concatenate([begins, keys, pages.ravel()]).astype(np.int32)
-        there = torch.from_numpy(table)
-        there = there.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else there
+        there = brought(torch.from_numpy(table), device)
         count = len(keys)
         return Sequences(
             begins=there[: count + 1],
@@ -153,5 +154,7 @@ def attend_by_runs(varlen: Varlen, queries: Tensor, keys: Tensor, values: Tensor
         asked = queries[plan.alone :]
         earlier, earlier_mass = varlen(asked, k, v, plan.before, scale, causal=False)
         weight = torch.sigmoid(earlier_mass - mass[:, plan.alone :]).t()[..., None]
-        out[plan.alone :].lerp_(earlier, weight.to(out.dtype))
+        later = out[plan.alone :]
+        # In float32: next to 1, where one of the two has nearly all, bfloat16 knows no weight of the other.
+        later.copy_(torch.lerp(later.float(), earlier.float(), weight))
     return out.flatten(1)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from kvstore.errors import ConfigError
+from kvstore_connectors.blend.prompt import brought
 from kvstore_connectors.vllm.layout import PageViews, WriteOp
 from kvstore_connectors.vllm.pages import Pages
 
@@ -64,7 +65,7 @@ class Rows:
     def _slots(self, table: Sequence[int], start: int, stop: int) -> _Slots:
         """Where each token lies; layer after layer asks with the same table."""
         if self._last is None or self._last[0] is not table or self._last[1:3] != (start, stop):
-            pages = torch.tensor(self._pages.page_ids(table), dtype=torch.int64, device=self.device)
+            pages = brought(torch.tensor(self._pages.page_ids(table), dtype=torch.int64), self.device)
             tokens = torch.arange(start, stop, device=self.device)
             pages, places = pages[tokens // self._page_tokens], tokens % self._page_tokens
             self._last = table, start, stop, _Slots(pages, places, pages * self._page_tokens + places)

@@ -19,7 +19,7 @@ from kvstore.keys import derived_key, namespace_digest
 from kvstore.types import Namespace, Stored
 from kvstore_connectors.base import Link, Tally, report_defect
 from kvstore_connectors.blend.amount import Controller, chunk_bytes
-from kvstore_connectors.blend.prompt import LayerKV, Prompt
+from kvstore_connectors.blend.prompt import LayerKV, Prompt, brought
 from kvstore_connectors.blend.selectors.planner import selector_for
 from kvstore_connectors.blend.varlen import PAGE
 from kvstore_connectors.blend.work import Work
@@ -188,7 +188,7 @@ class Blender:
         if load is None:
             return None
         ids = torch.from_numpy(np.frombuffer(job.tokens, dtype="<i4").astype(np.int64))
-        return _Gathered(Prompt(ids.to(rows.device), tuple(load.spans), job.exact, ids), cache, load)
+        return _Gathered(Prompt(brought(ids, rows.device), tuple(load.spans), job.exact, ids), cache, load)
 
     def _repair(self, model: EngineModel, job: BlendJob, gathered: _Gathered) -> _Repaired:
         """Compute the tokens that need it, each layer when it has come."""
