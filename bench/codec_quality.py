@@ -45,6 +45,8 @@ FIXED = (
     "prerope|kv4(k=3,v=3)", "prerope|kv4(k=2,v=2)",
     "prerope|mikv(hi=8,lo=4)", "prerope|mikv(hi=4,lo=2)", "prerope|lowrank(rank=50)", "prerope|lowrank(rank=50,v=4)",
 )  # fmt: skip
+SAME = ("raw", "kv4", "prerope|kv4|zstd")
+"""What the plot leaves out: no loss to draw, or the place of another."""
 TARGET = 0.012
 MARGIN = 0.75
 """Share of the target that a chain may cost on the held-out calibration texts to be chosen for it."""
@@ -210,7 +212,8 @@ def main() -> None:
 def show(args: Any, results: Mapping[str, Any]) -> None:
     """Print the tables, write the JSON, draw."""
     if args.plot is not None:
-        points = [SimpleNamespace(chain=label, **found) for label, found in results["chains"].items() if label != "raw"]
+        chains = {label: found for label, found in results["chains"].items() if label not in SAME}
+        points = [SimpleNamespace(chain=label, **found) for label, found in chains.items()]
         args.plot.write_text(codec_plot.svg(points, Path(args.model).name, TARGET))
     told = {label: f"{100 * one['mean']:.1f} %" for label, one in results["tasks"].items()}
     rows = [

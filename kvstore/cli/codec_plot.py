@@ -6,7 +6,7 @@ import html
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 WIDTH, HEIGHT, PAD = 720, 440, 64
 
@@ -96,14 +96,40 @@ def svg(points: Sequence[Point], model: str, gate: float) -> str:
         parts.append(_line(y(gate), "#c33", ' stroke-dasharray="4"'))
     way = " ".join(f"{x(p.ratio):.1f},{y(p.kl):.1f}" for p in frontier)
     parts.append(f'<polyline points="{way}" fill="none" stroke="#27c" stroke-width="1.5"/>')
-    for point in shown:
+    places = [(x(point.ratio), y(point.kl)) for point in shown]
+    boxes = [_Box(left - 5, top - 5, left + 5, top + 5) for left, top in places]
+    for point, (left, top) in sorted(zip(shown, places, strict=True), key=lambda both: both[1]):
         best = point in frontier
-        colour = "#27c" if best else "#999"
-        parts.append(f'<circle cx="{x(point.ratio):.1f}" cy="{y(point.kl):.1f}" r="4" fill="{colour}"/>')
-        parts.append(_text(x(point.ratio) + 7, y(point.kl) + 4, html.escape(short(point.chain)), "start", colour))
+        colour, name = "#27c" if best else "#999", short(point.chain)
+        parts.append(f'<circle cx="{left:.1f}" cy="{top:.1f}" r="4" fill="{colour}"/>')
+        lower = _beside(left + 7, top + 4, 5.4 * len(name), boxes)
+        parts.append(_text(left + 7, lower, html.escape(name), "start", colour))
     title = f"KL, nats a token, {html.escape(model)} (dashed: gate at {gate:g})"
     parts += [_text(WIDTH / 2, HEIGHT - 14, "times smaller than raw", "middle"), _text(PAD, 24, title, "start")]
     return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+class _Box(NamedTuple):
+    """What a point or its name covers."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+
+def _beside(left: float, base: float, width: float, boxes: list[_Box]) -> float:
+    """Where a name of a width goes, beside its point or as near as it covers no other; it is put to the boxes."""
+    found = base
+    for shift in (0, 11, -11, 22, -22, 33, -33, 44, -44):
+        box = _Box(left, base + shift - 9, left + width, base + shift + 2)
+        if not any(
+            box.left < o.right and o.left < box.right and box.top < o.bottom and o.top < box.bottom for o in boxes
+        ):
+            found = base + shift
+            break
+    boxes.append(_Box(left, found - 9, left + width, found + 2))
+    return found
 
 
 def _line(at: float, colour: str, look: str = "") -> str:
