@@ -3,26 +3,56 @@
 
 __device__ __forceinline__ float power(int exponent) { return __uint_as_float(u32(exponent + 127) << 23); }
 
+// Magnitudes are compared as bits: floats without a sign have the order of integers, and what is not a number is above.
+__device__ __forceinline__ u32 magnitude(float x) { return __float_as_uint(x) & 0x7fffffffu; }
+constexpr u32 LARGEST = (127u + 119 + 8) << 23 | 0x600000u;  // 448 x 2^119
+
 // Exponent of the least power of two above the largest magnitude over 448; that of nothing is 0.
-__device__ __forceinline__ int exponent_of(float largest) {
-    const u32 bits = __float_as_uint(__fdiv_rn(largest, 448.0f));  // CuPy flushes what is below 2^-126 to zero
-    return __float_as_uint(largest) == 0 ? 0 : min(max(int(bits >> 23) - 126, -126), 119);
+__device__ __forceinline__ int exponent_of(u32 largest) {
+    const u32 bits = __float_as_uint(__fdiv_rn(__uint_as_float(largest), 448.0f));  // CuPy flushes below 2^-126 to zero
+    return largest == 0 ? 0 : min(max(int(bits >> 23) - 126, -126), 119);
 }
 
-__device__ __forceinline__ float from_e4m3(u8 code) {  // the fields of a float16, whose exponent bias is 8 larger
-    f16 half;
-    half.bits = u16((code & 0x7f) << 7 | (code & 0x80) << 8);
-    return to_float(half) * 256.0f;
+// Four codes to numbers, times a factor over 256: moved up, a code is a float16 whose exponent bias is 8 larger.
+__device__ __forceinline__ void from_e4m3(u32 codes, float factor, float* to) {
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+        const u32 two = (codes >> (8 * i) & 0xffu) | (codes >> (8 * i) & 0xff00u) << 8;
+        const u32 halves = (two << 7 & 0x3f803f80u) | (two << 8 & 0x80008000u);
+        f16 low, high;
+        low.bits = u16(halves), high.bits = u16(halves >> 16);
+        to[i] = to_float(low) * factor;
+        to[i + 1] = to_float(high) * factor;
+    }
 }
 
-__device__ __forceinline__ u8 to_e4m3(float x) {  // to nearest, ties to even; |x| is at most 448
-    const u32 bits = __float_as_uint(x), magnitude = bits & 0x7fffffffu;
+#if !defined(KVSTORE_EMULATED) && __CUDA_ARCH__ >= 890
+__device__ __forceinline__ u32 two_e4m3(float a, float b) {
+    u16 both;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(both) : "f"(b), "f"(a));
+    return both;
+}
+#else
+__device__ __forceinline__ u32 one_e4m3(float x) {  // to nearest, ties to even; |x| is at most 448
+    const u32 bits = __float_as_uint(x), size = bits & 0x7fffffffu;
     u32 code;
-    if (magnitude < 0x3c800000u)  // below 2^-6: steps of 2^-9
-        code = u32(rintf(__uint_as_float(magnitude) * 512.0f));
+    if (size < 0x3c800000u)  // below 2^-6: steps of 2^-9
+        code = u32(rintf(__uint_as_float(size) * 512.0f));
     else
-        code = ((magnitude + 0x7ffffu + (magnitude >> 20 & 1)) >> 20) - (120u << 3);
-    return u8(code | bits >> 24 & 0x80u);
+        code = ((size + 0x7ffffu + (size >> 20 & 1)) >> 20) - (120u << 3);
+    return code | (bits >> 24 & 0x80u);
+}
+__device__ __forceinline__ u32 two_e4m3(float a, float b) { return one_e4m3(a) | one_e4m3(b) << 8; }
+#endif
+
+struct alignas(8) Codes { u32 at[2]; };  // eight of them
+
+__device__ __forceinline__ Codes to_e4m3(const float (&x)[8], float factor) {
+    Codes out;
+#pragma unroll
+    for (int i = 0; i < 8; i += 4)
+        out.at[i / 4] = two_e4m3(x[i] * factor, x[i + 1] * factor) | two_e4m3(x[i + 2] * factor, x[i + 3] * factor) << 16;
+    return out;
 }
 
 template <typename T>
@@ -45,18 +75,15 @@ __global__ void unpack(
             const int vector = at / octets, octet = at - vector * octets;
             const int token = vector / heads, head = vector - token * heads;
             const i64 row = first + token;
-            const float s = power(scale[per_head ? row * heads + head : row] - 127);
-            const Pack<u8, 8> packed = *reinterpret_cast<const Pack<u8, 8>*>(codes + (row * heads + head) * dim + octet * 8);
+            const float factor = power(scale[per_head ? row * heads + head : row] - 127 + 8);
+            const Codes packed = *reinterpret_cast<const Codes*>(codes + (row * heads + head) * dim + octet * 8);
             float x[8];
-#pragma unroll
-            for (int i = 0; i < 8; i++) x[i] = from_e4m3(packed.at[i]) * s;
+            from_e4m3(packed.at[0], factor, x);
+            from_e4m3(packed.at[1], factor, x + 4);
             store<T, 8>(reinterpret_cast<T*>(page + i64(token) * token_stride + i64(head) * head_stride) + octet * 8, x);
         }
     }
 }
-
-// The larger one, or what is not a number.
-__device__ __forceinline__ float worse(float a, float b) { return a > b || a != a ? a : b; }
 
 // One scale a head, and heads of 8 x 2^n elements: a vector lies in `dim / 8` neighbouring lanes, and is read once.
 template <typename T>
@@ -78,22 +105,20 @@ __global__ void pack_heads(
         for (int at = threadIdx.x; at - int(threadIdx.x % 32) < each; at += blockDim.x) {
             const int vector = at / octets, octet = at - vector * octets;
             const int token = vector / heads, head = vector - token * heads;
-            float x[8] = {}, largest = 0;
+            float x[8] = {};
+            u32 largest = 0;
             if (at < each)
                 load<T, 8>(reinterpret_cast<const T*>(page + i64(token) * token_stride + i64(head) * head_stride) + octet * 8, x);
 #pragma unroll
-            for (int i = 0; i < 8; i++) largest = worse(largest, fabsf(x[i]));
-            for (int step = 1; step < octets; step *= 2) largest = worse(largest, __shfl_xor_sync(~0u, largest, step));
+            for (int i = 0; i < 8; i++) largest = max(largest, magnitude(x[i]));
+            for (int step = 1; step < octets; step *= 2) largest = max(largest, __shfl_xor_sync(~0u, largest, step));
             if (at >= each) continue;
             const int exponent = exponent_of(largest);
             const float inverse = power(-exponent);
             const i64 row = (first + token) * heads + head;
             if (octet == 0) scale[row] = u8(exponent + 127);
-            if (!(largest <= 448.0f * power(119))) *bad = 1;  // also if it is not a number
-            Pack<u8, 8> packed;
-#pragma unroll
-            for (int i = 0; i < 8; i++) packed.at[i] = to_e4m3(x[i] * inverse);
-            *reinterpret_cast<Pack<u8, 8>*>(codes + row * dim + octet * 8) = packed;
+            if (largest > LARGEST) *bad = 1;  // also if it is not a number
+            *reinterpret_cast<Codes*>(codes + row * dim + octet * 8) = to_e4m3(x, inverse);
         }
     }
 }
@@ -117,26 +142,24 @@ __global__ void pack(
         const i64 first = i64(side) * block_tokens + job.place * tokens;
         for (int row = threadIdx.x / 32; row < tokens * scales; row += warps) {
             const int token = row / scales, head0 = row - token * scales;
-            float largest = 0, x[8];
+            float x[8];
+            u32 largest = 0;
             for (int at = lane; at < each; at += 32) {
                 const int head = head0 + at / octets;
                 load<T, 8>(reinterpret_cast<const T*>(page + i64(token) * token_stride + i64(head) * head_stride) + at % octets * 8, x);
 #pragma unroll
-                for (int i = 0; i < 8; i++) largest = worse(largest, fabsf(x[i]));
+                for (int i = 0; i < 8; i++) largest = max(largest, magnitude(x[i]));
             }
 #pragma unroll
-            for (int step = 16; step; step /= 2) largest = worse(largest, __shfl_xor_sync(~0u, largest, step));
+            for (int step = 16; step; step /= 2) largest = max(largest, __shfl_xor_sync(~0u, largest, step));
             const int exponent = exponent_of(largest);
             const float inverse = power(-exponent);
             if (lane == 0) scale[(first + token) * scales + head0] = u8(exponent + 127);
-            if (!(largest <= 448.0f * power(119))) *bad = 1;  // also if it is not a number
+            if (largest > LARGEST) *bad = 1;  // also if it is not a number
             for (int at = lane; at < each; at += 32) {
                 const int head = head0 + at / octets;
                 load<T, 8>(reinterpret_cast<const T*>(page + i64(token) * token_stride + i64(head) * head_stride) + at % octets * 8, x);
-                Pack<u8, 8> packed;
-#pragma unroll
-                for (int i = 0; i < 8; i++) packed.at[i] = to_e4m3(x[i] * inverse);
-                *reinterpret_cast<Pack<u8, 8>*>(codes + ((first + token) * heads + head) * dim + at % octets * 8) = packed;
+                *reinterpret_cast<Codes*>(codes + ((first + token) * heads + head) * dim + at % octets * 8) = to_e4m3(x, inverse);
             }
         }
     }
