@@ -25,7 +25,7 @@ from gpu_vllm import ENVIRONMENT, LLAMA3_8B, SEED, drop_prefix_cache, prompt
 
 SHARE = 0.15
 CHUNK, SYSTEM, QUESTION = 512, 64, 64
-REST_S = 1.0
+REST_S = 0.5
 """Pause before each prompt: what the one before brought is stored by then."""
 
 
