@@ -183,9 +183,9 @@ class _Words:
     def asked(self) -> Light:
         """How telling each token of the chunks is as one of the question's, with the neighbours it has there, too."""
         asked, n = self._question, len(self.owner)
-        lit = self._alone * np.isin(self._kind, self._kind[asked])
+        lit = self._alone * _among(self._kind, self._kind[asked])
         for pair, telling in ((self._pair[:n], self._paired[:n]), (self._pair[1:], self._paired[1:])):
-            lit = np.maximum(lit, telling * np.isin(pair, pair[asked]))
+            lit = np.maximum(lit, telling * _among(pair, pair[asked]))
         return np.where(self.owner >= 0, lit, 0.0)
 
     def faded(self, lit: Light, reach: int) -> Light:
@@ -208,7 +208,7 @@ class _Words:
         match = np.repeat(self._alone[linked], count)
         for pair, telling in ((self._pair, self._paired), (self._pair[1:], self._paired[1:])):
             equal = pair[there] == np.repeat(pair[linked], count)
-            match = np.maximum(match, np.where(equal, np.repeat(telling[linked], count), 0.0))
+            match = np.maximum(match, equal * np.repeat(telling[linked], count))
         return here, there, match
 
 
@@ -234,3 +234,10 @@ def _kinds(words: Places, window: Places) -> tuple[Places, Light, Places]:
     kinds = np.empty_like(number)
     kinds[place] = number
     return kinds, np.where(within > 0, rarity, 0.0)[kinds], at
+
+
+def _among(kinds: Places, wanted: Places) -> NDArray[np.bool_]:
+    """Which of these numbers, all below their count and one, are among the wanted."""
+    found = np.zeros(len(kinds) + 2, np.bool_)
+    found[wanted] = True
+    return found[kinds]
