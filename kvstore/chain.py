@@ -99,7 +99,7 @@ class TierChain:
     # -- looking -------------------------------------------------------------------------------------------------------
 
     def locate(self, scope: Scope, keys: list[bytes], prefix: bool) -> bytes:
-        """Nearest tier of each block as `TierCode` bytes; with `prefix` only up to the first that is nowhere."""
+        """Where a load reads each block, as `TierCode` bytes; with `prefix` only up to the first that is nowhere."""
         codes = bytearray(map(self.host.blocks(scope).__contains__, keys))  # False is ABSENT, True is HOST
         at = codes.find(TierCode.ABSENT)
         while at >= 0:

@@ -272,15 +272,15 @@ def test_a_daemon_gives_the_bits_to_the_tokens_that_the_engine_found_important(
     heavy = torch.arange(3, 64, 4)
     weights = importance.pack(torch.full((64,), 0.5).index_fill(0, heavy, 2.0))
     folder = profile(workdir / "profiles", chains=("prerope|mikv(hi=8,lo=2,share=25)", CHAINS[2]))
-    daemon = make_daemon({"disk.bytes": "8MiB", "codecs.profiles": folder}).start()
+    daemon = make_daemon({"disk.bytes": "8MiB", "host.bytes": "1MiB", "codecs.profiles": folder}).start()
     with daemon.client(namespace=LOSSY) as client:
         raw = payload(1).view(-1).view(torch.uint8).numpy().tobytes()
         for number, says in ((1, weights), (2, b""), (3, weights[:-2])):
             assert isinstance(client.put(key(number), raw, BlockHeader(position=64, importance=says)), Stored)
-        settled(daemon)
-    assert daemon.stop() == 0
-    daemon.start()
-    with daemon.client(namespace=LOSSY) as client:
+        for number in range(4, 24):  # others, until these are in memory no more
+            until(lambda number=number: isinstance(put(client, number), Stored), "room in memory")
+        assert settled(daemon)["codecs"]["without_importance"] == 22
+        assert client.lookup([key(number) for number in (1, 2, 3)]) == [TierCode.DISK] * 3
         lost = []
         for number in (1, 2, 3):
             block: Any = client.get(key(number))
