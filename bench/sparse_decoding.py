@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from kvstore.codecs.clusters import Squeezed
 from kvstore.codecs.h2o import H2O
+from kvstore_connectors.transformers.attention import Detour
 from kvstore_connectors.transformers.calibrate import Sample, cut, half_width
 from kvstore_connectors.transformers.h2o import HeavyHitterCache
 from kvstore_connectors.transformers.probe import Probe
@@ -93,6 +94,18 @@ def read(past: Any) -> int:
     return past.touched
 
 
+def context(probe: Probe, tokens: list[int]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """KV of a context, and the queries of each layer, in one pass."""
+    queries: list[torch.Tensor] = []
+
+    def seen(inner: Any, module: Any, query: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        queries.append(query[0].transpose(0, 1))
+        return inner(module, query, *rest, **options)
+
+    with Detour(probe.model, seen, "sdpa"):
+        return probe.prefill(tokens), queries
+
+
 class Entered:
     """A primed cache, entered if it is to be."""
 
@@ -111,7 +124,7 @@ class Entered:
 @torch.no_grad()
 def natural(probe: Probe, tokens: list[int], following: list[int]) -> dict[str, Any]:
     """By way: divergence from full attention, bytes a step, milliseconds a token."""
-    block, queries = probe.prefill(tokens), probe.queries(tokens)
+    block, queries = context(probe, tokens)
     found: dict[str, Any] = {}
     full = torch.zeros(0)
     for way, make in WAYS.items():
@@ -136,7 +149,7 @@ def natural(probe: Probe, tokens: list[int], following: list[int]) -> dict[str, 
 @torch.no_grad()
 def answered(probe: Probe, task: dict[str, Any]) -> dict[str, float]:
     """By way: whether the answer comes out exactly."""
-    block, queries = probe.prefill(task["context"]), probe.queries(task["context"])
+    block, queries = context(probe, task["context"])
     found = {}
     for way, make in WAYS.items():
         with Entered(make(probe.model, len(task["context"])), block, queries) as past:
