@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from bisect import bisect_right, insort
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from mmap import PAGESIZE
@@ -40,6 +41,9 @@ _lock = threading.RLock()
 
 _known: dict[int, dict[int, int]] = {}
 """Of each mapping, by the address of its first page: the windows that are registered, by number, and where they end."""
+
+_bases: list[int] = []
+"""These addresses in order: of a daemon with much memory there are hundreds, and each block of each load is looked up."""
 
 
 def root(view: np.ndarray) -> np.ndarray:
@@ -97,6 +101,7 @@ def _register(whole: np.ndarray, window: int, device: torch.device) -> None:
     with _lock, _driver(device) as cuda:
         if base not in _known:
             _known[base] = {}
+            insort(_bases, base)
             weakref.finalize(whole, _forget, base, whole.ctypes.data, device)
         if window in _known[base]:
             return
@@ -120,6 +125,8 @@ def _forget(base: int, start: int, device: torch.device) -> None:
     # Before the mapping goes, since the array holds it until its own end.
     with _lock:
         windows = _known.pop(base, {})
+        if base in _bases:
+            _bases.remove(base)
         if windows:
             with _driver(device) as cuda:
                 for window in windows:
@@ -167,9 +174,9 @@ def addresses(blocks: Sequence[torch.Tensor], device: torch.device) -> list[int]
 def _reachable(block: torch.Tensor) -> bool:
     begin, end = block.data_ptr(), block.data_ptr() + block.nbytes
     with _lock:
-        for base, windows in list(_known.items()):
+        for base in _bases[: bisect_right(_bases, begin)][-1:]:  # the mapping that it lies in, if it lies in any
+            windows = _known[base]
             needed = range((begin - base) // WINDOW, -(-(end - base) // WINDOW))
-            known = needed and needed[0] >= 0 and all(window in windows for window in needed)
-            if known and end <= windows[needed[-1]]:
+            if needed and all(window in windows for window in needed) and end <= windows[needed[-1]]:
                 return True
     return block.is_pinned()

@@ -65,6 +65,23 @@ def test_memory_is_found_only_where_all_its_windows_are_registered(driver) -> No
             host.addresses([torch.from_numpy(outside)], CUDA)
 
 
+def test_of_many_mappings_the_one_that_holds_the_block_is_asked(driver) -> None:
+    slabs = [slab(W) for _ in range(8)]
+    for one in slabs[::2]:
+        host.reach(one, CUDA)
+    del one
+    for at, some in enumerate(slabs):
+        block = torch.from_numpy(some[5:9])
+        if at % 2:
+            with pytest.raises(InvalidParams, match="register"):
+                host.addresses([block], CUDA)
+        else:
+            assert host.addresses([block], CUDA) == [block.data_ptr()]
+    del block, some, slabs[4]
+    assert host.registered() == (3, 3)
+    assert all(host.addresses([torch.from_numpy(slabs[at])], CUDA) for at in (0, 2, 5))
+
+
 def test_memory_that_begins_within_a_page(driver) -> None:
     whole = np.zeros(2 * W, np.uint8)
     assert np.concatenate(host.reach(whole, CUDA)).nbytes == whole.nbytes
