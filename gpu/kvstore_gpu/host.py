@@ -43,7 +43,7 @@ _known: dict[int, dict[int, int]] = {}
 """Of each mapping, by the address of its first page: the windows that are registered, by number, and where they end."""
 
 _bases: list[int] = []
-"""These addresses in order: of a daemon with much memory there are hundreds, and each block of each load is looked up."""
+"""These addresses, in order: there may be hundreds, and every block that is loaded or stored is looked up."""
 
 
 def root(view: np.ndarray) -> np.ndarray:
@@ -174,9 +174,10 @@ def addresses(blocks: Sequence[torch.Tensor], device: torch.device) -> list[int]
 def _reachable(block: torch.Tensor) -> bool:
     begin, end = block.data_ptr(), block.data_ptr() + block.nbytes
     with _lock:
-        for base in _bases[: bisect_right(_bases, begin)][-1:]:  # the mapping that it lies in, if it lies in any
-            windows = _known[base]
-            needed = range((begin - base) // WINDOW, -(-(end - base) // WINDOW))
-            if needed and all(window in windows for window in needed) and end <= windows[needed[-1]]:
-                return True
+        at = bisect_right(_bases, begin)
+        base = _bases[at - 1] if at else begin  # of the only mapping that it can lie in
+        windows = _known.get(base, {})
+        needed = range((begin - base) // WINDOW, -(-(end - base) // WINDOW))
+        if needed and all(window in windows for window in needed) and end <= windows[needed[-1]]:
+            return True
     return block.is_pinned()
