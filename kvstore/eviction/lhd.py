@@ -136,20 +136,20 @@ class LHD(EvictionPolicy[Item], Generic[Item]):
 
     def touch(self, items: list[Item]) -> None:
         self._place_bare()
-        held, fates = self._held, self._fates
+        held, used = self._held, self._fates.used
         self._clock = clock = self._clock + len(items)
         stamp = self._stamp
         for item in reversed(items):
             entry = held[item]
-            fates.used(entry.group, clock - entry.time)
+            used(entry.group, clock - entry.time)
             stamp += 1
-            entry.count += 1
+            entry.count = count = entry.count + 1
             entry.time = clock
             entry.stamp = stamp
             if entry.ticket:
                 self._displace(entry)
             if entry.children:
-                entry.group = entry.classify()
+                entry.group = _INNER[count] if count < _MOST else _INNER[_MOST]
             else:
                 self._place(item, entry)
         self._stamp = stamp
@@ -172,41 +172,40 @@ class LHD(EvictionPolicy[Item], Generic[Item]):
 
     def victims(self) -> Iterator[Item]:
         self._place_bare()
+        held, clock, density = self._held, self._clock, self._fates.density
         freed: dict[Item, int] = {}
         walks: dict[int, InOrder[Item]] = {}
         heads: list[tuple[float, float, int, Item]] = []
         for group, queue in enumerate(self._queues):
             if queue and (entry := self._first(queue)) is not None:
                 stamp, _, item = queue[0]
-                heads.append((self._density(entry), stamp, group, item))
+                heads.append((density(entry.group, clock - entry.time), stamp, group, item))
         heapq.heapify(heads)
         while heads:
             _, _, group, item = heapq.heappop(heads)
             yield item
-            parent = self._held[item].parent
-            before = None if parent is None else self._held.get(parent)
+            parent = held[item].parent
+            before = None if parent is None else held.get(parent)
             if parent is not None and before is not None:
                 freed[parent] = freed.get(parent, 0) + 1
                 if freed[parent] == before.children:  # its last child would be gone: it could leave next
-                    heapq.heappush(heads, (self._density(before), before.stamp, -1, parent))
+                    heapq.heappush(heads, (density(before.group, clock - before.time), before.stamp, -1, parent))
             if group >= 0:
                 if group not in walks:
                     walks[group] = InOrder(self._queues[group])
                     next(walks[group])
                 for place in walks[group]:
-                    if self._valid(place):
-                        heapq.heappush(heads, (self._density(self._held[place[2]]), place[0], group, place[2]))
+                    entry = held.get(place[2])
+                    if entry is not None and entry.ticket == place[1]:
+                        heapq.heappush(heads, (density(group, clock - entry.time), place[0], group, place[2]))
                         break
         # What is left are blocks whose headers name each other as parents, and those before them: no client needs them.
-        yield from (item for item, entry in self._held.items() if entry.children > freed.get(item, 0))
+        yield from (item for item, entry in held.items() if entry.children > freed.get(item, 0))
 
     def __len__(self) -> int:
         return len(self._held)
 
     # -- order ---------------------------------------------------------------------------------------------------------
-
-    def _density(self, entry: _Entry[Item]) -> float:
-        return self._fates.density(entry.group, self._clock - entry.time)
 
     def _place_bare(self) -> None:
         if self._bare is not None:
@@ -286,9 +285,8 @@ class LHD(EvictionPolicy[Item], Generic[Item]):
             self._fates.learn()
             self._next = clock + _LEARN_EVERY
             return
-        still_open = self._still_open()
-        self._fates.learn(still_open)
-        self._next = clock + max(_LEARN_EVERY, len(still_open[0]) // 4)
+        self._fates.learn(self._still_open())
+        self._next = clock + max(_LEARN_EVERY, (len(self._held) + len(self._ghosts)) // 4)
 
     def _still_open(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """Class, age and weight of the blocks that are held or remembered; of very many, those in some runs of them."""
