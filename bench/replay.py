@@ -4,7 +4,7 @@ Of each request the leading blocks that are held are hits (a chain stops at the 
 names chunks any held one is a hit), then all its blocks are used or stored, and what is too much leaves. Beside the
 policies stand FIFO, the best of the eleven policies that were replayed the same way before, where they were, and the
 optimum: Belady's, which knows when each block is used next. The speed is that of the policy alone, in block
-references a second.
+references a second of processor time.
 
 Formats: one JSON object a request with ``hash_ids``, a list (Mooncake, Bailian) or a table of lists by kind of chunk
 (RAGPulse). Without a file, prompts are made up: conversations, agents whose prompts grow, passages by popularity.
@@ -75,9 +75,9 @@ class Replay:
         """Replay all requests."""
         for blocks in requests:
             present, new = self._split(blocks)
-            began = time.perf_counter()
+            began = time.thread_time()
             self._use(present, new)
-            self.seconds += time.perf_counter() - began
+            self.seconds += time.thread_time() - began
             self.hits += len(present)
             self.references += len(blocks)
         return self

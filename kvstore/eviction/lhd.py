@@ -233,18 +233,14 @@ class LHD(EvictionPolicy[Item], Generic[Item]):
         heapq.heappush(queue, (entry.stamp, entry.ticket, item))
         self._live[group] += 1
         if len(queue) > 2 * self._live[group] + 64:
-            queue[:] = filter(self._valid, queue)
+            held = self._held
+            queue[:] = [p for p in queue if (seen := held.get(p[2])) is not None and seen.ticket == p[1]]
             heapq.heapify(queue)
 
     def _displace(self, entry: _Entry[Item]) -> None:
-        """Take away its place; what stands in the queue does not count any more."""
+        """Take away its place; what stands in the queue, with a ticket of before, does not count any more."""
         entry.ticket = 0
         self._live[entry.group] -= 1
-
-    def _valid(self, place: Place[Item]) -> bool:
-        """Whether a place in a queue still counts: its block may have been used, extended or removed since."""
-        entry = self._held.get(place[2])
-        return entry is not None and entry.ticket == place[1]
 
     def _first(self, queue: list[Place[Item]]) -> _Entry[Item] | None:
         """The block whose place is first, once places in front of it that do not count any more are gone."""
