@@ -208,21 +208,21 @@ def show(args: Any, texted: list[dict[str, Any]], asked: list[dict[str, float]])
     results: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "contexts": [(one["kind"], one["tokens"]) for one in texted],
-        "questions": len(asked),
     }
     rows = []
     for way in WAYS:
         found = [one["ways"][way] for one in texted]
         kl, top1 = ([one[name] for one in found] for name in ("kl", "top1"))
         share = mean(one["ways"][way]["bytes"] / one["ways"][FULL]["bytes"] for one in texted)
-        right = [one[way] for one in asked]
-        exact = mean(right) if asked else None
+        right = [one[way] for one in asked if way in one]
+        exact = mean(right) if right else None
         results[way] = {
             "kl": mean(kl), "kl_interval": half_width(kl), "kl_worst": max(kl),
             "top1": mean(top1), "top1_interval": half_width(top1),
             "bytes_share": share, "bytes_a_step": mean(one["bytes"] for one in found),
             "ms_a_token": mean(one["ms"] for one in found),
-            "exact": exact, "exact_interval": half_width(right) if asked else None, "by_context": kl,
+            "exact": exact, "exact_interval": half_width(right) if right else None, "questions": len(right),
+            "by_context": kl,
         }  # fmt: skip
         rows.append(
             (way, f"{100 * share:.0f} %", f"{mean(kl):.4f}", f"{half_width(kl):.4f}", f"{mean(top1):.3f}",
