@@ -13,7 +13,10 @@ import torch
 from fakes import eventually
 
 from kvstore.errors import DeviceUnavailable
-from kvstore_connectors.vllm import ahead
+from kvstore.types import Namespace
+from kvstore_connectors.vllm import ahead, worker
+from kvstore_connectors.vllm.device_pages import DevicePages
+from kvstore_connectors.vllm.jobs import ConnectorMeta
 
 CUDA = torch.device("cuda", 1)
 
@@ -44,3 +47,20 @@ def test_slabs_are_pinned_as_they_appear(monkeypatch: pytest.MonkeyPatch, caplog
     assert len(pinned) == 4
     assert "not pinned ahead" in caplog.text
     made.close()
+
+
+def test_pinning_begins_when_the_engine_has_warmed_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While CUDA graphs are captured no thread may register memory; the handshake comes after that."""
+    made: list[Any] = []
+    monkeypatch.setattr(worker, "Ahead", lambda *args: made.append(args) or args)
+    side = worker.WorkerSide.__new__(worker.WorkerSide)
+    pages = DevicePages.__new__(DevicePages)
+    pages.device = CUDA
+    pages.stored_nbytes = lambda _: 1  # type: ignore[method-assign]
+    side._pages, side._saver, side._ahead, side._block_tokens = pages, None, None, 16
+    side._namespace, side._ahead_link = Namespace(model="m"), SimpleNamespace()  # type: ignore[assignment]
+    assert not made
+    assert side.handshake() is not None
+    assert made == [(side._ahead_link, CUDA)]
+    side.begin(ConnectorMeta())
+    assert len(made) == 1

@@ -142,6 +142,7 @@ class WorkerSide:
         self._loader: Loader | None = None
         self._saver: Saver | None = None
         self._ahead: Ahead | None = None
+        self._ahead_link: Link | None = None
         self._failed: set[int] = set()
         self._report = Report()
         self._blender: Blender | None = None
@@ -185,8 +186,7 @@ class WorkerSide:
             self._loader = Loader(lambda job, after, stop: transfers.load(self._load_link, job, after, stop))
         if isinstance(pages, DevicePages):
             self._saver = Saver(pages, self._store, self.tally)
-            link = Link(lambda: self._open_client("ahead", LOAD_TIMEOUT_S), self._breaker, self.tally)
-            self._ahead = Ahead(link, pages.device)
+            self._ahead_link = Link(lambda: self._open_client("ahead", LOAD_TIMEOUT_S), self._breaker, self.tally)
         self._breaker.start(START_WAIT_S)
         if self._blender is not None and self._config.blend_gate:
             self._blender.report(self._load_link)
@@ -257,9 +257,10 @@ class WorkerSide:
         return layers, page_tokens
 
     def handshake(self) -> Handshake | None:
-        """This rank's namespace, for the scheduler."""
+        """This rank's namespace, for the scheduler. Asked for when the engine has warmed up."""
         if self._namespace is None or self._pages is None:
             return None
+        self._pin_ahead()
         return Handshake(self._namespace, self._pages.stored_nbytes(self._block_tokens))
 
     # -- each step -----------------------------------------------------------------------------------------------------
@@ -268,6 +269,15 @@ class WorkerSide:
         """A step begins, and nothing of it has been given to the device: see to blocks that are still being stored."""
         if self._saver is not None:
             self._saver.guard(meta.fresh)
+        self._pin_ahead()
+
+    def _pin_ahead(self) -> None:
+        """Pin the daemon's memory in the background, once the engine has captured its CUDA graphs.
+
+        While a graph is captured no thread may register memory: the capture fails, and the engine with it.
+        """
+        if self._ahead is None and self._ahead_link is not None and isinstance(self._pages, DevicePages):
+            self._ahead = Ahead(self._ahead_link, self._pages.device)
 
     def start_loads(self, meta: ConnectorMeta) -> None:
         """Hand the step's loads to the loader, or do them at once."""
@@ -373,6 +383,7 @@ class WorkerSide:
             if thread is not None:
                 thread.close()
         self._loader = self._saver = self._ahead = None
+        self._ahead_link = None
 
 
 _REMEDY = "Run this model without the connector."
