@@ -80,7 +80,8 @@ def contest(options: argparse.Namespace) -> None:
     transfer = transfer_config(options.contestant, options.address, options.host_gib)
     engine = LLM(
         model=options.model, load_format="dummy", skip_tokenizer_init=True, attention_backend="FLASH_ATTN",
-        max_model_len=max(*options.tokens, TOGETHER_TOKENS) + 64, enable_prefix_caching=True, gpu_memory_utilization=0.85,
+        max_model_len=max(*options.tokens, TOGETHER_TOKENS) + 64, enable_prefix_caching=True,
+        gpu_memory_utilization=0.85,
         enforce_eager=options.eager, max_num_batched_tokens=options.chunk, seed=SEED, disable_log_stats=False,
         kv_transfer_config=KVTransferConfig(**transfer) if transfer else None,
     )  # fmt: skip
