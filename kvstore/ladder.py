@@ -245,13 +245,14 @@ class Ladder(WrappedTier):
                 self.counters.drop(DropReason.UNDECODABLE)
                 return Dropped(DropReason.UNDECODABLE)
         size = nbytes if encoded is None else encoded.data.nbytes
-        await self.steps.make_room(size)
         views = payload if encoded is None else [encoded.data]
-        outcome = await self.inner.put(block, header, views, size, durable=durable)
+        lower = form is not None and encoded is not None and not durable and encoded.rung + 1 < self._rungs(form)
+        async with self.steps.room_for(size, may_step=lower):
+            outcome = await self.inner.put(block, header, views, size, durable=durable)
+            if form is not None and encoded is not None and isinstance(outcome, Stored):
+                self._noted(block, encoded, form, may_step=not durable)
         if durable:
             self._standing.stay(block)
-        if form is not None and encoded is not None and isinstance(outcome, Stored):
-            self._noted(block, encoded, form, may_step=not durable)
         return outcome
 
     def _noted(self, block: BlockId, encoded: Encoded, form: Form, *, may_step: bool) -> None:

@@ -7,7 +7,8 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any, Protocol
 
@@ -82,6 +83,8 @@ class Steps:
         self._next: list[BlockId] = []
         self._shared = tier.order is None
         self._rest = 0.0
+        self._coming = self._storing = 0
+        self._stored = asyncio.Event()
         self._lowest: dict[BlockId, int] = {}
         self.pins: dict[BlockId, float] = {}
         self.down = self.lost = self.freed = self.up = 0
@@ -101,9 +104,24 @@ class Steps:
 
     # -- down ----------------------------------------------------------------------------------------------------------
 
-    async def make_room(self, nbytes: int) -> None:
+    @asynccontextmanager
+    async def room_for(self, nbytes: int, *, may_step: bool) -> AsyncIterator[None]:
+        """Make room for a block, and count it until it is stored: many come in at once, and all see the same room."""
+        self._coming += nbytes
+        try:
+            await self._make_room(0)
+            self._storing += may_step
+            try:
+                yield
+            finally:
+                self._storing -= may_step
+                self._stored.set()
+        finally:
+            self._coming -= nbytes
+
+    async def _make_room(self, nbytes: int) -> None:
         """Have the least valuable lossy blocks step down, until there is room or all are on the last rung."""
-        may = time.monotonic() > self._rest if self._shared else self._standing.can_step
+        may = time.monotonic() > self._rest if self._shared else self._standing.can_step or self._storing
         if not may or not self._is_tight(nbytes):
             return
         async with self._lock:
@@ -112,9 +130,17 @@ class Steps:
             for _ in range(STEPS_A_PUT):
                 if not self._next:  # looking is far dearer than stepping
                     self._next = await self._of_all() if self._shared else self._of_own()
-                if not self._next or not self._is_tight(nbytes) or time.monotonic() > until:
+                left = until - time.monotonic()
+                if not self._is_tight(nbytes) or left <= 0:
                     return
-                await self.step(self._next.pop(0))
+                if self._next:
+                    await self.step(self._next.pop(0))
+                elif self._storing and not self._shared:  # what is being stored now can step when it is here
+                    self._stored.clear()
+                    with suppress(TimeoutError):
+                        await asyncio.wait_for(self._stored.wait(), left)
+                else:
+                    return
 
     def _of_own(self) -> list[BlockId]:
         """Blocks to step down next, of a tier that is this daemon's alone."""
@@ -151,7 +177,7 @@ class Steps:
 
     def _is_tight(self, nbytes: int) -> bool:
         usage = self._tier.usage()
-        return usage.used + nbytes > NEARLY_FULL * usage.capacity
+        return usage.used + self._coming + nbytes > NEARLY_FULL * usage.capacity
 
     async def step(self, block: BlockId) -> None:
         """Put a block one rung down. If it cannot be put back it is lost, and counted."""
@@ -231,7 +257,7 @@ class Steps:
         self._standing.seen(block, worse.chain)
         if better.rung >= worse.rung:
             return False
-        await self.make_room(theirs)
+        await self._make_room(theirs)
         async with self._lock:
             if self._has_room(block, theirs) and await self._put(block, form, own, better, stored):
                 self.up += 1

@@ -227,6 +227,30 @@ async def test_blocks_shrink_before_any_is_evicted(tmp_path: Path, truncate: boo
     await plain.close()
 
 
+@pytest.mark.parametrize(("blocks", "count"), [(8, 24), (12, 40)])
+async def test_a_burst_of_writers_evicts_nothing_that_could_shrink(tmp_path: Path, blocks: int, count: int) -> None:
+    tier = await ladder(tmp_path, blocks * WHOLE, profiles=profiles(tmp_path / "p"))
+    writers = asyncio.Semaphore(8)  # as write-behind has them
+
+    async def one(number: int) -> None:
+        async with writers:
+            assert isinstance(await store(tier, number, LOSSY), Stored)
+
+    await asyncio.gather(*map(one, range(count)))
+    assert tier.inner.counters.evicted == 0
+    assert all(tier.contains(*block_id(number, LOSSY)) for number in range(count))
+    await tier.close()
+
+
+async def test_exact_blocks_wait_for_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvstore.steps.STEP_S", 60.0)
+    tier = await ladder(tmp_path, 8 * WHOLE, exact="lossless", profiles=profiles(tmp_path / "p"))
+    async with asyncio.timeout(30):
+        await asyncio.gather(*(store(tier, number) for number in range(24)))
+    assert tier.inner.counters.evicted > 0
+    await tier.close()
+
+
 async def test_exact_blocks_never_step_down(tmp_path: Path) -> None:
     tier = await ladder(tmp_path, 3 << 20, exact="lossless", profiles=profiles(tmp_path / "p"))
     for number in range(20):
