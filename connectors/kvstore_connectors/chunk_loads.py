@@ -213,7 +213,7 @@ class ChunkLoad:
 
     def wait(self, layer: int) -> None:
         """Let what is given to the device from here on wait for a layer."""
-        came = self._came[1 + layer // self._group].event
+        came = self._came[1 + layer // self._group].event if self._came else None
         if came is not None and layer % self._group == 0:
             before = Moment(self._device)
             torch.cuda.current_stream(self._device).wait_event(came)
@@ -228,8 +228,9 @@ class ChunkLoad:
         if self._lease is None:
             return True
         with self._lease as lease:
+            if self._stream is not None:
+                self._stream.synchronize()  # all of it, behind an error too: it reads leased memory, fills the cache
             if self._came:
-                self._came[-1].wait()
                 self.seconds += self._came[0].until(self._came[-1])
             valid = bool(lease.valid())
         self._lease = None

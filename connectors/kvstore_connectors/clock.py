@@ -24,11 +24,6 @@ class Moment:
         else:
             self._at = time.monotonic()
 
-    def wait(self) -> None:
-        """Return when it has passed."""
-        if self.event is not None:
-            self.event.synchronize()
-
     def until(self, later: Moment) -> float:
         """Seconds to a later moment, which has passed."""
         if self.event is not None and later.event is not None:

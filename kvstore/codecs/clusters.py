@@ -40,7 +40,7 @@ class Squeezed:
     clusters: int = 50
     groups: int = 10
     sparsity: int = 70
-    coarse: int = 40
+    coarse: int = 0
     window: int = 100
 
     def __post_init__(self) -> None:

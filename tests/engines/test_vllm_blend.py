@@ -17,6 +17,7 @@ from kvstore.types import Namespace
 from kvstore_connectors import chunk_loads
 from kvstore_connectors.vllm.blend_gate import Verdict
 from kvstore_connectors.vllm.blend_jobs import BlendJob
+from kvstore_connectors.vllm.blend_model import EngineModel
 from kvstore_connectors.vllm.blend_scheduler import Blends
 from kvstore_connectors.vllm.blend_worker import Blender
 from kvstore_connectors.weights import weights_digest
@@ -347,6 +348,22 @@ def test_a_lease_that_ends_while_chunks_are_blended(vllm: Engine, truth: Any, mo
     before = vllm.metrics()
     failing(vllm, truth, prompt_of(*DOCS)[0])
     assert grown(vllm, before, "load_expired") == 1
+
+
+def test_a_rank_that_can_not_begin_leaves_no_lease(vllm: Engine, truth: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    gather, loads = Blender._gather, []
+
+    def seen(self: Blender, *args: Any) -> Any:
+        found = gather(self, *args)
+        assert found is not None
+        assert found.load._lease is not None
+        loads.append(found.load)
+        return found
+
+    monkeypatch.setattr(Blender, "_gather", seen)
+    monkeypatch.setattr(EngineModel, "agree", lambda *_: False)
+    failing(vllm, truth, prompt_of(*DOCS)[0])
+    assert [load._lease for load in loads] == [None]
 
 
 def test_wrong_tokens_under_a_key_are_not_believed(vllm: Engine, truth: Any, monkeypatch: pytest.MonkeyPatch) -> None:

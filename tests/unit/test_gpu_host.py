@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 from contextlib import nullcontext
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -111,3 +113,18 @@ def test_a_driver_that_refuses_is_an_error_with_a_cause_and_the_next_try_counts(
         host.addresses([torch.from_numpy(whole)], CUDA)
     host.reach(whole, CUDA)
     assert driver.pinned == {whole.ctypes.data: W}
+
+
+def test_a_range_of_several_runs_is_brought_in_order(monkeypatch) -> None:
+    runtime = SimpleNamespace(memcpyDefault=4, memcpyAsync=lambda to, at, n, kind, queue: ctypes.memmove(to, at, n))
+    monkeypatch.setattr(host, "cupy", lambda: SimpleNamespace(cuda=SimpleNamespace(runtime=runtime)))
+    parts = [np.random.default_rng(i).integers(0, 255, n, np.uint8) for i, n in enumerate((5, 1, 100, 7))]
+    whole, runs = np.concatenate(parts), [(part.ctypes.data, part.nbytes) for part in parts]
+    stream: Any = SimpleNamespace(cuda_stream=0)
+    for begin, end in ((0, 113), (0, 5), (4, 7), (6, 106), (5, 6), (20, 30), (112, 113), (9, 9)):
+        to = torch.zeros(end - begin, dtype=torch.uint8)
+        host.bring(runs, begin, end, to, stream)
+        assert np.array_equal(to.numpy(), whole[begin:end])
+    for begin, end, room in ((0, 114, 114), (0, 5, 4), (113, 115, 2)):
+        with pytest.raises(InvalidParams):
+            host.bring(runs, begin, end, torch.zeros(room, dtype=torch.uint8), stream)

@@ -76,7 +76,7 @@ class SqueezedCache(SparseCache):
 
     Examples
     --------
-    >>> with SqueezedCache(model, Squeezed(sparsity=70, coarse=0)) as past:  # doctest: +SKIP
+    >>> with SqueezedCache(model, Squeezed(sparsity=70)) as past:  # doctest: +SKIP
     ...     out = model.generate(**inputs, past_key_values=past)
     """
 

@@ -116,24 +116,21 @@ class Blender:
             gathered = None if missing else self._gather(link, job)
         except Exception:  # the other ranks wait to hear of it
             report_defect("gathering chunks")
-        model = self._model
-        # All ranks begin the pass or none: its sums over ranks wait for each other. What comes late may still fail.
-        filled = False
-        if model is not None and model.agree(gathered is not None) and gathered is not None:
-            try:
+        repaired = None
+        try:
+            # All ranks begin the pass or none: its sums over ranks wait for each other. What comes late may still fail.
+            if self._model is not None and self._model.agree(gathered is not None) and gathered is not None:
                 with torch.inference_mode():
-                    repaired = self._repair(model, job, gathered)
-            finally:
-                sound = gathered.load.finish()
-            filled = model.agree(sound)
-            if filled:
-                self._fill(job, gathered.cache)
-                self._ended.append(partial(self._count, link, gathered, repaired, begun))
-        if not filled:
-            self._tally.add("blend_failures")
-            self._tally.add("recomputed_tokens", len(job.tokens) // 4 - job.begin)
-            return set(missing or job.table[job.exact // self._rows.engine_block :])
-        return set()
+                    repaired = self._repair(self._model, job, gathered)
+        finally:
+            sound = gathered is not None and gathered.load.finish()
+        if self._model is not None and gathered is not None and repaired is not None and self._model.agree(sound):
+            self._fill(job, gathered.cache)
+            self._ended.append(partial(self._count, link, gathered, repaired, begun))
+            return set()
+        self._tally.add("blend_failures")
+        self._tally.add("recomputed_tokens", len(job.tokens) // 4 - job.begin)
+        return set(missing or job.table[job.exact // self._rows.engine_block :])
 
     def settle(self) -> None:
         """Count what was blended; waits for the device. For when the step's other work has been given to it."""

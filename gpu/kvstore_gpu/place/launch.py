@@ -12,21 +12,12 @@ from kvstore_gpu import checks, host, jobs
 from kvstore_gpu.checks import FLOATS
 from kvstore_gpu.compile import TURN, Source, blocks_for, uses_reference
 from kvstore_gpu.place import reference
-from kvstore_gpu.rope.launch import WIDTHS, Turn
+from kvstore_gpu.rope.launch import WIDTHS, Turn, turning
 
 TILE = 8
 """Tokens that a thread block takes of a piece at once, as in the kernel."""
 
-SOURCE = Source(
-    "place",
-    [
-        f"place<{kind}, {style}, {width}>"
-        for kind, wide in WIDTHS.items()
-        for style, narrow in (("false", 1), ("true", 2))
-        for width in (wide, narrow)
-    ],
-    TURN,
-)
+SOURCE = Source("place", turning("place"), TURN)
 
 PIECE = np.dtype(
     [("from", "<u8"), ("side", "<i8"), ("row", "<i4"), ("tokens", "<i4"), ("moved", "<i4"), ("unused", "<i4")]

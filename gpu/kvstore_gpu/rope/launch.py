@@ -19,16 +19,18 @@ from kvstore_gpu.rope import reference
 WIDTHS = {"bf16": 8, "f16": 8, "f32": 4}
 """Elements in 16 bytes."""
 
-SOURCE = Source(
-    "rope",
-    [
-        f"shift<{kind}, {style}, {width}>"
+
+def turning(kernel: str) -> list[str]:
+    """Instantiations of a kernel that turns keys: types, styles, elements a thread takes at once."""
+    return [
+        f"{kernel}<{kind}, {style}, {width}>"
         for kind, wide in WIDTHS.items()
         for style, narrow in (("false", 1), ("true", 2))
         for width in (wide, narrow)
-    ],
-    TURN,
-)
+    ]
+
+
+SOURCE = Source("rope", turning("shift"), TURN)
 
 
 @dataclass(frozen=True, eq=False)
