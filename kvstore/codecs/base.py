@@ -162,7 +162,10 @@ class BlockCoder(Step):
     native: ClassVar[bool] = False
     """Works on the block's own dtype, bit by bit, instead of float32."""
     stacked: ClassVar[bool] = False
-    """Units are single layers, and `decode` also takes planes ``[layer, bytes]`` of several: fewer, longer rounds."""
+    """Units are single layers of one size, and `encode` and `decode` also take planes ``[layer, bytes]`` of several:
+    fewer, longer rounds."""
+    verbatim: ClassVar[bool] = False
+    """The one plane is the unit's bytes as they are: there is nothing to do but copy and check them."""
 
     def span(self, spec: BlockSpec, context: Context) -> int:
         """Layers of a unit; the last unit may have fewer. By default one, or as many as make `UNIT` elements."""

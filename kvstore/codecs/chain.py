@@ -17,6 +17,7 @@ import xxhash
 
 from kvstore.codecs import frame
 from kvstore.codecs.base import BlockCoder, BlockSpec, BlockStep, Bytes, ByteStep, Context, Step, together
+from kvstore.codecs.raw import as_bytes
 from kvstore.codecs.scratch import scratch
 from kvstore.errors import CannotDecode, CannotEncode, CorruptBlock
 
@@ -110,23 +111,31 @@ class Chain:
             raise CannotEncode(f"the block is {tuple(block.shape)} {block.dtype}, not {spec.shape} {spec.dtype}.")
         if out.size < plan.nbytes:
             raise CannotEncode(f"the buffer has {out.size} bytes of {plan.nbytes}.")
+        sizes, offsets = plan.sizes.copy(), plan.offsets
+        if self._is_copy:
+            frame.seal_head(out, plan.label, sizes, _copied(as_bytes(block.contiguous()), out, sizes, offsets))
+            return plan.nbytes
         checks = np.zeros(plan.sizes.shape, np.uint64)
-        sizes = plan.sizes.copy()
         parts: list[list[Bytes]] = [[] for _ in range(plan.planes)]
-        for unit, first in enumerate(plan.firsts):
-            layers = block[first : first + plan.span]
+        for some in plan.rounds(self._several(spec)):
+            first = plan.firsts[some.start]
+            layers = block[first : first + plan.span * len(some)]
+            raw = plan.raw[:, some.start].tolist()
             if self.byte_steps:
-                places = [np.empty(int(raw), np.uint8) for raw in plan.raw[:, unit]]
-            else:
-                places = [out[o : o + n] for o, n in zip(plan.offsets[:, unit], plan.sizes[:, unit], strict=True)]
+                places = [np.empty(n if len(some) == 1 else (len(some), n), np.uint8) for n in raw]
+            else:  # a plane of units that are taken at once lies in one piece
+                starts = offsets[:, some.start].tolist()
+                pieces = [out[at : at + len(some) * n] for at, n in zip(starts, raw, strict=True)]
+                places = pieces if len(some) == 1 else [piece.reshape(len(some), -1) for piece in pieces]
             self._encode_unit(layers, spec.of(len(layers)), first, places, context)
-            for plane, part in enumerate(places):
-                for step in self.byte_steps:
-                    part = step.encode(part, _label(plan.label, plane, unit), context)
-                sizes[plane, unit] = part.size
-                checks[plane, unit] = xxhash.xxh3_64_intdigest(part.data)
-                if self.byte_steps:
-                    parts[plane].append(part)
+            for plane, place in enumerate(places):
+                for unit, part in zip(some, place if place.ndim == 2 else [place], strict=True):
+                    for step in self.byte_steps:
+                        part = step.encode(part, _label(plan.label, plane, unit), context)
+                    sizes[plane, unit] = part.size
+                    checks[plane, unit] = xxhash.xxh3_64_intdigest(part.data)
+                    if self.byte_steps:
+                        parts[plane].append(part)
         end = frame.head_nbytes(plan.label, plan.units, plan.planes)
         for part in (part for plane in parts for part in plane):
             out[end : end + part.size] = part
@@ -134,12 +143,21 @@ class Chain:
         frame.seal_head(out, plan.label, sizes, checks)
         return end if self.byte_steps else plan.nbytes
 
+    @property
+    def _is_copy(self) -> bool:
+        """Whether a part is the block's own bytes and nothing else."""
+        return self.coder.verbatim and not self.byte_steps
+
+    def _several(self, spec: BlockSpec) -> int:
+        """Units that the coder takes at once."""
+        return together(spec) if self.coder.stacked else 1
+
     def _encode_unit(
         self, layers: torch.Tensor, spec: BlockSpec, first: int, places: Sequence[Bytes], context: Context
     ) -> None:
         if not self.coder.native:
             layers = layers.to(torch.float32)
-            if layers.numel() and not math.isfinite(float(layers.abs().amax())):
+            if layers.numel() and not all(math.isfinite(float(end)) for end in layers.aminmax()):
                 raise CannotEncode(f"layer {first} has values that are not finite.")
         for step in self.blocks:
             layers = step.forward(layers, spec, first, context)
@@ -199,10 +217,11 @@ class Chain:
         units = plan.units_of(wanted_layers, spec.layers)
         if tuple(out.shape) != spec.of(len(wanted_layers)).shape or out.dtype != spec.torch_dtype:
             raise CannotDecode(f"the tensor to fill is {tuple(out.shape)} {out.dtype}.")
-        several = together(spec) if self.coder.stacked else 1
-        for begin in range(units.start, units.stop, several):
-            some = units[begin - units.start :][:several]
-            first = plan.firsts[begin]
+        if self._is_copy and out.is_contiguous():
+            parsed.copy(data, units, as_bytes(out))
+            return
+        for some in plan.rounds(self._several(spec), units):
+            first = plan.firsts[some.start]
             target = out[first - wanted_layers.start :][: plan.span * len(some)]
             parts: list[Bytes] = []
             for plane in range(used):
@@ -279,7 +298,8 @@ class Chain:
                 step.check(spec)
             span = self.coder.span(spec, context)
             firsts = tuple(range(0, spec.layers, span))
-            rows = [self.coder.planes(spec.of(min(span, spec.layers - first)), first, context) for first in firsts]
+            shapes = {layers: spec.of(layers) for layers in (min(span, spec.layers), spec.layers - firsts[-1])}
+            rows = [self.coder.planes(shapes[min(span, spec.layers - first)], first, context) for first in firsts]
             references = tuple(step.reference(context) for step in self.steps)
         except CannotEncode as error:
             if decoding:
@@ -311,6 +331,11 @@ class _Plan:
     def planes(self) -> int:
         return len(self.raw)
 
+    def rounds(self, several: int, units: range | None = None) -> list[range]:
+        """Units, all by default, so many at a time."""
+        units = range(self.units) if units is None else units
+        return [units[at : at + several] for at in range(0, len(units), several)]
+
     @property
     def offsets(self) -> np.ndarray:
         flat = self.sizes.ravel()
@@ -331,6 +356,15 @@ class _Plan:
         ):
             raise CannotDecode(f"layers {first} to {last} are not whole units of {self.span} layers.")
         return range(first // self.span, -(-last // self.span))
+
+
+def _copied(block: Bytes, out: Bytes, sizes: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Copy a block's parts to their places; their checksums."""
+    checks, at = np.zeros(sizes.shape, np.uint64), 0
+    for unit, (size, start) in enumerate(zip(sizes[0].tolist(), offsets[0].tolist(), strict=True)):
+        checks[0, unit] = frame.copied(block[at : at + size], out[start : start + size])
+        at += size
+    return checks
 
 
 def _label(head: bytes, plane: int, unit: int) -> bytes:

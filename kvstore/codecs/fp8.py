@@ -65,11 +65,11 @@ class FP8(BlockCoder):
         count, dim = self._rows(spec)
         rows = unit.reshape(count, dim)
         exponents = _exponents(rows)
-        if count and float(rows.abs().amax()) > LARGEST * 2.0**_MOST:
-            raise CannotEncode(f"a value is larger than fp8 with a scale can say ({LARGEST * 2.0**_MOST:.4g}).")
         codes = (rows * _power(-exponents)[:, None]).to(torch.float8_e4m3fn)
-        out[0][:count] = (exponents + _BIAS).to(torch.uint8).numpy()
-        out[0][count:] = codes.view(torch.uint8).view(-1).numpy()
+        shape = out[0].shape[:-1]
+        scales = (exponents + _BIAS).to(torch.uint8).numpy().reshape(*shape, -1)
+        out[0][..., : scales.shape[-1]] = scales
+        out[0][..., scales.shape[-1] :] = codes.view(torch.uint8).numpy().reshape(*shape, -1)
 
     def decode(self, planes: Sequence[Bytes], spec: BlockSpec, layer: int, out: torch.Tensor, context: Context) -> None:
         del layer, context
@@ -98,7 +98,12 @@ class FP8(BlockCoder):
 
 def _exponents(rows: torch.Tensor) -> torch.Tensor:
     """Exponents (int32) of the least powers of two that bring each row into E4M3's range."""
-    most = rows.abs().amax(1) if len(rows) else rows.new_zeros(0)
+    if not len(rows):
+        return torch.zeros(0, dtype=torch.int32)
+    least, most = rows.aminmax(dim=1)
+    most = torch.maximum(most, least.neg_())
+    if float(most.amax()) > LARGEST * 2.0**_MOST:
+        raise CannotEncode(f"a value is larger than fp8 with a scale can say ({LARGEST * 2.0**_MOST:.4g}).")
     return torch.frexp(most / LARGEST).exponent.clamp_(_LEAST, _MOST)
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +28,19 @@ from kvstore.errors import CannotEncode, CorruptBlock
 
 BASE_BITS = 2
 """Bits in plane 0: fewer are not usable."""
+
+
+class Side(NamedTuple):
+    """Codes of keys or of values as short as there are planes, how many bits that is, and the numbers of their groups.
+
+    Keys: codes ``[layer, row, channel]``, numbers ``[layer, group, 1, channel]``; values: codes
+    ``[layer, row, kv_head, dim]``, numbers ``[layer, row, kv_head, 1]``. Rows are the tokens that are no sinks.
+    """
+
+    codes: torch.Tensor
+    low: torch.Tensor
+    scale: torch.Tensor
+    known: int
 
 
 @dataclass(frozen=True)
@@ -90,24 +103,28 @@ class KV4(BlockCoder):
 
     def encode(self, unit: torch.Tensor, spec: BlockSpec, layer: int, out: Sequence[Bytes], context: Context) -> None:
         del layer, context
+        numbers, codes = self.coded(unit, spec)
+        at = write(out[0], numbers)
+        for side, bits, slots in zip(codes, (self.k, self.v), self.slots(spec, out, at), strict=True):
+            quant.pack(side.reshape(*out[0].shape[:-1], -1).numpy(), bits, slots)
+
+    def coded(
+        self, unit: torch.Tensor, spec: BlockSpec
+    ) -> tuple[list[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+        """What plane 0 begins with, in order: sinks, lows and scales; and the codes (uint8) of keys and of values."""
         sinks = self.kept(spec)
         keys = unit[:, 0, sinks:].reshape(spec.layers, spec.tokens - sinks, spec.channels)
         k_codes, *k_numbers = _by_group(keys, self.k, self.group)
         v_codes, *v_numbers = quant.quantize(hadamard.rotate(unit[:, 1, sinks:].contiguous()), self.v, -1)
-        head = [unit[:, :, :sinks].to(spec.torch_dtype), *k_numbers, *v_numbers]
-        at = _write(out[0], [as_bytes(part.contiguous()) for part in head])
-        for codes, bits, slots in zip(
-            (k_codes, v_codes), (self.k, self.v), self._slots(spec, [out[0][at:], *out[1:]]), strict=True
-        ):
-            quant.pack(codes.reshape(-1).numpy(), bits, slots)
+        return [unit[:, :, :sinks].to(spec.torch_dtype), *k_numbers, *v_numbers], (k_codes, v_codes)
 
-    def _slots(self, spec: BlockSpec, parts: Sequence[Bytes]) -> tuple[list[Bytes], list[Bytes]]:
-        """Where the bit planes of keys and of values are, given plane 0 without its numbers and the planes after it."""
-        n = self._fields(spec)[4]
-        base = parts[0]
+    def slots(self, spec: BlockSpec, planes: Sequence[Bytes], start: int) -> tuple[list[Bytes], list[Bytes]]:
+        """Where the bit planes of keys and of values are, in plane 0 from a byte on and in the planes after it."""
+        n = self._fields(spec.of(1) if planes[0].ndim == 2 else spec)[4]
+        base = planes[0][..., start:]
         keys = [base[..., i * n : (i + 1) * n] for i in range(BASE_BITS)]
         values = [base[..., i * n : (i + 1) * n] for i in range(BASE_BITS, 2 * BASE_BITS)]
-        for bit, part in enumerate(parts[1:], BASE_BITS):
+        for bit, part in enumerate(planes[1:], BASE_BITS):
             at = 0
             if self.k > bit:
                 keys.append(part[..., :n])
@@ -129,29 +146,47 @@ class KV4(BlockCoder):
         context: Context,
     ) -> None:
         del layer, context
+        self.fill(*self.opened(planes, spec), keys, values)
+
+    def opened(self, planes: Sequence[Bytes], spec: BlockSpec) -> tuple[torch.Tensor, Side, Side]:
+        """Sinks ``[layer][K|V][sink][kv_head][dim]``, and what is known of the other keys and values, out of planes.
+
+        Raises
+        ------
+        CorruptBlock
+            A kept value, a low or a scale is not finite, or a scale is negative.
+        """
         one = spec.of(1) if planes[0].ndim == 2 else spec
         kept, k_groups, v_groups, codes, _ = self._fields(one)
         sinks = self.kept(spec)
         rows = spec.tokens - sinks
         ends = np.cumsum([spec.torch_dtype.itemsize * kept, 2 * k_groups, 2 * k_groups, 2 * v_groups, 2 * v_groups])
-        first, k_low, k_scale, v_low, v_scale, base = np.split(planes[0], ends, axis=-1)
-        k_bits, v_bits = self._slots(one, [base, *planes[1:]])
-        if kept:
-            exact = from_bytes(np.ascontiguousarray(first).reshape(-1), spec.torch_dtype)
-            if not bool(torch.isfinite(exact).all()):
-                raise CorruptBlock("a kept value is not finite.")
-            exact = exact.view(spec.layers, 2, sinks, *spec.shape[3:])
-            keys[:, :sinks], values[:, :sinks] = exact[:, 0], exact[:, 1]
-        if not rows:
-            return
+        first, k_low, k_scale, v_low, v_scale, _ = np.split(planes[0], ends, axis=-1)
+        k_bits, v_bits = self.slots(spec, planes, int(ends[-1]))
+        exact = from_bytes(np.ascontiguousarray(first).reshape(-1), spec.torch_dtype)
+        if kept and not bool(torch.isfinite(exact).all()):
+            raise CorruptBlock("a kept value is not finite.")
         k = torch.from_numpy(quant.unpack(k_bits, codes)).view(spec.layers, rows, spec.channels)
-        low, scale = _numbers(k_low, k_scale, (spec.layers, -1, 1, spec.channels))
-        self._keys(k, low, scale, len(k_bits), keys[:, sinks:].view(spec.layers, rows, spec.channels))
         v = torch.from_numpy(quant.unpack(v_bits, codes)).view(spec.layers, rows, *spec.shape[3:])
-        low, scale = _numbers(v_low, v_scale, (*v.shape[:3], 1))
-        unrotated(v, low, scale, self.v, len(v_bits), values[:, sinks:])
+        groups = -(-rows // self.group)
+        return (
+            exact.view(spec.layers, 2, sinks, *spec.shape[3:]),
+            Side(k, *_numbers(k_low, k_scale, (spec.layers, groups, 1, spec.channels)), len(k_bits)),
+            Side(v, *_numbers(v_low, v_scale, (*v.shape[:3], 1)), len(v_bits)),
+        )
 
-    def _keys(self, codes: torch.Tensor, low: torch.Tensor, scale: torch.Tensor, known: int, out: torch.Tensor) -> None:
+    def fill(self, kept: torch.Tensor, k: Side, v: Side, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Fill keys and values ``[layer][token][kv_head][dim]`` with what `opened` found; its codes are changed."""
+        sinks = kept.shape[2]
+        if sinks:
+            keys[:, :sinks], values[:, :sinks] = kept[:, 0], kept[:, 1]
+        if not k.codes.shape[1]:
+            return
+        self._keys(k, keys[:, sinks:].view(k.codes.shape))
+        unrotated(v.codes, v.low, v.scale, self.v, v.known, values[:, sinks:])
+
+    def _keys(self, side: Side, out: torch.Tensor) -> None:
+        codes, low, scale, known = side
         layers, rows, channels = codes.shape
         whole = rows // self.group * self.group
         if whole:
@@ -220,10 +255,12 @@ def _numbers(low: Bytes, scale: Bytes, shape: tuple[int, ...]) -> tuple[torch.Te
     return quant.numbers(low, np.float16).view(shape), quant.numbers(scale, np.float16, positive=True).view(shape)
 
 
-def _write(out: Bytes, parts: Sequence[Bytes]) -> int:
-    """Parts one after the other; how many bytes they took."""
+def write(out: Bytes, parts: Sequence[torch.Tensor]) -> int:
+    """Tensors ``[layer, …]`` one after the other into a plane, or into one ``[layer, bytes]``; its bytes they took."""
     at = 0
     for part in parts:
-        out[at : at + part.size] = part
-        at += part.size
+        data = as_bytes(part.contiguous()).reshape(*out.shape[:-1], -1)
+        end = at + data.shape[-1]
+        out[..., at:end] = data
+        at = end
     return at

@@ -21,7 +21,8 @@ import torch
 
 from kvstore.codecs import quant
 from kvstore.codecs.base import BlockCoder, BlockSpec, Bytes, Context, need
-from kvstore.codecs.kv4 import KV4
+from kvstore.codecs.kv4 import KV4, Side, unrotated, write
+from kvstore.codecs.scratch import scratch
 from kvstore.errors import CannotEncode, CorruptBlock
 
 
@@ -76,45 +77,66 @@ class MiKV(BlockCoder):
         weights = need(context.importance, "the importance of the tokens", encoding=True)
         if tuple(weights.shape) != (spec.tokens,) or not bool(torch.isfinite(weights).all()):
             raise CannotEncode(f"importance is {tuple(weights.shape)}, not one finite number for {spec.tokens} tokens.")
-        sizes = self.full.planes(spec, layer, context)
-        parts = [np.empty(size, np.uint8) for size in sizes]
-        self.full.encode(unit, spec, layer, parts, context)
-        out[0][:] = np.concatenate(parts[: self.lo - 1])
-        order = torch.argsort(weights[spec.tokens - rows :], descending=True, stable=True)
-        chosen = np.zeros(rows, np.uint8)
-        chosen[order[:high].numpy()] = 1
-        fine = [np.packbits(chosen, bitorder="little")]
-        shape, picked = (spec.layers, rows, spec.channels), chosen.astype(bool)
-        for part in parts[self.lo - 1 :]:
-            for half in np.split(part, 2):
-                bits = np.unpackbits(half, count=int(np.prod(shape)), bitorder="little").reshape(shape)
-                fine.append(np.packbits(bits[:, picked], bitorder="little"))
-        out[1][:] = np.concatenate(fine)
+        order = weights[spec.tokens - rows :].argsort(descending=True, stable=True)
+        chosen = torch.zeros(rows, dtype=torch.uint8).index_fill(0, order[:high].cpu(), 1)
+        where = chosen.nonzero()[:, 0]
+        bitmap, fine = self._fine(out[1], rows)
+        bitmap[:] = np.packbits(chosen.numpy(), bitorder="little")
+        numbers, codes = self.full.coded(unit, spec)
+        low = self._low(out[0], spec, layer, context)
+        slots = self.full.slots(spec, low, write(low[0], numbers))
+        for side, coarse, rest in zip(codes, slots, (fine[::2], fine[1::2]), strict=True):
+            quant.pack(side.reshape(-1).numpy(), self.hi, coarse)
+            quant.pack(side[:, where].reshape(-1).numpy(), self.hi, list(rest), first=self.lo)
+
+    def _low(self, plane: Bytes, spec: BlockSpec, layer: int, context: Context) -> list[Bytes]:
+        """The planes of `full` that plane 0 consists of."""
+        sizes = self.full.planes(spec, layer, context)[: self.lo - 1]
+        return np.split(plane, np.cumsum(sizes)[:-1])
+
+    def _fine(self, plane: Bytes, rows: int) -> tuple[Bytes, np.ndarray]:
+        """The bitmap in plane 1; its bit planes, of keys and values in turn."""
+        at = quant.plane_nbytes(rows)
+        return plane[:at], plane[at:].reshape(2 * (self.hi - self.lo), -1)
 
     def decode(self, planes: Sequence[Bytes], spec: BlockSpec, layer: int, out: torch.Tensor, context: Context) -> None:
-        sizes = self.full.planes(spec, layer, context)[: self.lo - 1]
-        low = np.split(planes[0], np.cumsum(sizes)[:-1])
-        self.full.decode(low, spec, layer, out, context)
+        self.decode_sides(planes, spec, layer, out[:, 0], out[:, 1], context)
+
+    def decode_sides(
+        self,
+        planes: Sequence[Bytes],
+        spec: BlockSpec,
+        layer: int,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        context: Context,
+    ) -> None:
         rows, high = self._rows(spec)
-        if len(planes) < 2 or not high:
+        kept, k, v = self.full.opened(self._low(planes[0], spec, layer, context), spec)
+        refined = self._refined(planes[1], rows, high, k, v) if len(planes) > 1 and high else None
+        self.full.fill(kept, k, v, keys, values)
+        if refined is None:
             return
-        chosen = np.unpackbits(planes[1], count=rows, bitorder="little").astype(bool)
-        if int(chosen.sum()) != high:
-            raise CorruptBlock(f"{int(chosen.sum())} tokens are marked important instead of {high}.")
-        full = torch.empty(out.shape, dtype=torch.float32)
-        shape = (spec.layers, rows, spec.channels)
-        n = quant.plane_nbytes(spec.layers * high * spec.channels)
-        at, fine = quant.plane_nbytes(rows), []
-        for _ in range(self.lo, self.hi):
-            halves = []
-            for _ in ("keys", "values"):
-                bits = np.zeros(shape, np.uint8)
-                count = spec.layers * high * spec.channels
-                found = np.unpackbits(planes[1][at : at + n], count=count, bitorder="little")
-                bits[:, chosen] = found.reshape(spec.layers, high, spec.channels)
-                halves.append(np.packbits(bits, bitorder="little"))
-                at += n
-            fine.append(np.concatenate(halves))
-        self.full.decode([*low, *fine], spec, layer, full, context)
-        where = torch.from_numpy(np.flatnonzero(chosen)) + spec.tokens - rows
-        out[:, :, where] = full[:, :, where].to(out.dtype)
+        where, k, v = refined
+        here = where + spec.tokens - rows
+        found = quant.dequantize(k.codes, k.low, k.scale, self.hi, self.hi)
+        keys.index_copy_(1, here, found.view(v.codes.shape).to(keys.dtype))
+        turned = scratch("refined", tuple(v.codes.shape), values.dtype)
+        unrotated(v.codes, v.low, v.scale, self.hi, self.hi, turned)
+        values.index_copy_(1, here, turned)
+
+    def _refined(self, plane: Bytes, rows: int, high: int, k: Side, v: Side) -> tuple[torch.Tensor, Side, Side]:
+        """Rows of the important tokens, and their keys and values with all bits, each row with its own numbers."""
+        bitmap, fine = self._fine(plane, rows)
+        chosen = np.unpackbits(bitmap, count=rows, bitorder="little")
+        where = torch.from_numpy(np.flatnonzero(chosen))
+        if len(where) != high:
+            raise CorruptBlock(f"{len(where)} tokens are marked important instead of {high}.")
+        groups = where // self.group
+        numbers = (k.low[:, groups, 0], k.scale[:, groups, 0]), (v.low[:, where], v.scale[:, where])
+        sides = []
+        for side, (low, scale), bits in zip((k, v), numbers, (fine[::2], fine[1::2]), strict=True):
+            coarse = side.codes[:, where]
+            rest = torch.from_numpy(quant.unpack(list(bits), coarse.numel())).view(coarse.shape)
+            sides.append(Side(coarse.bitwise_left_shift_(self.hi - self.lo).bitwise_or_(rest), low, scale, self.hi))
+        return where, *sides

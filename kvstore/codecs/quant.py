@@ -72,9 +72,9 @@ def plane_nbytes(codes: int) -> int:
 
 
 def pack(codes: Bytes, bits: int, planes: Sequence[Bytes], first: int = 0) -> None:
-    """Write planes ``first``, ``first + 1``, … of flat codes."""
+    """Write planes ``first``, ``first + 1``, … ``[…, bytes]`` of codes ``[…, count]``."""
     for plane, out in enumerate(planes, first):
-        out[:] = np.packbits(codes & np.uint8(1 << (bits - 1 - plane)), bitorder="little")
+        out[:] = np.packbits(codes & np.uint8(1 << (bits - 1 - plane)), axis=-1, bitorder="little")
 
 
 def unpack(planes: Sequence[Bytes], count: int) -> Bytes:

@@ -29,6 +29,7 @@ class Raw(BlockCoder):
 
     name: ClassVar[str] = "raw"
     native: ClassVar[bool] = True
+    verbatim: ClassVar[bool] = True
 
     def planes(self, spec: BlockSpec, layer: int, context: Context) -> tuple[int, ...]:
         del layer, context
