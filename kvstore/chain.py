@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from kvstore.admission import Doorkeeper
 from kvstore.copies import Copies
 from kvstore.estimates import TierEstimate
+from kvstore.eviction.cost import weight
 from kvstore.prefetch import PrefetchQueue
 from kvstore.tiers.base import Sized, Tier
 from kvstore.tiers.host import HostBlock, HostTier, encode_header
@@ -253,7 +254,7 @@ class TierChain:
                     self.host.insert(found)
                     self.host.counters.bytes_written += nbytes
                     kept = True
-                    self._copies.was_read(block, tier)
+                    self._copies.was_read(block, tier, weight(outcome.header))
                     return found, tier.code
                 miss = outcome
             finally:

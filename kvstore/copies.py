@@ -17,7 +17,7 @@ from kvstore.types import BlockId, Scope
 log = logging.getLogger("kvstore.copies")
 
 MOST = 256
-"""Blocks that wait for a better copy; beyond that the oldest are forgotten, until they are read again."""
+"""Blocks that wait for a better copy; beyond that those of least weight are forgotten, until they are read again."""
 PAUSE_S = 0.05
 """How often it is looked whether loads have ended."""
 
@@ -35,7 +35,7 @@ class Copies:
     def __init__(self, below: list[Tier], loading: Callable[[], bool]) -> None:
         self._below = below
         self._loading = loading
-        self._worse: dict[BlockId, tuple[Tier, Tier]] = {}
+        self._worse: dict[BlockId, tuple[float, Tier, Tier]] = {}
         self._task: asyncio.Task[None] | None = None
 
     def best(self, scope: Scope, key: bytes) -> Tier | None:
@@ -53,15 +53,22 @@ class Copies:
         best = self.best(block.scope, block.key)
         return self._below if best is None else [best, *(tier for tier in self._below if tier is not best)]
 
-    def was_read(self, block: BlockId, source: Tier) -> None:
-        """A load had a block from a tier: have nearer copies that are worse replaced by that one later."""
+    def was_read(self, block: BlockId, source: Tier, weight: float = 1.0) -> None:
+        """A load had a block from a tier: have nearer copies that are worse replaced by that one later.
+
+        Those of most weight go first, of equal ones those that were read last.
+        """
         for tier in self._below[: self._below.index(source)]:
             if tier.outdone(*block, source):
-                if len(self._worse) >= MOST:
-                    del self._worse[next(iter(self._worse))]
-                self._worse[block] = tier, source
+                self._worse.pop(block, None)
+                self._worse[block] = weight, tier, source
+        if len(self._worse) > MOST:
+            del self._worse[min(self._worse, key=self._weight)]  # the one that has waited longest, of equal ones
         if self._worse and self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._make_good())
+
+    def _weight(self, block: BlockId) -> float:
+        return self._worse[block][0]
 
     async def _make_good(self) -> None:
         try:
@@ -69,7 +76,8 @@ class Copies:
                 if self._loading():
                     await asyncio.sleep(PAUSE_S)
                     continue
-                block, (tier, source) = self._worse.popitem()
+                block = max(reversed(self._worse), key=self._weight)
+                _, tier, source = self._worse.pop(block)
                 try:
                     await tier.take_over(block, source)
                 except Exception:

@@ -5,6 +5,9 @@ evicted. The queue needs no bound of its own: what it holds is memory of the hos
 runs out of clean blocks a store waits for this queue if its caller allows, or is dropped, and says so. An engine
 never waits.
 
+What gets more attention is written before what gets less, within bounds (`kvstore.turns`). Nothing that was accepted is
+given up for what comes later.
+
 Loads go first: while blocks are being brought up, one writer at a time goes on, so that a load finds the medium nearly
 to itself and the queue still gets shorter; for a moment afterwards two, since the next load would have to wait for all
 writes that are under way then.
@@ -16,18 +19,21 @@ import asyncio
 import logging
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterable
 
 from kvstore.admission import Doorkeeper
+from kvstore.eviction.cost import weight
 from kvstore.tiers.base import Tier
 from kvstore.tiers.host import HostBlock, HostTier
-from kvstore.types import Dropped, DropReason, Exists, Stored, StoreOutcome
+from kvstore.turns import Turns
+from kvstore.types import BlockId, Dropped, DropReason, Exists, Stored, StoreOutcome
 
 log = logging.getLogger("kvstore.writebehind")
 
 LINGER_S = 0.25
 """How long after a load the next one is expected."""
+REACH = 128 << 20
+"""Bytes that a block with twice the attention of others overtakes: fractions of a second of a disk."""
 
 
 class WriteBehind:
@@ -63,7 +69,7 @@ class WriteBehind:
         self.tier = tier
         self.doorkeeper = doorkeeper
         self._host = host
-        self._queue: deque[tuple[HostBlock, bool, asyncio.Future[StoreOutcome]]] = deque()
+        self._queue: Turns[tuple[HostBlock, bool, asyncio.Future[StoreOutcome]]] = Turns(REACH)
         self._busy = 0
         self._writers = writers
         self._loading = loading
@@ -93,10 +99,8 @@ class WriteBehind:
         self._host.soil(block)
         self.blocks += 1
         self.bytes += block.nbytes
-        if durable:
-            self._queue.appendleft((block, True, done))
-        else:
-            self._queue.append((block, False, done))
+        parent = BlockId(block.id.scope, block.header.parent) if block.header.parent else None
+        self._queue.add(block.id, parent, block.nbytes, weight(block.header), (block, durable, done), first=durable)
         self._hire()
         return done
 
@@ -118,7 +122,7 @@ class WriteBehind:
     async def _write_until_empty(self) -> None:
         try:
             while self._queue and self._busy <= self._may_write():
-                block, durable, done = self._queue.popleft()
+                block, durable, done = self._queue.take()
                 outcome = await self._write(block, durable)
                 self.blocks -= 1
                 self.bytes -= block.nbytes
