@@ -49,6 +49,42 @@ __device__ __forceinline__ u16 half_up(float x) {
     asm("cvt.rp.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
     return y;
 }
+
+// The lesser and the greater of two; what is not a number wins.
+__device__ __forceinline__ float min_nan(float a, float b) {
+    float y;
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+    return y;
+}
+__device__ __forceinline__ float max_nan(float a, float b) {
+    float y;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+    return y;
+}
+
+// a & mask | bits, in one instruction.
+__device__ __forceinline__ u32 and_or(u32 a, u32 mask, u32 bits) {
+    u32 y;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(y) : "r"(a), "r"(mask), "r"(bits));
+    return y;
+}
+
+// Two float16 at once.
+__device__ __forceinline__ u32 add2(u32 a, u32 b) {
+    u32 y;
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+    return y;
+}
+__device__ __forceinline__ u32 sub2(u32 a, u32 b) {
+    u32 y;
+    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+    return y;
+}
+__device__ __forceinline__ u32 fma2(u32 a, u32 b, u32 c) {
+    u32 y;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(c));
+    return y;
+}
 #else
 #include "emulated.h"
 #endif
@@ -103,32 +139,41 @@ __device__ __forceinline__ float lane_max(float x) {
     return x;
 }
 
-// Small integers as float32, without the slow conversion: the bits of 2^23 + x.
-__device__ __forceinline__ float small_float(int x) { return __uint_as_float(0x4b000000u | u32(x)) - 8388608.0f; }
-
 // One page of the engine's cache to move: where its block begins in memory, which page, and its place in the block.
 struct Job {
     u64 block;
     int page, place;
 };
 
-// Walsh-Hadamard transform over 8 elements a lane and `lanes` neighbouring lanes (a power of two), unnormalised.
-__device__ __forceinline__ void hadamard8(float (&x)[8], int lanes) {
+// Where a thread works as it goes on in steps: a number in three digits, the last without bounds. Divisions once, then
+// sums that carry.
+struct Digits {
+    int first, second, third;
+
+    __device__ __forceinline__ Digits(int number, int radix, int next)
+        : first(number % radix), second(number / radix % next), third(number / radix / next) {}
+    __device__ __forceinline__ void add(const Digits& step, int radix, int next) {
+        first += step.first, second += step.second, third += step.third;
+        if (first >= radix) first -= radix, second++;
+        if (second >= next) second -= next, third++;
+    }
+};
+
+// Walsh-Hadamard transform over N elements a lane and `lanes` neighbouring lanes (powers of two), unnormalised.
+template <int N>
+__device__ __forceinline__ void hadamard(float (&x)[N], int lanes) {
 #pragma unroll
-    for (int half = 1; half < 8; half *= 2)
+    for (int half = 1; half < N; half *= 2)
 #pragma unroll
-        for (int i = 0; i < 8; i++)
+        for (int i = 0; i < N; i++)
             if (!(i & half)) {
                 const float a = x[i], b = x[i + half];
                 x[i] = a + b;
                 x[i + half] = a - b;
             }
     for (int step = 1; step < lanes; step *= 2) {
-        const bool upper = threadIdx.x & step;
+        const float sign = threadIdx.x & step ? -1.0f : 1.0f;
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
-            const float other = __shfl_xor_sync(~0u, x[i], step);
-            x[i] = upper ? other - x[i] : x[i] + other;
-        }
+        for (int i = 0; i < N; i++) x[i] = fmaf(x[i], sign, __shfl_xor_sync(~0u, x[i], step));
     }
 }

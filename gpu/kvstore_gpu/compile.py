@@ -27,6 +27,9 @@ TENSOR_CORES = ("common.cuh", "mma.cuh")
 TURN = ("common.cuh", "turn.cuh")
 """Headers of kernels that turn keys."""
 
+PLANES = ("common.cuh", "planes.cuh")
+"""Headers of kernels that read and write planes of bits."""
+
 _sources: dict[str, Source] = {}
 
 emulator: Any = None

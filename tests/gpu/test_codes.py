@@ -13,6 +13,7 @@ from kvstore.codecs.prerope import PreRope
 from kvstore.errors import InvalidParams
 from kvstore.rope import rotary
 from kvstore_gpu import coded, fp8, hadamard, kv4
+from kvstore_gpu.compile import uses_reference
 from kvstore_gpu.jobs import Part
 
 TOKENS, PAGES = 16, 8
@@ -42,14 +43,14 @@ def encoded(cache, coder, spec, steps, context):
     return data, places
 
 
-def test_fp8_says_what_it_cannot_say() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("the codec itself raises on the CPU")
+def test_fp8_says_what_it_cannot_say(device) -> None:
+    if uses_reference(torch.device(device)):
+        pytest.skip("the codec itself raises")
     coder = FP8()
     for value in (float("nan"), float("inf"), 3.2e38):
-        cache = kit.cache(device="cuda")
+        cache = kit.cache(device=device)
         spec = coded.spec_of(cache, TOKENS)
-        made = kit.poisoned(coded.nbytes(coder, spec), "cuda")
+        made = kit.poisoned(coded.nbytes(coder, spec), device)
         assert fp8.pack(cache, [Part(made, [0])], spec, coder, coded.offsets(coder, spec)).tolist() == [0]
         cache.views[1][1][0, 3, 2, 50] = value
         assert fp8.pack(cache, [Part(made, [0])], spec, coder, coded.offsets(coder, spec)).tolist() == [1]
@@ -98,12 +99,12 @@ def test_every_code_of_fp8_is_decoded_and_ties_go_to_even(device) -> None:
 @pytest.mark.parametrize("variant", ROTARIES)
 @pytest.mark.parametrize("dtype", kit.DTYPES)
 @pytest.mark.parametrize("position", [0, 4096])
-@pytest.mark.parametrize("known", [1, 2, 3])
-def test_kv4_decodes_what_the_codec_decodes(layout, variant, dtype, position, known, device) -> None:
+@pytest.mark.parametrize(("k", "v", "known"), [(4, 4, 1), (4, 4, 2), (4, 4, 3), (8, 5, 5), (5, 8, 7)])
+def test_kv4_decodes_what_the_codec_decodes(layout, variant, dtype, position, k, v, known, device) -> None:
     turning = rotary(ROTARIES[variant])
     cache, back = (kit.cache(layout, heads=3, dim=64, dtype=dtype, device=device) for _ in range(2))
     wild(cache)
-    coder, context = KV4(group=24), Context(rotary=turning)
+    coder, context = KV4(k=k, v=v, group=24), Context(rotary=turning)
     spec = coded.spec_of(cache, PAGES * TOKENS, position)
     data, places = encoded(cache, coder, spec, (PreRope(),), context)
     want = kit.copy_of(back, dtype=torch.float32)
@@ -169,15 +170,17 @@ def test_kv4_encodes_the_bytes_of_the_codec(layout, variant, k, v, position, dev
     assert kit.distance(found, right) < 2e-3
 
 
-def test_kv4_says_which_blocks_float16_cannot_say() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("the codec itself raises on the CPU")
-    cache = kit.cache(device="cuda")
-    cache.views[2][0][9, 3, 1, 7] = 1e6
+@pytest.mark.parametrize("value", [1e6, float("nan"), float("inf")])
+@pytest.mark.parametrize("side", [0, 1])
+def test_kv4_says_which_blocks_float16_cannot_say(value, side, device) -> None:
+    if uses_reference(torch.device(device)):
+        pytest.skip("the codec itself raises")
+    cache = kit.cache(device=device)
+    cache.views[2][side][9, 3, 1, 7] = value
     coder, turning = KV4(), rotary(ROTARIES["neox"])
     spec = coded.spec_of(cache, 4 * TOKENS)
     places = coded.offsets(coder, spec)
-    blocks = [kit.poisoned(coded.nbytes(coder, spec), "cuda") for _ in range(3)]
+    blocks = [kit.poisoned(coded.nbytes(coder, spec), device) for _ in range(3)]
     pages = ([0, 1, 2, 3], [8, 9, 10, 11], [4, 5, 6, 7])
     parts = [Part(b, p) for b, p in zip(blocks, pages, strict=True)]
     assert kv4.pack(cache, parts, spec, coder, places, turning).tolist() == [0, 1, 0]

@@ -7,18 +7,18 @@ __device__ __forceinline__ float power(int exponent) { return __uint_as_float(u3
 __device__ __forceinline__ u32 magnitude(float x) { return __float_as_uint(x) & 0x7fffffffu; }
 constexpr u32 LARGEST = (127u + 119 + 8) << 23 | 0x600000u;  // 448 x 2^119
 
-// Exponent of the least power of two above the largest magnitude over 448; that of nothing is 0.
+// Exponent of the least power of two above the largest magnitude over 448; that of nothing is 0. 448 is 2^8 times 1.75: a
+// mantissa from that on counts as one power more.
 __device__ __forceinline__ int exponent_of(u32 largest) {
-    const u32 bits = __float_as_uint(__fdiv_rn(__uint_as_float(largest), 448.0f));  // CuPy flushes below 2^-126 to zero
-    return largest == 0 ? 0 : min(max(int(bits >> 23) - 126, -126), 119);
+    return largest == 0 ? 0 : min(max(int((largest + 0x200000u) >> 23) - 135, -126), 119);
 }
 
 // Four codes to numbers, times a factor over 256: moved up, a code is a float16 whose exponent bias is 8 larger.
 __device__ __forceinline__ void from_e4m3(u32 codes, float factor, float* to) {
 #pragma unroll
     for (int i = 0; i < 4; i += 2) {
-        const u32 two = (codes >> (8 * i) & 0xffu) | (codes >> (8 * i) & 0xff00u) << 8;
-        const u32 halves = (two << 7 & 0x3f803f80u) | (two << 8 & 0x80008000u);
+        const u32 two = __byte_perm(codes, 0, i ? 0x3424 : 0x1404);  // the upper bytes of two halves
+        const u32 halves = (two >> 1 & 0x3f803f80u) | (two & 0x80008000u);
         f16 low, high;
         low.bits = u16(halves), high.bits = u16(halves >> 16);
         to[i] = to_float(low) * factor;
@@ -61,19 +61,20 @@ __global__ void unpack(
     int token_stride, int head_stride, int tokens, int heads, int dim, int block_tokens, int per_head)
 {
     const int octets = dim / 8, each = tokens * heads * octets, scales = per_head ? heads : 1;
-    const i64 tiles = i64(count) * layers * 2;
-    for (i64 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    const Digits start(threadIdx.x, octets, heads), stride(blockDim.x, octets, heads);
+    for (int tile = blockIdx.x; tile < count * layers * 2; tile += gridDim.x) {
         const Job job = jobs[tile % count];
-        const int view = first_layer * 2 + int(tile / count), side = view % 2;
+        const int view = first_layer * 2 + tile / count, side = view % 2;
         const char* const part = reinterpret_cast<const char*>(job.block + parts[view / 2]);
         const u8* const scale = reinterpret_cast<const u8*>(part);
         const u8* const codes = scale + i64(2) * block_tokens * scales;
         char* const page = reinterpret_cast<char*>(bases[view]) + job.page * page_stride;
         const i64 first = i64(side) * block_tokens + job.place * tokens;
+        Digits digits = start;
 #pragma unroll 4
         for (int at = threadIdx.x; at < each; at += blockDim.x) {
-            const int vector = at / octets, octet = at - vector * octets;
-            const int token = vector / heads, head = vector - token * heads;
+            const int octet = digits.first, head = digits.second, token = digits.third;
+            digits.add(stride, octets, heads);
             const i64 row = first + token;
             const float factor = power(scale[per_head ? row * heads + head : row] - 127 + 8);
             const Codes packed = *reinterpret_cast<const Codes*>(codes + (row * heads + head) * dim + octet * 8);
@@ -92,19 +93,20 @@ __global__ void pack_heads(
     int token_stride, int head_stride, int tokens, int heads, int dim, int block_tokens, int per_head, int* bad)
 {
     const int octets = dim / 8, each = tokens * heads * octets;
-    const i64 tiles = i64(count) * layers * 2;
-    for (i64 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    const Digits start(threadIdx.x, octets, heads), stride(blockDim.x, octets, heads);
+    for (int tile = blockIdx.x; tile < count * layers * 2; tile += gridDim.x) {
         const Job job = jobs[tile % count];
-        const int view = first_layer * 2 + int(tile / count), side = view % 2;
+        const int view = first_layer * 2 + tile / count, side = view % 2;
         u8* const scale = reinterpret_cast<u8*>(job.block + parts[view / 2]);
         u8* const codes = scale + i64(2) * block_tokens * heads;
         const char* const page = reinterpret_cast<const char*>(bases[view]) + job.page * page_stride;
         const i64 first = i64(side) * block_tokens + job.place * tokens;
+        Digits digits = start;
         // All lanes of a warp stay as long as one has work: they exchange.
-#pragma unroll 2
+#pragma unroll 4
         for (int at = threadIdx.x; at - int(threadIdx.x % 32) < each; at += blockDim.x) {
-            const int vector = at / octets, octet = at - vector * octets;
-            const int token = vector / heads, head = vector - token * heads;
+            const int octet = digits.first, head = digits.second, token = digits.third;
+            digits.add(stride, octets, heads);
             float x[8] = {};
             u32 largest = 0;
             if (at < each)
@@ -131,10 +133,9 @@ __global__ void pack(
 {
     const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
     const int scales = per_head ? heads : 1, octets = dim / 8, each = per_head ? octets : heads * octets;
-    const i64 tiles = i64(count) * layers * 2;
-    for (i64 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    for (int tile = blockIdx.x; tile < count * layers * 2; tile += gridDim.x) {
         const Job job = jobs[tile % count];
-        const int view = first_layer * 2 + int(tile / count), side = view % 2;
+        const int view = first_layer * 2 + tile / count, side = view % 2;
         char* const part = reinterpret_cast<char*>(job.block + parts[view / 2]);
         u8* const scale = reinterpret_cast<u8*>(part);
         u8* const codes = scale + i64(2) * block_tokens * scales;

@@ -116,6 +116,8 @@ def _run(
     count = sum(len(part.pages) for part in parts)
     if not count or not layers:
         return
+    if count * len(layers) * 2 >> 31:
+        raise checks.refuse("parts", "too many pages to be counted in 31 bits")
     page, token, head, _ = (stride * cache.sample.element_size() for stride in cache.sample.stride())
     there = jobs.constant(places.contiguous().numpy().tobytes(), cache.device)
     args = (

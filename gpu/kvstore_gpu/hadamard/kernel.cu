@@ -9,7 +9,7 @@ __global__ void rotate(const T* from, T* to, i64 octets, int size)
     for (i64 at = blockIdx.x * i64(blockDim.x) + threadIdx.x; at - threadIdx.x % 32 < octets; at += step) {
         float x[8] = {};
         if (at < octets) load<T, 8>(from + at * 8, x);
-        hadamard8(x, size / 8);
+        hadamard(x, size / 8);
 #pragma unroll
         for (int i = 0; i < 8; i++) x[i] *= norm;
         if (at < octets) store<T, 8>(to + at * 8, x);

@@ -9,7 +9,7 @@ template <typename T>
 struct Layer {
     const T* sinks;
     const u16 *k_low, *k_scale, *v_low, *v_scale;
-    u8 *k[8], *v[8];  // bit planes
+    u8 *k[8], *v[8];  // bit planes; the first in the place of those that are not there
 
     __device__ Layer(u64 block, const i64* places, int layer, int layers, const Shape& s) {
         const int rows = s.block_tokens - s.sinks, channels = s.heads * s.dim;
@@ -32,6 +32,9 @@ struct Layer {
                 u8* const part = reinterpret_cast<u8*>(block + places[(bit - 1) * layers + layer]);
                 k[bit] = part;
                 v[bit] = part + (s.k_bits > bit ? plane : 0);
+            } else {
+                k[bit] = k[0];
+                v[bit] = v[0];
             }
         }
     }
@@ -43,56 +46,74 @@ __device__ __forceinline__ float half_value(u16 bits) {
     return to_float(x);
 }
 
-// Eight codes, as short as there are planes, given the byte of each plane that holds them.
-__device__ __forceinline__ void codes_at(u8* const (&planes)[8], int known, i64 byte, int (&codes)[8]) {
-#pragma unroll
-    for (int i = 0; i < 8; i++) codes[i] = 0;
-#pragma unroll
-    for (int p = 0; p < 8; p++)
-        if (p < known) {
-            const u32 bits = planes[p][byte];
-#pragma unroll
-            for (int i = 0; i < 8; i++) codes[i] = codes[i] << 1 | (bits >> i & 1);
-        }
-}
-
 __device__ __forceinline__ int known_bits(int bits, int planes) { return min(bits, planes + 1); }
+
+// Lows and scales of eight neighbouring channels; a group's are aligned to four bytes.
+__device__ __forceinline__ void eight_halves(const u16* from, float (&to)[8]) {
+#pragma unroll
+    for (int i = 0; i < 8; i += 2) {
+        const u32 two = *reinterpret_cast<const u32*>(from + i);
+        to[i] = half_value(u16(two)), to[i + 1] = half_value(u16(two >> 16));
+    }
+}
 
 // Eight neighbouring channels of the keys before the rotation, for the tokens of one group.
 struct Octet {
-    float start[8], step[8];
+    float start[8], step[8];  // of codes as `Codes::floats` has them
 
     template <typename T>
-    __device__ void at_group(const Layer<T>& part, const Shape& s, int group, int channel, int known) {
+    __device__ void at_group(const Layer<T>& part, const Shape& s, int group, int channel) {
+        const int known = known_bits(s.k_bits, s.planes);
         const i64 at = i64(group) * s.heads * s.dim + channel;
-        const int rest = s.k_bits - known;
+        const float unknown = float((1 << (s.k_bits - known)) - 1) / 2;  // the middle of what the bits not there could say
+        eight_halves(part.k_scale + at, step);
+        eight_halves(part.k_low + at, start);
 #pragma unroll
         for (int i = 0; i < 8; i++) {
-            const float scale = half_value(part.k_scale[at + i]);
-            step[i] = scale * (1 << rest);
-            start[i] = half_value(part.k_low[at + i]) + scale * ((1 << rest) - 1) / 2;
+            start[i] += step[i] * unknown;
+            step[i] = Codes::step(step[i], s.k_bits, known > 4);
+            start[i] -= step[i] * Codes::base(known > 4);
         }
     }
     template <typename T>
-    __device__ void value(const Layer<T>& part, const Shape& s, int row, int channel, int known, float (&x)[8]) const {
-        int codes[8];
-        codes_at(part.k, known, (i64(row) * s.heads * s.dim + channel) / 8, codes);
+    __device__ void value(const Layer<T>& part, int byte, const Known& known, float (&x)[8]) const {
+        Codes(part.k, known, byte).floats(x);
 #pragma unroll
-        for (int i = 0; i < 8; i++) x[i] = start[i] + small_float(codes[i]) * step[i];
+        for (int i = 0; i < 8; i++) x[i] = start[i] + x[i] * step[i];
     }
 };
 
-// Turning by a row of the table; `sign` -1 turns back. x alone if interleaved, x and its partner y otherwise.
+// Turning by a row of the table. x alone if interleaved, x and its partner y otherwise.
 template <bool INTERLEAVED>
-__device__ __forceinline__ void turn8(float (&x)[8], float (&y)[8], const float* cos, const float* sin, float sign) {
+__device__ __forceinline__ void turn8(float (&x)[8], float (&y)[8], const float* cos, const float* sin) {
+    constexpr int COUNT = INTERLEAVED ? 4 : 8;
+    float c[COUNT], n[COUNT];
+    load<f32, COUNT>(reinterpret_cast<const f32*>(cos), c);
+    load<f32, COUNT>(reinterpret_cast<const f32*>(sin), n);
 #pragma unroll
-    for (int i = 0; i < (INTERLEAVED ? 4 : 8); i++) {
-        const float c = cos[i], n = sign * sin[i];
+    for (int i = 0; i < COUNT; i++) {
         float& a = INTERLEAVED ? x[2 * i] : x[i];
         float& b = INTERLEAVED ? x[2 * i + 1] : y[i];
         const float first = a;
-        a = __fsub_rn(__fmul_rn(first, c), __fmul_rn(b, n));
-        b = __fadd_rn(__fmul_rn(b, c), __fmul_rn(first, n));
+        a = first * c[i] - b * n[i];
+        b = b * c[i] + first * n[i];
+    }
+}
+
+// Turning back, each product rounded as the codec on the CPU does it, so that codes are equal.
+template <bool INTERLEAVED>
+__device__ __forceinline__ void turn8_back(float (&x)[8], float (&y)[8], const float* cos, const float* sin) {
+    constexpr int COUNT = INTERLEAVED ? 4 : 8;
+    float c[COUNT], n[COUNT];
+    load<f32, COUNT>(reinterpret_cast<const f32*>(cos), c);
+    load<f32, COUNT>(reinterpret_cast<const f32*>(sin), n);
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+        float& a = INTERLEAVED ? x[2 * i] : x[i];
+        float& b = INTERLEAVED ? x[2 * i + 1] : y[i];
+        const float first = a;
+        a = __fadd_rn(__fmul_rn(first, c[i]), __fmul_rn(b, n[i]));
+        b = __fsub_rn(__fmul_rn(b, c[i]), __fmul_rn(first, n[i]));
     }
 }
 
@@ -115,7 +136,7 @@ struct Item {
     __device__ static int count(int dim, int pairs) { return (INTERLEAVED ? 2 * pairs : pairs) / 8 + (dim - 2 * pairs) / 8; }
 };
 
-constexpr int IN_A_ROW = 4;  // tokens that a thread decodes with the scales it has loaded
+constexpr int IN_A_ROW = 8;  // tokens that a thread decodes with the scales it has loaded
 
 template <typename T, bool INTERLEAVED>
 __global__ void unpack_keys(
@@ -123,44 +144,54 @@ __global__ void unpack_keys(
     i64 page_stride, int token_stride, int head_stride, const Shape* shape, const float* cos, const float* sin, const u8* skipped)
 {
     const Shape s = *shape;
-    const int items = Item<INTERLEAVED>::count(s.dim, s.pairs), known = known_bits(s.k_bits, s.planes);
-    const int spans = (s.tokens + IN_A_ROW - 1) / IN_A_ROW, each = spans * s.heads * items;
-    const i64 tiles = i64(count) * layers;
-    for (i64 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-        const int index = int(tile % count), layer = first_layer + int(tile / count);
+    const int items = Item<INTERLEAVED>::count(s.dim, s.pairs);
+    const Known known(known_bits(s.k_bits, s.planes));
+    const int spans = (s.tokens + IN_A_ROW - 1) / IN_A_ROW, each = spans * s.heads * items, channels = s.heads * s.dim;
+    for (int tile = blockIdx.x; tile < count * layers; tile += gridDim.x) {
+        const int index = tile % count, layer = first_layer + tile / count;
         const Job job = jobs[index];
         const Layer<T> part(job.block, places, layer, all_layers, s);
         char* const page = reinterpret_cast<char*>(bases[layer * 2]) + job.page * page_stride;
+        const int before = job.place * s.tokens, sinks = max(s.sinks - before, 0);  // of this page
         for (int at = threadIdx.x; at < each; at += blockDim.x) {
-            const int span = at / (s.heads * items), inner = at - span * s.heads * items, head = inner / items;
-            const Item<INTERLEAVED> item(inner - head * items, s.dim, s.pairs);
-            const int channel = head * s.dim + item.channel, partner = head * s.dim + item.partner;
-            Octet a, b;
-            int group = -1;
-            for (int token = span * IN_A_ROW; token < min((span + 1) * IN_A_ROW, s.tokens); token++) {
-                const int in_block = job.place * s.tokens + token, row = in_block - s.sinks;
-                float x[8], y[8] = {};
-                if (row < 0) {
-                    const T* const sink = part.sinks + i64(in_block) * s.heads * s.dim;
-#pragma unroll
-                    for (int i = 0; i < 8; i++) x[i] = to_float(sink[channel + i]);
-                    if (item.partner >= 0)
-#pragma unroll
-                        for (int i = 0; i < 8; i++) y[i] = to_float(sink[partner + i]);
-                } else {
-                    if (row / s.group != group) {
-                        group = row / s.group;
-                        a.at_group(part, s, group, channel, known);
-                        if (item.partner >= 0) b.at_group(part, s, group, partner, known);
-                    }
-                    a.value(part, s, row, channel, known, x);
-                    if (item.partner >= 0) b.value(part, s, row, partner, known, y);
-                }
+            const Digits digits(at, items, s.heads);
+            const Item<INTERLEAVED> item(digits.first, s.dim, s.pairs);
+            const int head = digits.second, channel = head * s.dim + item.channel, partner = head * s.dim + item.partner;
+            const bool two = item.partner >= 0, turned = item.pair >= 0 && !skipped[layer];
+            auto finish = [&](int token, float (&x)[8], float (&y)[8]) {
                 const i64 entry = (i64(index) * s.tokens + token) * s.pairs + item.pair;
-                if (item.pair >= 0 && !skipped[layer]) turn8<INTERLEAVED>(x, y, cos + entry, sin + entry, 1.0f);
+                if (turned) turn8<INTERLEAVED>(x, y, cos + entry, sin + entry);
                 T* const to = reinterpret_cast<T*>(page + i64(token) * token_stride + i64(head) * head_stride);
                 store<T, 8>(to + item.channel, x);
-                if (item.partner >= 0) store<T, 8>(to + item.partner, y);
+                if (two) store<T, 8>(to + item.partner, y);
+            };
+            int token = digits.third * IN_A_ROW;
+            const int end = min(token + IN_A_ROW, s.tokens);
+            for (; token < min(end, sinks); token++) {
+                const T* const sink = part.sinks + i64(before + token) * channels;
+                float x[8], y[8] = {};
+#pragma unroll
+                for (int i = 0; i < 8; i++) {
+                    x[i] = to_float(sink[channel + i]);
+                    if (two) y[i] = to_float(sink[partner + i]);
+                }
+                finish(token, x, y);
+            }
+            Octet a, b;
+            int last = 0;  // row behind the group whose scales there are
+#pragma unroll 2
+            for (; token < end; token++) {
+                const int row = before + token - s.sinks;
+                if (row >= last) {
+                    const int group = row / s.group;
+                    last = (group + 1) * s.group;
+                    a.at_group(part, s, group, channel);
+                    if (two) b.at_group(part, s, group, partner);
+                }
+                float x[8], y[8] = {};
+                a.value(part, (row * channels + channel) >> 3, known, x);
+                if (two) b.value(part, (row * channels + partner) >> 3, known, y);
+                finish(token, x, y);
             }
         }
     }
@@ -172,199 +203,240 @@ __global__ void unpack_values(
     i64 page_stride, int token_stride, int head_stride, const Shape* shape, int rotated)
 {
     const Shape s = *shape;
-    const int octets = s.dim / 8, each = s.tokens * s.heads * octets, known = known_bits(s.v_bits, s.planes);
-    const int rest = s.v_bits - known, rows = s.block_tokens - s.sinks;
-    const float norm = __frsqrt_rn(float(rotated));
-    const i64 tiles = i64(count) * layers;
-    for (i64 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    const int octets = s.dim / 8, each = s.tokens * s.heads * octets, bits = known_bits(s.v_bits, s.planes);
+    const Known known(bits);
+    // Of a scale: what one step of the codes is worth after the rotation, and the middle that they lie around.
+    const float norm = __frsqrt_rn(float(rotated)), step = Codes::step(1.0f, s.v_bits, known.wide);
+    const float middle = step * Codes::middle(known.wide) + float((1 << (s.v_bits - bits)) - 1) / 2;
+    const Digits start(threadIdx.x, octets, s.heads), stride(blockDim.x, octets, s.heads);
+    for (int tile = blockIdx.x; tile < count * layers; tile += gridDim.x) {
         const Job job = jobs[tile % count];
-        const int layer = first_layer + int(tile / count);
+        const int layer = first_layer + tile / count;
         const Layer<T> part(job.block, places, layer, all_layers, s);
         char* const page = reinterpret_cast<char*>(bases[layer * 2 + 1]) + job.page * page_stride;
+        Digits digits = start;
         // All lanes of a warp stay as long as one has work: they exchange.
+#pragma unroll 2
         for (int at = threadIdx.x; at - int(threadIdx.x % 32) < each; at += blockDim.x) {
-            const int vector = at / octets, octet = at - vector * octets;
-            const int token = vector / s.heads, head = vector - token * s.heads;
-            const int in_block = job.place * s.tokens + token, row = in_block - s.sinks;
-            const bool there = at < each;
-            float x[8] = {};
-            if (there && row >= 0) {
-                const float scale = norm * half_value(part.v_scale[row * s.heads + head]), step = scale * (1 << rest);
-                const float start = norm * half_value(part.v_low[row * s.heads + head]) + scale * ((1 << rest) - 1) / 2;
-                int codes[8];
-                codes_at(part.v, known, (i64(row) * s.heads + head) * octets + octet, codes);
+            const int octet = digits.first, head = digits.second, token = min(digits.third, s.tokens - 1);
+            const int in_block = job.place * s.tokens + token, vector = max(in_block - s.sinks, 0) * s.heads + head;
+            const float scale = half_value(part.v_scale[vector]), low = half_value(part.v_low[vector]);
+            u32 pairs[4];
+            Codes(part.v, known, vector * octets + octet).halves(pairs);
+            float x[8];
+            hadamard_of_codes(pairs, rotated / 8, x);
+            const float factor = scale * step * norm;
 #pragma unroll
-                for (int i = 0; i < 8; i++) x[i] = start + small_float(codes[i]) * step;
-            }
-            hadamard8(x, rotated / 8);
-            if (!there) continue;
-            if (row < 0) {
+            for (int i = 0; i < 8; i++) x[i] *= factor;
+            // What all have in common becomes the first element by the rotation.
+            if (octet * 8 % rotated == 0) x[0] += (low + scale * middle) * (norm * rotated);
+            if (in_block < s.sinks) {
                 const T* const sink = part.sinks + (i64(s.sinks + in_block) * s.heads + head) * s.dim + octet * 8;
 #pragma unroll
                 for (int i = 0; i < 8; i++) x[i] = to_float(sink[i]);
             }
-            store<T, 8>(reinterpret_cast<T*>(page + i64(token) * token_stride + i64(head) * head_stride) + octet * 8, x);
+            if (at < each)
+                store<T, 8>(reinterpret_cast<T*>(page + i64(token) * token_stride + i64(head) * head_stride) + octet * 8, x);
+            digits.add(stride, octets, s.heads);
         }
     }
 }
 
 // -- the way in: a block's pages are `jobs[block * block_pages ...]`, in order -----------------------------------------
 
-// Low and scale of a group as float16, the codes' numbers with them, and whether float16 can say them.
-__device__ __forceinline__ bool range_of(float least, float most, int bits, u16& low, u16& scale) {
-    low = half_down(least);
-    scale = half_up(__fdiv_rn(__fsub_rn(most, half_value(low)), float((1 << bits) - 1)));
-    return (low & 0x7c00) != 0x7c00 && (scale & 0x7c00) != 0x7c00;
+// Low and scale of a group as float16, and what makes codes of numbers.
+struct Range {
+    u16 low, scale;
+    float base, inverse;
+
+    __device__ __forceinline__ Range(float least, float most, int bits) {
+        low = half_down(least);
+        base = half_value(low);
+        scale = half_up(__fdiv_rn(__fsub_rn(most, base), float((1 << bits) - 1)));
+        inverse = half_value(scale) > 0 ? __frcp_rn(half_value(scale)) : 0.0f;
+    }
+    // Whether float16 can say them; it cannot if anything is not a number.
+    __device__ __forceinline__ bool fine() const { return (low & 0x7c00) != 0x7c00 && (scale & 0x7c00) != 0x7c00; }
+};
+
+// Low is not above any number, and the scale not too small: codes need no bounds.
+__device__ __forceinline__ u32 code_of(float x, float base, float inverse) {
+    return rounded(__fmul_rn(__fsub_rn(x, base), inverse));
 }
 
-__device__ __forceinline__ int code_of(float x, u16 low, u16 scale, int bits) {
-    const float step = half_value(scale);
-    const float code = rintf(__fmul_rn(__fsub_rn(x, half_value(low)), step > 0 ? __frcp_rn(step) : 0.0f));
-    return int(fminf(fmaxf(code, 0.0f), float((1 << bits) - 1)));
-}
-
-__device__ __forceinline__ void write_codes(u8* const (&planes)[8], int bits, i64 byte, const int (&codes)[8]) {
-#pragma unroll
-    for (int p = 0; p < 8; p++)
-        if (p < bits) {
-            u32 packed = 0;
-#pragma unroll
-            for (int i = 0; i < 8; i++) packed |= (codes[i] >> (bits - 1 - p) & 1) << i;
-            planes[p][byte] = u8(packed);
-        }
-}
+constexpr int PACKING = 128;  // threads that encode the keys of a head, each some tokens of one item
 
 template <typename T, bool INTERLEAVED>
-__global__ void pack_keys(
+__global__ void __launch_bounds__(PACKING, 4) pack_keys(
     const Job* jobs, int blocks, const u64* bases, const i64* places, int layers, i64 page_stride, int token_stride,
     int head_stride, const Shape* shape, const float* cos, const float* sin, const u8* skipped, int* bad)
 {
+    constexpr int ROW = PACKING + 1, CHOSEN = 20;  // so that few accesses meet in a bank
+    __shared__ float least[16 * ROW], most[16 * ROW];
+    alignas(16) __shared__ f32 base_of[32 * CHOSEN];
+    alignas(16) __shared__ f32 inverse_of[32 * CHOSEN];
     const Shape s = *shape;
     const int items = Item<INTERLEAVED>::count(s.dim, s.pairs), rows = s.block_tokens - s.sinks;
     const int groups = (rows + s.group - 1) / s.group, block_pages = s.block_tokens / s.tokens;
     const int channels = s.heads * s.dim;
-    const i64 tiles = i64(blocks) * layers * groups;
-    for (i64 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-        const int group = int(tile % groups), layer = int(tile / groups % layers);
-        const int block = int(tile / groups / layers);
+    const int mine = threadIdx.x % items, turn = threadIdx.x / items, turns = PACKING / items;
+    const Item<INTERLEAVED> item(mine, s.dim, s.pairs);
+    const bool two = item.partner >= 0;
+    const Digits stride(turns, s.tokens, block_pages);
+    for (int tile = blockIdx.x; tile < blocks * groups * layers; tile += gridDim.x) {
+        const Digits digits(tile, layers, groups);
+        const int layer = digits.first, group = digits.second, block = digits.third;
         const Job* const job = jobs + i64(block) * block_pages;
         const Layer<T> part(job->block, places, layer, layers, s);
-        for (int at = threadIdx.x; at < s.heads * items; at += blockDim.x) {
-            const int head = at / items;
-            const Item<INTERLEAVED> item(at - head * items, s.dim, s.pairs);
+        const bool turned = item.pair >= 0 && !skipped[layer];
+        const int first = s.sinks + group * s.group, last = min(first + s.group, s.block_tokens);
+        for (int head = 0; head < s.heads; head++) {
             const int channel = head * s.dim + item.channel, partner = head * s.dim + item.partner;
-            const bool two = item.partner >= 0;
-            auto keys = [&](int token, float (&x)[8], float (&y)[8]) {
-                const char* const page =
-                    reinterpret_cast<const char*>(bases[layer * 2]) + job[token / s.tokens].page * page_stride;
-                const T* const from = reinterpret_cast<const T*>(
-                    page + i64(token % s.tokens) * token_stride + i64(head) * head_stride);
-                load<T, 8>(from + item.channel, x);
-                if (two) load<T, 8>(from + item.partner, y);
-                const i64 entry = (i64(block) * s.block_tokens + token) * s.pairs + item.pair;
-                if (item.pair >= 0 && !skipped[layer]) turn8<INTERLEAVED>(x, y, cos + entry, sin + entry, -1.0f);
+            // Keys before the rotation of this thread's tokens from `begin` on.
+            auto each_key = [&](int begin, int end, auto&& use) {
+                Digits place(begin + turn, s.tokens, block_pages);
+                for (int token = begin + turn; token < end; token += turns) {
+                    const char* const page = reinterpret_cast<const char*>(bases[layer * 2]) + job[place.second].page * page_stride;
+                    const T* const from = reinterpret_cast<const T*>(
+                        page + i64(place.first) * token_stride + i64(head) * head_stride);
+                    float x[8], y[8] = {};
+                    load<T, 8>(from + item.channel, x);
+                    if (two) load<T, 8>(from + item.partner, y);
+                    const i64 entry = (i64(block) * s.block_tokens + token) * s.pairs + item.pair;
+                    if (turned) turn8_back<INTERLEAVED>(x, y, cos + entry, sin + entry);
+                    use(token, x, y);
+                    place.add(stride, s.tokens, block_pages);
+                }
             };
-            float x[8], y[8] = {}, low[2][8], high[2][8];
-            if (group == 0)
-                for (int token = 0; token < s.sinks; token++) {
-                    keys(token, x, y);
-                    T* const sink = const_cast<T*>(part.sinks) + i64(token) * channels;
+            float low[2][8], high[2][8];
+            if (turn < turns) {
+                if (group == 0)
+                    each_key(0, s.sinks, [&](int token, float (&x)[8], float (&y)[8]) {
+                        T* const sink = const_cast<T*>(part.sinks) + i64(token) * channels;
+#pragma unroll
+                        for (int i = 0; i < 8; i++) {
+                            from_float(sink[channel + i], x[i]);
+                            if (two) from_float(sink[partner + i], y[i]);
+                        }
+                    });
+#pragma unroll
+                for (int i = 0; i < 8; i++) low[0][i] = low[1][i] = INFINITY_, high[0][i] = high[1][i] = -INFINITY_;
+                each_key(first, last, [&](int, float (&x)[8], float (&y)[8]) {
 #pragma unroll
                     for (int i = 0; i < 8; i++) {
-                        from_float(sink[channel + i], x[i]);
-                        if (two) from_float(sink[partner + i], y[i]);
+                        low[0][i] = min_nan(low[0][i], x[i]), high[0][i] = max_nan(high[0][i], x[i]);
+                        low[1][i] = min_nan(low[1][i], y[i]), high[1][i] = max_nan(high[1][i], y[i]);
                     }
-                }
-            const int first = s.sinks + group * s.group, last = min(first + s.group, s.block_tokens);
+                });
 #pragma unroll
-            for (int i = 0; i < 8; i++) low[0][i] = low[1][i] = INFINITY_, high[0][i] = high[1][i] = -INFINITY_;
-            for (int token = first; token < last; token++) {
-                keys(token, x, y);
-#pragma unroll
-                for (int i = 0; i < 8; i++) {
-                    low[0][i] = fminf(low[0][i], x[i]), high[0][i] = fmaxf(high[0][i], x[i]);
-                    low[1][i] = fminf(low[1][i], y[i]), high[1][i] = fmaxf(high[1][i], y[i]);
+                for (int i = 0; i < 16; i++) {
+                    least[i * ROW + threadIdx.x] = low[i / 8][i % 8];
+                    most[i * ROW + threadIdx.x] = high[i / 8][i % 8];
                 }
             }
-            u16 lows[2][8], scales[2][8];
-            bool fine = true;
-#pragma unroll
-            for (int side = 0; side < 2; side++)
-                if (side == 0 || two) {
-                    const i64 to = i64(group) * channels + (side ? partner : channel);
-#pragma unroll
-                    for (int i = 0; i < 8; i++) {
-                        fine &= range_of(low[side][i], high[side][i], s.k_bits, lows[side][i], scales[side][i]);
-                        const_cast<u16*>(part.k_low)[to + i] = lows[side][i];
-                        const_cast<u16*>(part.k_scale)[to + i] = scales[side][i];
-                    }
+            __syncthreads();
+            for (int at = threadIdx.x; at < items * 16; at += PACKING) {
+                const int i = at % 16, other = at / 16;
+                const Item<INTERLEAVED> its(other, s.dim, s.pairs);
+                if (i >= 8 && its.partner < 0) continue;
+                float lowest = INFINITY_, highest = -INFINITY_;
+                for (int t = 0; t < turns; t++) {
+                    lowest = min_nan(lowest, least[i * ROW + t * items + other]);
+                    highest = max_nan(highest, most[i * ROW + t * items + other]);
                 }
-            if (!fine) bad[block] = 1;
-            for (int token = first; token < last; token++) {
-                keys(token, x, y);
-                int codes[8];
-#pragma unroll
-                for (int i = 0; i < 8; i++) codes[i] = code_of(x[i], lows[0][i], scales[0][i], s.k_bits);
-                write_codes(part.k, s.k_bits, (i64(token - s.sinks) * channels + channel) / 8, codes);
-                if (two) {
-#pragma unroll
-                    for (int i = 0; i < 8; i++) codes[i] = code_of(y[i], lows[1][i], scales[1][i], s.k_bits);
-                    write_codes(part.k, s.k_bits, (i64(token - s.sinks) * channels + partner) / 8, codes);
-                }
+                const Range range(lowest, highest, s.k_bits);
+                const i64 to = i64(group) * channels + head * s.dim + (i < 8 ? its.channel : its.partner) + i % 8;
+                const_cast<u16*>(part.k_low)[to] = range.low;
+                const_cast<u16*>(part.k_scale)[to] = range.scale;
+                base_of[other * CHOSEN + i].bits = range.base;
+                inverse_of[other * CHOSEN + i].bits = range.inverse;
+                if (!range.fine()) bad[block] = 1;
             }
+            __syncthreads();
+            if (turn >= turns) continue;
+            float base[16], inverse[16];
+            load<f32, 16>(base_of + mine * CHOSEN, base);
+            load<f32, 16>(inverse_of + mine * CHOSEN, inverse);
+            each_key(first, last, [&](int token, float (&x)[8], float (&y)[8]) {
+                u32 codes[8];
+                const int row = (token - s.sinks) * channels;
+#pragma unroll
+                for (int i = 0; i < 8; i++) codes[i] = code_of(x[i], base[i], inverse[i]);
+                write_codes(part.k, s.k_bits, (row + channel) >> 3, codes);
+                if (!two) return;
+#pragma unroll
+                for (int i = 0; i < 8; i++) codes[i] = code_of(y[i], base[8 + i], inverse[8 + i]);
+                write_codes(part.k, s.k_bits, (row + partner) >> 3, codes);
+            });
         }
     }
 }
 
-template <typename T>
+// A lane takes what is rotated as one, SIZE elements; a head lies in `dim / SIZE` neighbouring lanes.
+template <typename T, int SIZE>
 __global__ void pack_values(
     const Job* jobs, int blocks, const u64* bases, const i64* places, int layers, i64 page_stride, int token_stride,
-    int head_stride, const Shape* shape, int rotated, int* bad)
+    int head_stride, const Shape* shape, int* bad)
 {
+    struct alignas(SIZE / 8) Bytes { u8 at[SIZE / 8]; };
     const Shape s = *shape;
-    const int octets = s.dim / 8, each = s.tokens * s.heads * octets, block_pages = s.block_tokens / s.tokens;
-    const float norm = __frsqrt_rn(float(rotated));
-    const i64 tiles = i64(blocks) * block_pages * layers;
-    for (i64 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-        const i64 index = tile / layers;
-        const int layer = int(tile % layers);
+    const int parts = s.dim / SIZE, each = s.tokens * s.heads * parts, block_pages = s.block_tokens / s.tokens;
+    const float norm = __frsqrt_rn(float(SIZE));
+    const Digits start(threadIdx.x, parts, s.heads), stride(blockDim.x, parts, s.heads);
+    for (int tile = blockIdx.x; tile < blocks * block_pages * layers; tile += gridDim.x) {
+        const int index = tile / layers, layer = tile % layers;
         const Job job = jobs[index];
         const Layer<T> part(job.block, places, layer, layers, s);
         const char* const page = reinterpret_cast<const char*>(bases[layer * 2 + 1]) + job.page * page_stride;
+        Digits digits = start;
+        // All lanes of a warp stay as long as one has work: they exchange.
         for (int at = threadIdx.x; at - int(threadIdx.x % 32) < each; at += blockDim.x) {
-            const int vector = at / octets, octet = at - vector * octets;
-            const int token = vector / s.heads, head = vector - token * s.heads;
-            const int in_block = job.place * s.tokens + token, row = in_block - s.sinks;
-            float x[8] = {};
-            if (at < each)
-                load<T, 8>(reinterpret_cast<const T*>(page + i64(token) * token_stride + i64(head) * head_stride) + octet * 8, x);
-            if (at < each && row < 0) {
-                T* const sink = const_cast<T*>(part.sinks) + (i64(s.sinks + in_block) * s.heads + head) * s.dim + octet * 8;
+            const int piece = digits.first, head = digits.second, token = min(digits.third, s.tokens - 1);
+            const int in_block = job.place * s.tokens + token, vector = (in_block - s.sinks) * s.heads + head;
+            const T* const from = reinterpret_cast<const T*>(page + i64(token) * token_stride + i64(head) * head_stride) + piece * SIZE;
+            digits.add(stride, parts, s.heads);
+            float x[SIZE];
+            load<T, SIZE>(from, x);
+            if (at < each && in_block < s.sinks) {
+                T* const sink = const_cast<T*>(part.sinks) + (i64(s.sinks + in_block) * s.heads + head) * s.dim + piece * SIZE;
 #pragma unroll
-                for (int i = 0; i < 8; i++) from_float(sink[i], x[i]);
+                for (int i = 0; i < SIZE; i++) from_float(sink[i], x[i]);
             }
-            hadamard8(x, rotated / 8);
+            hadamard(x, 1);
             float least = INFINITY_, most = -INFINITY_;
 #pragma unroll
-            for (int i = 0; i < 8; i++) {
+            for (int i = 0; i < SIZE; i++) {
                 x[i] *= norm;
-                least = fminf(least, x[i]), most = fmaxf(most, x[i]);
+                least = min_nan(least, x[i]), most = max_nan(most, x[i]);
             }
-            for (int step = 1; step < octets; step *= 2) {
-                least = fminf(least, __shfl_xor_sync(~0u, least, step));
-                most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
+            for (int step = 1; step < parts; step *= 2) {
+                least = min_nan(least, __shfl_xor_sync(~0u, least, step));
+                most = max_nan(most, __shfl_xor_sync(~0u, most, step));
             }
-            if (at >= each || row < 0) continue;
-            u16 low, scale;
-            if (!range_of(least, most, s.v_bits, low, scale)) bad[index / block_pages] = 1;
-            if (octet == 0) {
-                const_cast<u16*>(part.v_low)[row * s.heads + head] = low;
-                const_cast<u16*>(part.v_scale)[row * s.heads + head] = scale;
+            if (at >= each || in_block < s.sinks) continue;
+            const Range range(least, most, s.v_bits);
+            if (!range.fine()) bad[index / block_pages] = 1;
+            if (piece == 0) {
+                const_cast<u16*>(part.v_low)[vector] = range.low;
+                const_cast<u16*>(part.v_scale)[vector] = range.scale;
             }
-            int codes[8];
+            u32 high[SIZE / 8], low[SIZE / 8];
 #pragma unroll
-            for (int i = 0; i < 8; i++) codes[i] = code_of(x[i], low, scale, s.v_bits);
-            write_codes(part.v, s.v_bits, (i64(row) * s.heads + head) * octets + octet, codes);
+            for (int octet = 0; octet < SIZE / 8; octet++) {
+                u32 codes[8];
+#pragma unroll
+                for (int i = 0; i < 8; i++) codes[i] = code_of(x[octet * 8 + i], range.base, range.inverse);
+                bytes_of(codes, s.v_bits, high[octet], low[octet]);
+            }
+#pragma unroll
+            for (int p = 0; p < 8; p++)
+                if (p < s.v_bits) {
+                    Bytes bytes;
+#pragma unroll
+                    for (int octet = 0; octet < SIZE / 8; octet++)
+                        bytes.at[octet] = u8((p < 4 ? high : low)[octet] >> byte_of(p % 4));
+                    *reinterpret_cast<Bytes*>(part.v[p] + (vector * parts + piece) * (SIZE / 8)) = bytes;
+                }
         }
     }
 }

@@ -15,17 +15,21 @@ from kvstore.rope import Rotary
 from kvstore_gpu import checks, coded, jobs
 from kvstore_gpu.cache import PagedCache
 from kvstore_gpu.checks import FLOATS
-from kvstore_gpu.compile import Source, blocks_for, uses_reference
+from kvstore_gpu.compile import PLANES, Source, blocks_for, uses_reference
 from kvstore_gpu.hadamard.launch import block_of
 from kvstore_gpu.jobs import Part
 from kvstore_gpu.kv4 import reference
 from kvstore_gpu.rope.launch import skip_mask, table
 
 _STYLES = ("false", "true")
+_ROTATED = (8, 16, 32)
+_KEY_THREADS = 128
 SOURCE = Source(
     "kv4",
     [f"{way}_keys<{kind}, {style}>" for way in ("unpack", "pack") for kind in FLOATS.values() for style in _STYLES]
-    + [f"{way}_values<{kind}>" for way in ("unpack", "pack") for kind in FLOATS.values()],
+    + [f"unpack_values<{kind}>" for kind in FLOATS.values()]
+    + [f"pack_values<{kind}, {size}>" for kind in FLOATS.values() for size in _ROTATED],
+    PLANES,
 )
 
 
@@ -81,7 +85,8 @@ def unpack(
     skipped = skip_mask(cache, rotary.skipped_layers)
     grid = blocks_for(count * len(chosen), cache.device, max_blocks)
     kind, style = FLOATS[cache.dtype], str(rotary.interleaved).lower()
-    SOURCE.launch(f"unpack_keys<{kind}, {style}>", grid, (*args, cos, sin, skipped), cache.device, stream=stream)
+    SOURCE.launch(f"unpack_keys<{kind}, {style}>", grid, (*args, cos, sin, skipped), cache.device,
+                  threads=_KEY_THREADS, stream=stream)  # fmt: skip
     SOURCE.launch(f"unpack_values<{kind}>", grid, (*args, rotated), cache.device, stream=stream)
 
 
@@ -138,11 +143,11 @@ def pack(
     skipped = skip_mask(cache, rotary.skipped_layers)
     kind, style = FLOATS[cache.dtype], str(rotary.interleaved).lower()
     groups = max(-(-(spec.tokens - coder.kept(spec)) // coder.group), 1)
-    grid = blocks_for(len(parts) * cache.layers * groups, cache.device, max_blocks, each=16)
-    SOURCE.launch(f"pack_keys<{kind}, {style}>", grid, (*args, cos, sin, skipped, bad), cache.device, threads=64,
-                  stream=stream)  # fmt: skip
+    grid = blocks_for(len(parts) * cache.layers * groups, cache.device, max_blocks)
+    SOURCE.launch(f"pack_keys<{kind}, {style}>", grid, (*args, cos, sin, skipped, bad), cache.device,
+                  threads=_KEY_THREADS, stream=stream)  # fmt: skip
     grid = blocks_for(len(parts) * cache.layers * (spec.tokens // cache.page_tokens), cache.device, max_blocks)
-    SOURCE.launch(f"pack_values<{kind}>", grid, (*args, block_of(cache.dim), bad), cache.device, stream=stream)
+    SOURCE.launch(f"pack_values<{kind}, {block_of(cache.dim)}>", grid, (*args, bad), cache.device, stream=stream)
     return bad
 
 
@@ -161,6 +166,8 @@ def _check(
         raise checks.refuse("rotary", f"{pairs} pairs in heads of {cache.dim}: multiples of 8 are needed")
     if coder.kept(spec) == spec.tokens:
         raise checks.refuse("spec", "a block of sinks alone")
+    if max(spec.tokens * spec.channels, sum(len(part.pages) for part in parts) * cache.layers) >> 31:
+        raise checks.refuse("parts", "too many to be counted in 31 bits")
     chosen = range(cache.layers) if layers is None else layers
     if len(chosen) and not (chosen.start >= 0 and chosen.stop <= cache.layers and chosen.step == 1):
         raise checks.refuse("layers", f"{chosen} of {cache.layers}")

@@ -112,6 +112,18 @@ T __shfl_up_sync(unsigned, T x, int step) {
     return other;
 }
 template <typename T>
+T __shfl_sync(unsigned, T x, int lane, int width) {
+    const u64 word = emulated::bits_of(x);
+    const int own = emulated::current % 32;
+    return emulated::of_bits<T>(emulated::meet(&word, 1)[own / width * width + lane % width][0]);
+}
+inline u32 __byte_perm(u32 a, u32 b, u32 selector) {
+    const u64 bytes = u64(b) << 32 | a;
+    u32 y = 0;
+    for (int i = 0; i < 4; i++) y |= u32(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+    return y;
+}
+template <typename T>
 T atomicAdd(T* at, int more) { T old = *at; *at += more; return old; }
 template <typename T>
 T min(T a, T b) { return a < b ? a : b; }
@@ -134,5 +146,18 @@ inline void from_float(bf16& x, float y) {
 }
 template <typename T>
 void from_floats(T* to, float a, float b) { from_float(to[0], a); from_float(to[1], b); }
+inline float min_nan(float a, float b) { return a != a || b != b ? NAN : a < b ? a : b; }
+inline float max_nan(float a, float b) { return a != a || b != b ? NAN : a > b ? a : b; }
+inline u32 and_or(u32 a, u32 mask, u32 bits) { return a & mask | bits; }
+template <typename F>
+u32 on_halves(F f, u32 a, u32 b, u32 c = 0) {
+    u32 y = 0;
+    for (int at = 0; at < 32; at += 16)
+        y |= u32(_cvtss_sh(f(_cvtsh_ss(a >> at), _cvtsh_ss(b >> at), _cvtsh_ss(c >> at)), 0)) << at;
+    return y;
+}
+inline u32 add2(u32 a, u32 b) { return on_halves([](float x, float y, float) { return x + y; }, a, b); }
+inline u32 sub2(u32 a, u32 b) { return on_halves([](float x, float y, float) { return x - y; }, a, b); }
+inline u32 fma2(u32 a, u32 b, u32 c) { return on_halves([](float x, float y, float z) { return x * y + z; }, a, b, c); }
 inline u16 half_down(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEG_INF); }
 inline u16 half_up(float x) { return _cvtss_sh(x, _MM_FROUND_TO_POS_INF); }
