@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, cast
 
 from kvstore.remote import index as ix
@@ -170,9 +170,13 @@ class Follower:
 
     # -- changing ------------------------------------------------------------------------------------------------------
 
+    def command(self, text: str, *args: bytes | str | float, values: Sequence[str] = ()) -> list[Any]:
+        """The command that runs one of the scripts of `kvstore.remote.index`; `values` are keys behind the index."""
+        return ["EVAL", text, 5 + len(values), *self._names.index, *values, self._origin, *args]
+
     async def script(self, text: str, *args: bytes | str | float) -> Any:
         """Run one of the scripts of `kvstore.remote.index`."""
-        return await self._link.ask(self._link.client.eval(text, 5, *self._names.index, self._origin, *args))
+        return await self._link.ask(self._link.client.execute_command(*self.command(text, *args)))
 
     async def describe(self, scope: Scope, text: bytes) -> None:
         """Keep a short text beside the blocks of a scope."""

@@ -41,16 +41,21 @@ RESERVE = (
     + """
 local member, cost, capacity = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 if redis.call('HEXISTS', KEYS[1], member) == 1 then return {'exists'} end
-local gone, out = {}, {'room'}
 local need = tonumber(redis.call('GET', KEYS[3]) or '0') + cost - capacity
-local oldest = redis.call('ZRANGE', KEYS[2], 0, 4095, 'WITHSCORES')
-for i = 1, #oldest, 2 do
-  local used = tonumber(oldest[i + 1])
-  if used > now or (need <= 0 and used > now - tonumber(ARGV[6])) then break end
-  local value = redis.call('HGET', KEYS[1], oldest[i])
-  if value then need = need - tonumber(string.match(value, '^%d+')) end
-  gone[#gone + 1] = oldest[i]
+local gone, out, first, many = {}, {'room'}, 0, 4
+local function look()
+  local oldest = redis.call('ZRANGE', KEYS[2], first, first + many - 1, 'WITHSCORES')
+  for i = 1, #oldest, 2 do
+    local used = tonumber(oldest[i + 1])
+    if used > now or (need <= 0 and used > now - tonumber(ARGV[6])) then return false end
+    local value = redis.call('HGET', KEYS[1], oldest[i])
+    if value then need = need - tonumber(string.match(value, '^%d+')) end
+    gone[#gone + 1] = oldest[i]
+  end
+  first, many = first + many, 4 * many
+  return #oldest > 0 and #gone < 4096
 end
+while look() do end
 if need > 0 then return {'full'} end
 for _, other in ipairs(gone) do
   local value = take_out(other)
@@ -67,13 +72,15 @@ return out
 COMMIT = (
     _HEAD
     + """
+if #KEYS > 5 and redis.call('EXISTS', unpack(KEYS, 6)) < #KEYS - 5 then return 0 end
 if redis.call('HGET', KEYS[1], ARGV[2]) ~= ARGV[3] then return 0 end
 redis.call('ZADD', KEYS[2], ARGV[4] == '' and now or ARGV[4], ARGV[2])
 tell('stored', ARGV[2], ARGV[3])
 return 1
 """
 )
-"""Tell everybody of a block whose values are written, used now or, given that, at another time; 0 if it was evicted."""
+"""Tell everybody of a block, used now or, given that, at another time. 0 if it was evicted, or if any of the values
+that are named behind the index is not there."""
 
 OLDEST = _HEAD + "return redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', now, 'LIMIT', 0, ARGV[2])"
 """Blocks unused for longest, without those that are pinned or being written."""

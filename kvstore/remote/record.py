@@ -73,49 +73,74 @@ class Seal:
 
     def close(self, data: bytes | memoryview, about: bytes) -> bytes:
         """Encrypt and sign."""
-        nonce = os.urandom(12)
-        return nonce + self._aes.encrypt(nonce, data, about)
+        sealed = bytearray(len(data) + SEAL_BYTES)
+        self.close_into(data, about, memoryview(sealed))
+        return bytes(sealed)
 
-    def open(self, data: bytes, about: bytes) -> bytes:
+    def close_into(self, data: bytes | memoryview, about: bytes, into: memoryview) -> None:
+        """Encrypt and sign into memory that is `SEAL_BYTES` longer than the data."""
+        into[:12] = os.urandom(12)
+        self._aes.encrypt_into(into[:12], data, about, into[12:])
+
+    def open(self, data: bytes | memoryview, about: bytes) -> bytes:
         """What was sealed; raises `CorruptBlock` if it was not sealed with this key, or not as this."""
+        opened = bytearray(max(0, len(data) - SEAL_BYTES))
+        self.open_into(data, about, memoryview(opened))
+        return bytes(opened)
+
+    def open_into(self, data: bytes | memoryview, about: bytes, into: memoryview) -> None:
+        """As `open`, into memory that is `SEAL_BYTES` shorter; what it then holds means nothing if this raises."""
         from cryptography.exceptions import InvalidTag
 
+        sealed = memoryview(data)
         try:
-            return self._aes.decrypt(data[:12], data[12:], about)
+            self._aes.decrypt_into(sealed[:12], sealed[12:], about, into)
         except (InvalidTag, ValueError):
             raise CorruptBlock("redis: a value was not sealed with this key.") from None
 
 
-def pieces(payload: Sequence[memoryview], nbytes: int) -> list[memoryview | bytes]:
-    """The payload cut into parts; copied only where a part crosses from one buffer into the next."""
-    out: list[memoryview | bytes] = []
-    views, at, start = [v.cast("B") for v in payload if len(v)], 0, 0
-    for first in range(0, nbytes, PART_BYTES):
-        need, taken = min(PART_BYTES, nbytes - first), list[memoryview]()
-        while need:
-            view = views[at][start : start + need]
-            taken.append(view)
-            need -= len(view)
-            start += len(view)
-            if start == len(views[at]):
-                at, start = at + 1, 0
-        out.append(taken[0] if len(taken) == 1 else b"".join(taken))
+def cut(views: Sequence[memoryview], at: int, nbytes: int) -> list[memoryview]:
+    """What of some buffers, one behind the other, lies `at` bytes behind their start and is `nbytes` long."""
+    out: list[memoryview] = []
+    for view in views:
+        here = view[at : at + nbytes]
+        if len(here):
+            out.append(here)
+            nbytes -= len(here)
+        at = max(0, at - len(view))
     return out
 
 
+def span(number: int, nbytes: int) -> tuple[int, int]:
+    """Where a part of a payload begins, and how long it is."""
+    first = number * PART_BYTES
+    return first, min(PART_BYTES, nbytes - first)
+
+
+def sum_of(part: bytes | memoryview) -> int:
+    """The checksum of a part, before it is sealed."""
+    return xxhash.xxh3_64_intdigest(part)
+
+
 def encode(
-    block: BlockId, header: BlockHeader, payload: Sequence[memoryview], nbytes: int, seal: Seal | None
-) -> tuple[int, bytes, list[memoryview | bytes]]:
-    """Write id, record and parts of a block."""
-    write = new_write()
-    parts = pieces(payload, nbytes)
-    sums = b"".join(_SUM.pack(xxhash.xxh3_64_intdigest(part)) for part in parts)
-    body = msgspec.msgpack.encode(_Body(block.scope.domain, block.scope.ns, block.key, nbytes, header, sums))
+    block: BlockId, write: int, header: BlockHeader, nbytes: int, sums: Sequence[int], seal: Seal | None
+) -> bytes:
+    """The record of a block whose parts have these checksums."""
+    packed = b"".join(map(_SUM.pack, sums))
+    body = msgspec.msgpack.encode(_Body(block.scope.domain, block.scope.ns, block.key, nbytes, header, packed))
     if seal is not None:
         body = seal.close(body, _about(block, write, -1))
-        parts[:] = [seal.close(part, _about(block, write, number)) for number, part in enumerate(parts)]
     record = _FIXED.pack(_MAGIC, VERSION, seal is not None, 0, write, len(body)) + body
-    return write, record + _SUM.pack(xxhash.xxh3_64_intdigest(record)), parts
+    return record + _SUM.pack(xxhash.xxh3_64_intdigest(record))
+
+
+def close_part(
+    block: BlockId, write: int, number: int, part: bytes | memoryview, seal: Seal, into: memoryview
+) -> memoryview:
+    """The sealed value of a part, in memory that has room for it."""
+    value = into[: len(part) + SEAL_BYTES]
+    seal.close_into(part, _about(block, write, number), value)
+    return value
 
 
 def decode(block: BlockId, value: bytes, seal: Seal | None) -> Record:
@@ -145,33 +170,30 @@ def decode(block: BlockId, value: bytes, seal: Seal | None) -> Record:
     return Record(write, body.nbytes, body.header, tuple(s for (s,) in _SUM.iter_unpack(body.sums)))
 
 
-def open_part(block: BlockId, record: Record, number: int, value: bytes | None, seal: Seal | None) -> bytes:
-    """The payload bytes of a part, verified.
+def open_part(
+    block: BlockId, record: Record, number: int, value: bytes, into: Sequence[memoryview], seal: Seal | None
+) -> None:
+    """Verify a part and put its payload bytes to where they belong in the block's buffers.
 
     Raises
     ------
     CorruptBlock
-        If it is missing, of another length, or not what was written.
+        If it is of another length, or not what was written. What its place in the buffers then holds means nothing.
     """
-    length = min(PART_BYTES, record.nbytes - number * PART_BYTES)
-    if value is None or len(value) != length + (SEAL_BYTES if seal is not None else 0):
-        raise CorruptBlock("redis: a part is missing or of another length.")
-    part = value if seal is None else seal.open(value, _about(block, record.write, number))
-    if xxhash.xxh3_64_intdigest(part) != record.sums[number]:
+    first, length = span(number, record.nbytes)
+    if len(value) != length + (SEAL_BYTES if seal is not None else 0):
+        raise CorruptBlock("redis: a part is of another length.")
+    places = cut(into, first, length)
+    part = memoryview(value)
+    if seal is not None:
+        part = places.pop() if len(places) == 1 else memoryview(bytearray(length))
+        seal.open_into(value, _about(block, record.write, number), part)
+    if sum_of(part) != record.sums[number]:
         raise CorruptBlock("redis: a part's checksum is wrong.")
-    return part
-
-
-def scatter(part: bytes, at: int, into: Sequence[memoryview]) -> None:
-    """Copy a part into the buffers, `at` bytes behind their start."""
-    source, done, start = memoryview(part), 0, 0
-    for view in into:
-        first = max(at + done, start)
-        here = min(start + len(view), at + len(part)) - first
-        if here > 0:
-            view[first - start : first - start + here] = source[done : done + here]
-            done += here
-        start += len(view)
+    at = 0
+    for place in places:
+        place[:] = part[at : at + len(place)]
+        at += len(place)
 
 
 def _about(block: BlockId, write: int, number: int) -> bytes:

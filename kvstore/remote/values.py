@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Sequence
-from typing import cast
+from typing import Any
 
 from kvstore.errors import CorruptBlock
 from kvstore.remote import record as rec
 from kvstore.remote.index import Names, Place
 from kvstore.remote.link import Link, all_of
-from kvstore.types import BlockId
+from kvstore.types import BlockHeader, BlockId
 
 AT_ONCE = 4
 """Parts that one connection has on their way: what is read at once is bounded, whatever is there."""
@@ -38,6 +38,8 @@ class Values:
         self._names = names
         self._seal = seal
         self._ttl_s = ttl_s
+        self._spare: list[bytearray] = []
+        """Memory of sealed parts, used again: fresh pages take longer than the cipher."""
 
     def names(self, member: bytes, place: Place) -> list[str]:
         """Keys of all values of a block."""
@@ -103,27 +105,72 @@ class Values:
         return record
 
     def _unpack(self, block: BlockId, record: rec.Record, values: dict[int, bytes], into: Sequence[memoryview]) -> None:
-        """Verify some parts, by number, and copy them to where they belong."""
+        """Verify some parts, by number, and put them to where they belong."""
         for number, value in values.items():
             if not value:
                 raise Gone
-            part = rec.open_part(block, record, number, value, self._seal)
-            rec.scatter(part, number * rec.PART_BYTES, into)
+            rec.open_part(block, record, number, value, into, self._seal)
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
-    async def write(self, member: bytes, place: Place, record: bytes, parts: Sequence[memoryview | bytes]) -> None:
-        """Write a block's values, the record last in its lane."""
-        values = dict(zip(self._names.parts(member, place), parts, strict=True)) | {self._names.record(member): record}
-        lanes = self._lanes(place)
-        await all_of(self._write_lane(list(values.items())[at::lanes]) for at in range(lanes))
+    async def write(
+        self,
+        block: BlockId,
+        member: bytes,
+        place: Place,
+        header: BlockHeader,
+        payload: Sequence[memoryview],
+        tell: Sequence[Any],
+    ) -> Any:
+        """Write a block's values: the parts, then the record, and with that the command that tells of the block.
 
-    async def _write_lane(self, values: Sequence[tuple[str, memoryview | bytes]]) -> None:
-        for first in range(0, len(values), AT_ONCE):
-            pipe = self._link.pipeline()
-            for name, value in values[first : first + AT_ONCE]:
-                pipe.set(name, cast("bytes", value), ex=self._ttl_s)
-            await self._link.ask(pipe.execute())
+        A server does what one connection asks in order, so a block of few parts takes one round trip. In a cluster the
+        index is on another node: it is told when all values are there.
+
+        Parameters
+        ----------
+        block : BlockId
+            As its record names it.
+        tell : sequence
+            A command that has no effect unless all values are there.
+
+        Returns
+        -------
+        What the command was answered.
+        """
+        parts, lanes = range(rec.part_count(place.nbytes)), self._lanes(place)
+        sums = [0] * len(parts)
+        last = parts if lanes == 1 and len(parts) <= AT_ONCE else range(0)
+
+        async def write_some(numbers: range, finish: bool = False) -> Any:
+            pipe, used = self._link.pipeline(), list[bytearray]()
+            for number in numbers:
+                pieces = rec.cut(payload, *rec.span(number, place.nbytes))
+                part = pieces[0] if len(pieces) == 1 else memoryview(b"".join(pieces))
+                sums[number] = rec.sum_of(part)
+                if self._seal is not None:
+                    used.append(self._spare.pop() if self._spare else bytearray(rec.PART_BYTES + rec.SEAL_BYTES))
+                    part = rec.close_part(block, place.write, number, part, self._seal, memoryview(used[-1]))
+                pipe.set(names[number], part, ex=self._ttl_s)
+            if finish:
+                record = rec.encode(block, place.write, header, place.nbytes, sums, self._seal)
+                pipe.set(self._names.record(member), record, ex=self._ttl_s)
+                if not self._link.is_cluster:
+                    pipe.execute_command(*tell)
+            replies = await self._link.ask(pipe.execute())
+            # Not after a failure: a transport may still hold it then.
+            self._spare += used[: max(0, AT_ONCE * self._link.lanes - len(self._spare))]
+            return replies[-1]
+
+        async def lane(numbers: range) -> None:
+            for first in range(0, len(numbers), AT_ONCE):
+                await write_some(numbers[first : first + AT_ONCE])
+
+        names = self._names.parts(member, place)
+        if not last:
+            await all_of(lane(parts[at::lanes]) for at in range(lanes))
+        reply = await write_some(last, finish=True)
+        return await self._link.ask(self._link.client.execute_command(*tell)) if self._link.is_cluster else reply
 
     async def unlink(self, names: Iterable[str]) -> None:
         """Delete values."""

@@ -8,18 +8,17 @@ itself.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import logging
 import time
-from collections.abc import Coroutine, Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from kvstore.errors import ConfigError, CorruptBlock, TierDown
 from kvstore.remote import index as ix
 from kvstore.remote import record as rec
+from kvstore.remote.blocks import Blocks
 from kvstore.remote.follower import Follower
-from kvstore.remote.link import FAILURES, Link, kind_of
+from kvstore.remote.link import FAILURES, Link
 from kvstore.remote.uses import Uses
 from kvstore.remote.values import Gone, Values
 from kvstore.tiers.base import Finding, Tier, TierCounters, Usage
@@ -41,7 +40,6 @@ from kvstore.types import (
 
 log = logging.getLogger("kvstore.redis")
 
-T = TypeVar("T")
 _BATCH = 256
 
 
@@ -98,16 +96,14 @@ class RedisTier(Tier):
             raise ConfigError(f"redis.key_file: the key has {len(key)} bytes; it must have 32.")
         self.counters = TierCounters()
         self._capacity = capacity
-        self._ttl_s = int(ttl_s)
         self._seal = rec.Seal(key) if key else None
         self._names = ix.Names(prefix)
         self._link = Link(url, cluster, connections, timeout_s)
-        self._values = Values(self._link, self._names, self._seal, self._ttl_s)
+        self._values = Values(self._link, self._names, self._seal, int(ttl_s))
         self._index = Follower(self._link, self._names, own_domain, max_block_bytes)
-        self._uses = Uses(self._index, self._values, self._ttl_s)
+        self._uses = Uses(self._index, self._values, int(ttl_s))
         self._index.meanwhile = self._uses.flush
-        self._writing: dict[BlockId, bool] = {}
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._blocks = Blocks(self._link, self._names, self._index, self._values, self._uses, capacity, int(ttl_s))
 
     # -- life ----------------------------------------------------------------------------------------------------------
 
@@ -118,8 +114,7 @@ class RedisTier(Tier):
     async def close(self) -> None:
         """Finish what was accepted and disconnect."""
         self._index.closed = True
-        while self._tasks:
-            await asyncio.wait(self._tasks)
+        await self._blocks.close()
         await self._index.stop()
         await self._link.close()
 
@@ -135,7 +130,7 @@ class RedisTier(Tier):
     def size(self, block: BlockId) -> int | None:
         """Payload bytes of a block that is there, as far as is known. No I/O."""
         place = self._find(block) if self._index.connected else None
-        return None if place is None or block in self._writing else place.nbytes
+        return None if place is None or self._blocks.writing(block) else place.nbytes
 
     def usage(self) -> Usage:
         """Bytes and blocks of the whole deployment."""
@@ -184,7 +179,7 @@ class RedisTier(Tier):
         if not self._usable:
             return Miss(MissReason.TIER_DOWN)
         place = self._find(block)
-        if place is None or block in self._writing:
+        if place is None or self._blocks.writing(block):
             return Miss(MissReason.ABSENT)
         if sum(view.nbytes for view in into) != place.nbytes:
             return Miss(MissReason.LOST)  # it was replaced after the caller had asked for its size
@@ -195,10 +190,10 @@ class RedisTier(Tier):
         except CorruptBlock as error:
             log.warning("%s", error)
             self.counters.corrupt += 1
-            await self._link.quietly(self._remove([block], place))
+            await self._link.quietly(self._blocks.remove([block], place))
             return Miss(MissReason.CORRUPT)
         except Gone:  # expired, evicted by the server or by another daemon, or dropped a moment ago
-            await self._link.quietly(self._remove([block], place))
+            await self._link.quietly(self._blocks.remove([block], place))
             return Miss(MissReason.LOST)
         except FAILURES as error:
             self._link.note(error)
@@ -215,10 +210,13 @@ class RedisTier(Tier):
         self, block: BlockId, header: BlockHeader, payload: Sequence[memoryview], nbytes: int, *, durable: bool = False
     ) -> StoreOutcome:
         """Store a block. Durable is what the server has synced to its append-only file."""
-        outcome = await self._to_the_end(block, self._put(block, header, payload, nbytes, durable))
+        began = time.perf_counter()
+        outcome = await self._put(block, header, payload, nbytes, durable)
+        self.counters.evicted = self._blocks.evicted
         if isinstance(outcome, Stored):
             self.counters.stored += 1
             self.counters.bytes_written += nbytes
+            self.counters.write_s += time.perf_counter() - began
         elif isinstance(outcome, Exists):
             self.counters.exists += 1
         else:
@@ -230,14 +228,13 @@ class RedisTier(Tier):
     ) -> StoreOutcome:
         if not self._usable:
             return Dropped(DropReason.TIER_DOWN)
-        if block in self._writing:
+        if self._blocks.writing(block):
             return Dropped(DropReason.IN_FLIGHT)
         if self._find(block) is not None:
-            return Exists() if not durable or await self._synced_to_disk() else Dropped(DropReason.NOT_DURABLE)
-        cost = ix.cost_of(nbytes)
-        if cost > self._capacity:
+            return Exists() if not durable or await self._blocks.synced_to_disk() else Dropped(DropReason.NOT_DURABLE)
+        if ix.cost_of(nbytes) > self._capacity:
             return Dropped(DropReason.TOO_LARGE)
-        return await self._occupying(block, self._write(block, header, payload, nbytes, cost, durable))
+        return await self._blocks.put(block, header, payload, nbytes, durable)
 
     async def replace(
         self, block: BlockId, header: BlockHeader, payload: Sequence[memoryview], nbytes: int
@@ -246,145 +243,37 @@ class RedisTier(Tier):
 
         Of several daemons that want to, the first does; the others, and who finds it pinned, get ``IN_FLIGHT``.
         """
-        outcome = await self._to_the_end(block, self._replace(block, header, payload, nbytes))
-        if isinstance(outcome, Stored):
-            self.counters.bytes_written += nbytes
-        return outcome
-
-    async def _replace(
-        self, block: BlockId, header: BlockHeader, payload: Sequence[memoryview], nbytes: int
-    ) -> StoreOutcome:
+        began = time.perf_counter()
         place = self._find(block)
         if not self._usable:
             return Dropped(DropReason.TIER_DOWN)
-        if place is None or block in self._writing:
+        if place is None or self._blocks.writing(block):
             return Dropped(DropReason.IN_FLIGHT)
-        return await self._occupying(block, self._write_anew(block, place, header, payload, nbytes))
-
-    async def _write_anew(
-        self, block: BlockId, place: ix.Place, header: BlockHeader, payload: Sequence[memoryview], nbytes: int
-    ) -> StoreOutcome:
-        member = self._index.member(block)
-        taken = await self._index.script(ix.TAKE, member, place.pack())
-        if not taken:
-            return Dropped(DropReason.IN_FLIGHT)
-        value, used = taken
-        await self._unlink([member, value])
-        return await self._write(block, header, payload, nbytes, ix.cost_of(nbytes), False, used)
-
-    async def _occupying(self, block: BlockId, work: Coroutine[Any, Any, StoreOutcome]) -> StoreOutcome:
-        """Write a block, which is not found meanwhile."""
-        self._writing[block] = True
-        began = time.perf_counter()
-        try:
-            return await work
-        except FAILURES as error:
-            self._link.note(error)
-            return Dropped(DropReason.TIER_FULL if kind_of(error)[0] == "full" else DropReason.TIER_DOWN)
-        finally:
-            del self._writing[block]
+        outcome = await self._blocks.replace(block, place, header, payload, nbytes)
+        self.counters.evicted = self._blocks.evicted
+        if isinstance(outcome, Stored):
+            self.counters.bytes_written += nbytes
             self.counters.write_s += time.perf_counter() - began
-
-    async def _write(
-        self,
-        block: BlockId,
-        header: BlockHeader,
-        payload: Sequence[memoryview],
-        nbytes: int,
-        cost: int,
-        durable: bool,
-        used: bytes = b"",
-    ) -> StoreOutcome:
-        """Reserve, write, tell; `used` is when the block was last used, as the index says it, if that was not now."""
-        await self._uses.flush()
-        known, member = self._index.known(block), self._index.member(block)
-        if self._seal is None:
-            write, record, parts = rec.encode(known, header, payload, nbytes, None)
-        else:  # takes long enough to keep everybody else waiting
-            write, record, parts = await asyncio.to_thread(rec.encode, known, header, payload, nbytes, self._seal)
-        place = ix.Place(cost, nbytes, write)
-        try:
-            room = member, cost, self._capacity, place.pack(), self._ttl_s, ix.WRITING_S
-            reply = await self._index.script(ix.RESERVE, *room)
-            if reply[0] != b"room":
-                return Exists() if reply[0] == b"exists" else Dropped(DropReason.TIER_FULL)
-            self._index.mirror.add(block, place)
-            await self._unlink(reply[1:], evicted=True)
-            await self._values.write(member, place, record, parts)
-            if not await self._index.script(ix.COMMIT, member, place.pack(), used) or not self._writing[block]:
-                await self._remove([block], place)
-                return Dropped(DropReason.ABORTED)
-        except FAILURES:
-            self._index.mirror.remove(block, place.write)
-            await self._link.quietly(self._remove([block], place))
-            raise
-        if durable and not await self._synced_to_disk():
-            return Dropped(DropReason.NOT_DURABLE)
-        return Stored()
-
-    async def _synced_to_disk(self) -> bool:
-        return await self._link.synced_to_disk(self._names.sum)
-
-    async def _to_the_end(self, block: BlockId, work: Coroutine[Any, Any, T]) -> T:
-        """Run to the end even if the caller is cancelled: nothing half-written may stay, and its buffers are in use."""
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        try:
-            return await asyncio.shield(task)
-        except asyncio.CancelledError:
-            if block in self._writing:
-                self._writing[block] = False
-            while not task.done():
-                with contextlib.suppress(asyncio.CancelledError):
-                    await asyncio.wait([task])
-            raise
+        return outcome
 
     # -- forgetting ----------------------------------------------------------------------------------------------------
 
     async def drop(self, block: BlockId) -> bool:
         """Forget a block, also one that is being written; whether it was there."""
-        if block in self._writing:
-            self._writing[block] = False
+        if self._blocks.give_up(block):
             return True
         if self._find(block) is None:
             return False
-        return bool(await self._link.quietly(self._remove([block])))
+        return bool(await self._link.quietly(self._blocks.remove([block])))
 
     async def clear(self, scope: Scope) -> int:
         """Forget every block of a scope; how many there were."""
         blocks = [BlockId(scope, key) for key in self._index.mirror.scopes.get(scope, {})]
-        for block in self._writing:
-            if block.scope == scope:
-                self._writing[block] = False
+        self._blocks.give_up_all(scope)
         count = 0
         for first in range(0, len(blocks), _BATCH):
-            count += await self._link.quietly(self._remove(blocks[first : first + _BATCH])) or 0
+            count += await self._link.quietly(self._blocks.remove(blocks[first : first + _BATCH])) or 0
         return count
-
-    async def _remove(self, blocks: list[BlockId], only: ix.Place | None = None) -> int:
-        """Take blocks out of the index, with `only` just that write, and delete their values; how many there were."""
-        known = [(block, only or self._find(block)) for block in blocks]
-        which = b"" if only is None else only.pack()
-        gone = await self._index.script(ix.REMOVE, which, *map(self._index.member, blocks))
-        for block, place in known:
-            if place is not None:
-                self._index.mirror.remove(block, place.write)
-        await self._unlink(gone)
-        return len(gone) // 2
-
-    async def _unlink(self, gone: list[bytes], evicted: bool = False) -> None:
-        """Delete the values of blocks that a script took out: member and value in turn."""
-        names: list[str] = []
-        for member, value in zip(gone[::2], gone[1::2], strict=True):
-            place, block = self._index.place(value), self._index.block(member)
-            if place is None or block is None:
-                continue
-            self._index.mirror.remove(block, place.write)
-            self._uses.forget(block)
-            self.counters.evicted += evicted
-            names += self._values.names(member, place)
-        await self._values.unlink(names)
 
     # -- staying -------------------------------------------------------------------------------------------------------
 
@@ -408,7 +297,7 @@ class RedisTier(Tier):
         findings: list[Finding] = []
         for block in [BlockId(scope, key) for scope, keys in self._index.mirror.scopes.items() for key in keys]:
             place = self._find(block)
-            if place is None or block in self._writing:
+            if place is None or self._blocks.writing(block):
                 continue
             try:
                 await self._read(block, place, [memoryview(bytearray(place.nbytes))])
@@ -422,6 +311,6 @@ class RedisTier(Tier):
             except FAILURES as error:
                 self._link.note(error)
                 raise TierDown(f"redis tier: {self._link.error}.") from None
-            fixed = fix and bool(await self._link.quietly(self._remove([block], place)))
+            fixed = fix and bool(await self._link.quietly(self._blocks.remove([block], place)))
             findings.append(Finding(what, self._names.record(self._index.member(block)), fixed))
         return findings

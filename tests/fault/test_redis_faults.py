@@ -17,6 +17,7 @@ from daemons import NAMESPACE, DaemonProcess, header, is_right, key, payload
 from kvstore import KVStoreClient
 from kvstore.errors import ConfigError
 from kvstore.remote.link import read_key
+from kvstore.remote.values import Values
 from kvstore.testing.tier_suite import block_of, load, pages, store
 from kvstore.testing.valkey import ValkeyServer
 from kvstore.tiers.redis import RedisTier
@@ -146,6 +147,23 @@ async def test_a_full_server_is_a_drop_with_its_reason(tmp_path: Path) -> None:
             for number, outcome in enumerate(outcomes):
                 if outcome == Stored():
                     assert await load(tier, block_of(number), 2 * MIB)
+
+
+async def test_a_block_is_told_of_only_if_all_its_values_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the server has evicted one, or refused it, before it is told of the block behind it."""
+    names = Values.names
+    with ValkeyServer(tmp_path) as server:
+        async with opened(server.url) as one, opened(server.url) as other:
+            with monkeypatch.context() as patch:
+                patch.setattr(Values, "names", lambda *which: [*names(*which), "kvstore:nobody wrote this"])
+                assert await store(one, block_of(1), MIB) == Dropped(DropReason.ABORTED)
+            assert one.size(block_of(1)) is None
+            assert one.usage().used == 0
+            assert await store(one, block_of(2), MIB) == Stored()
+            await until(lambda: other.size(block_of(2)) == MIB)
+            assert other.size(block_of(1)) is None
 
 
 async def test_a_wrong_password_is_said(tmp_path: Path) -> None:

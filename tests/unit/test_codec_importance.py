@@ -80,7 +80,7 @@ def test_more_than_a_block_can_have_is_refused(make_daemon: MakeDaemon) -> None:
 def test_it_is_in_the_record_of_redis() -> None:
     block = BlockId(Scope("uid-1", b"n" * 32), b"k" * 32)
     header = BlockHeader(importance=importance.pack(weights()))
-    _, value, _ = record.encode(block, header, [memoryview(bytes(64))], 64, None)
+    value = record.encode(block, record.new_write(), header, 64, [record.sum_of(bytes(64))], None)
     assert record.decode(block, value, None).header == header
 
 
