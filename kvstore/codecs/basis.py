@@ -181,10 +181,11 @@ def read_basis(data: bytes) -> Basis:
                 kind = torch.float32 if size == 4 else torch.float16
                 arrays.append(torch.from_numpy(raw.copy()).view(kind).float().view(shape))
                 at += raw.size
-            if not all(bool(torch.isfinite(array).all()) for array in arrays):
-                raise CannotDecode("the basis has numbers that are not finite.")
             mean, spread, columns, rows, forward, inverse = arrays
-            parts.append(Part(mean, forward * columns, inverse * rows[:, None], spread))
+            found = Part(mean, forward * columns, inverse * rows[:, None], spread)
+            if not all(bool(torch.isfinite(a).all()) for a in (mean, found.forward, found.inverse, spread)):
+                raise CannotDecode("the basis has numbers that are not finite.")
+            parts.append(found)
         groups.append(tuple(parts))
     return Basis(
         header.layers, header.kv_heads, header.head_dim, header.span, tuple(header.kinds), tuple(groups),
