@@ -34,17 +34,18 @@ class BytePlanes(BlockCoder):
         del layer, context
         word = np.dtype(f"<u{spec.torch_dtype.itemsize}")
         words = as_bytes(unit.contiguous()).view(word)
-        turned = (words << word.type(1)) | (words >> word.type(8 * word.itemsize - 1))
-        planes = turned.view(np.uint8).reshape(-1, word.itemsize)
-        for plane, target in enumerate(out):
-            target[:] = planes[:, word.itemsize - 1 - plane]
+        turned = words << word.type(1)
+        turned |= words >> word.type(8 * word.itemsize - 1)
+        for place, target in zip(range(8 * word.itemsize - 8, -1, -8), out, strict=True):
+            target[:] = turned >> word.type(place)  # the last byte of each
 
     def decode(self, planes: Sequence[Bytes], spec: BlockSpec, layer: int, out: torch.Tensor, context: Context) -> None:
         del layer, context
         word = np.dtype(f"<u{spec.torch_dtype.itemsize}")
-        turned = np.empty(planes[0].size, word)
-        view = turned.view(np.uint8).reshape(-1, word.itemsize)
-        for plane, source in enumerate(planes):
-            view[:, word.itemsize - 1 - plane] = source
-        words = (turned >> word.type(1)) | (turned << word.type(8 * word.itemsize - 1))
+        turned = planes[0].astype(word)
+        for plane in planes[1:]:
+            turned <<= word.type(8)
+            turned |= plane
+        words = turned >> word.type(1)
+        words |= turned << word.type(8 * word.itemsize - 1)
         out.copy_(torch.from_numpy(words.view(np.uint8)).view(spec.torch_dtype).view(spec.shape))

@@ -242,6 +242,16 @@ def test_a_bomb_is_not_unpacked(declared: bool) -> None:
         opened("raw|zstd", np.concatenate([head, np.frombuffer(bomb, np.uint8)]), spec)
 
 
+def test_any_frame_of_zstd_is_read_and_runs_are_found() -> None:
+    part = np.arange(4096, dtype=np.uint8)
+    for level in (1, 3, 19):
+        packed_part = np.frombuffer(b"\x01" + zstandard.ZstdCompressor(level=level).compress(part.tobytes()), np.uint8)
+        assert np.array_equal(parse("raw|zstd").byte_steps[0].decode(packed_part, part.size, b"", CONTEXT), part)
+    zeros = torch.zeros(SPEC.shape, dtype=torch.bfloat16)
+    assert packed("raw|zstd", zeros).size < SPEC.nbytes / 50
+    assert packed("lossless", block_of(SPEC)).size < SPEC.nbytes / 1.25
+
+
 def test_a_shape_that_nobody_has_is_refused_before_memory_is_taken() -> None:
     for shape in ((4097, 1, 1, 1), (1, 1 << 17, 1, 1), (4096, 1 << 16, 4096, 4096), (0, 1, 1, 1), (1, -1, 1, 1)):
         with pytest.raises(CannotEncode):
