@@ -155,13 +155,18 @@ class Nominal(Encoding):
     def rungs(self, form: Form) -> Any:
         return self.steps, None
 
-    def first(self, form: Form, nbytes: int, *, durable: bool) -> Any:
-        return 0 if self.steps and self.steps[0][1] > 1 else None
+    def first(self, form: Form, header: BlockHeader, nbytes: int, *, durable: bool) -> Any:
+        return (0, None) if self.steps and self.steps[0][1] > 1 else None
 
-    def encode(self, form: Form, header: BlockHeader, payload: Sequence[memoryview], chain: Any) -> Encoded:
-        return self._on(chain, payload[0].nbytes)
+    def passes_over(self, form: Form, header: BlockHeader) -> bool:
+        return False
 
-    def lower(self, form: Form, header: BlockHeader, data: memoryview) -> Encoded | None:
+    def encode(
+        self, form: Form, header: BlockHeader, payload: Sequence[memoryview], chain: Any, rung: int = 0
+    ) -> Encoded:
+        return self._on(rung, payload[0].nbytes)
+
+    def lower(self, form: Form, header: BlockHeader, data: memoryview, *, shared: bool = False) -> Encoded | None:
         rung, raw = _meaning[data.nbytes]
         return self._on(rung + 1, raw) if rung + 1 < len(self.steps) else None
 
@@ -200,7 +205,7 @@ async def replay(requests: Sequence[Request], chained: bool, capacity: int, poli
     _meaning.clear()
     sizes = Sizes(capacity, policy)
     tier = Direct(sizes, lambda scope: NAMESPACE)
-    tier._encoding = Nominal(steps)
+    tier._encoding = tier.steps._encoding = Nominal(steps)
     kl = [step[2] for step in steps]
     hit = asked = 0
     cost = 0.0

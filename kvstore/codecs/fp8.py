@@ -100,8 +100,7 @@ def _exponents(rows: torch.Tensor) -> torch.Tensor:
     """Exponents (int32) of the least powers of two that bring each row into E4M3's range."""
     if not len(rows):
         return torch.zeros(0, dtype=torch.int32)
-    least, most = rows.aminmax(dim=1)
-    most = torch.maximum(most, least.neg_())
+    most = torch.maximum(rows.amax(1), rows.amin(1).neg_())
     if float(most.amax()) > LARGEST * 2.0**_MOST:
         raise CannotEncode(f"a value is larger than fp8 with a scale can say ({LARGEST * 2.0**_MOST:.4g}).")
     return torch.frexp(most / LARGEST).exponent.clamp_(_LEAST, _MOST)
