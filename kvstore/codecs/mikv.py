@@ -87,7 +87,7 @@ class MiKV(BlockCoder):
         slots = self.full.slots(spec, low, write(low[0], numbers))
         for side, coarse, rest in zip(codes, slots, (fine[::2], fine[1::2]), strict=True):
             quant.pack(side.reshape(-1).numpy(), self.hi, coarse)
-            quant.pack(side[:, where].reshape(-1).numpy(), self.hi, list(rest), first=self.lo)
+            quant.pack(side.index_select(1, where).reshape(-1).numpy(), self.hi, list(rest), first=self.lo)
 
     def _low(self, plane: Bytes, spec: BlockSpec, layer: int, context: Context) -> list[Bytes]:
         """The planes of `full` that plane 0 consists of."""
@@ -119,7 +119,7 @@ class MiKV(BlockCoder):
             return
         where, k, v = refined
         here = where + spec.tokens - rows
-        found = quant.dequantize(k.codes, k.low, k.scale, self.hi, self.hi)
+        found = quant.dequantize(k.codes, k.low[:, :, 0], k.scale[:, :, 0], self.hi, self.hi)
         keys.index_copy_(1, here, found.view(v.codes.shape).to(keys.dtype))
         turned = scratch("refined", tuple(v.codes.shape), values.dtype)
         unrotated(v.codes, v.low, v.scale, self.hi, self.hi, turned)
@@ -132,11 +132,10 @@ class MiKV(BlockCoder):
         where = torch.from_numpy(np.flatnonzero(chosen))
         if len(where) != high:
             raise CorruptBlock(f"{len(where)} tokens are marked important instead of {high}.")
-        groups = where // self.group
-        numbers = (k.low[:, groups, 0], k.scale[:, groups, 0]), (v.low[:, where], v.scale[:, where])
         sides = []
-        for side, (low, scale), bits in zip((k, v), numbers, (fine[::2], fine[1::2]), strict=True):
-            coarse = side.codes[:, where]
-            rest = torch.from_numpy(quant.unpack(list(bits), coarse.numel())).view(coarse.shape)
-            sides.append(Side(coarse.bitwise_left_shift_(self.hi - self.lo).bitwise_or_(rest), low, scale, self.hi))
+        for side, own, bits in zip((k, v), (where // self.group, where), (fine[::2], fine[1::2]), strict=True):
+            codes = side.codes.index_select(1, where)
+            rest = torch.from_numpy(quant.unpack(list(bits), codes.numel())).view(codes.shape)
+            codes.bitwise_left_shift_(self.hi - self.lo).bitwise_or_(rest)
+            sides.append(Side(codes, side.low.index_select(1, own), side.scale.index_select(1, own), self.hi))
         return where, *sides
