@@ -100,7 +100,7 @@ class Frames:
 
     # -- on the device -------------------------------------------------------------------------------------------------
 
-    def pack(self, parts: Sequence[Part], stream: torch.cuda.Stream) -> torch.Tensor:
+    def pack(self, parts: Sequence[Part], stream: torch.cuda.Stream | None) -> torch.Tensor:
         """Encode pages into blocks, all but their headers; each part has all pages of its block, and its position.
 
         Returns
@@ -121,7 +121,7 @@ class Frames:
         with torch.cuda.stream(stream):
             return torch.cat(bad)
 
-    def unpack(self, parts: Sequence[Part], stream: torch.cuda.Stream) -> None:
+    def unpack(self, parts: Sequence[Part], stream: torch.cuda.Stream | None) -> None:
         """Decode blocks into pages, keys turned to the positions they were computed at."""
         for form, some in self._alike(parts):
             planes = self._planes(form, some[0].block.numel())
@@ -140,7 +140,7 @@ class Frames:
         )
         return [(self._of(int(not first)), list(some)) for (first, _), some in keyed]
 
-    def _positions(self, form: _Form, parts: Sequence[Part], stream: torch.cuda.Stream) -> torch.Tensor:
+    def _positions(self, form: _Form, parts: Sequence[Part], stream: torch.cuda.Stream | None) -> torch.Tensor:
         """Positions of the tokens of all parts, on the device."""
         page = self._cache.page_tokens
         starts = np.array([part.position + part.first * page for part in parts])

@@ -17,7 +17,16 @@ from kvstore.codecs import Context, importance, parse
 from kvstore.errors import ConfigError, InvalidParams
 from kvstore.profile import Profiles, load_profile
 from kvstore_connectors.transformers import KVStoreCache, codec_eval
-from kvstore_connectors.transformers.calibrate import Reference, Sample, code, cut, fit, measure
+from kvstore_connectors.transformers.calibrate import (
+    Reference,
+    Sample,
+    code,
+    code_by_kernels,
+    cut,
+    fit,
+    kernels_take,
+    measure,
+)
 from kvstore_connectors.transformers.probe import Probe
 from kvstore_connectors.weights import weights_digest
 
@@ -81,6 +90,20 @@ def test_a_larger_step_is_smaller_and_costs_more(probe: Probe) -> None:
     assert by_size == sorted(by_size)
     assert by_loss == sorted(by_loss)
     assert code(parse("raw"), reference.block, context).stored > 0
+
+
+@pytest.mark.parametrize("chain", ["fp8", "prerope|kv4", "prerope|kv4(k=3,v=3)"])
+def test_kernels_code_a_context_as_the_codec_does(chain: str, probe: Probe) -> None:
+    """Through the reference of the kernels here; tests/gpu has them against it."""
+    reference = Reference(probe, Sample("a", ids(256, 5), ids(32, 6)))
+    context = Context(rotary=probe.rotary)
+    assert kernels_take(parse(chain), reference.block, 128)
+    assert not kernels_take(parse(chain), reference.block, 100)
+    assert not kernels_take(parse(f"{chain}|zstd"), reference.block, 128)
+    one = code(parse(chain), reference.block, context, 128)
+    other = code_by_kernels(parse(chain), reference.block, context, 128)
+    assert (one.raw, one.stored) == (other.raw, other.stored)
+    assert torch.equal(one.block, other.block)
 
 
 def calibrated(tmp_path: Path, **options: str) -> Path:

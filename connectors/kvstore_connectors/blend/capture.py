@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from kvstore_connectors.blend.attention import segment_masses
-from kvstore_connectors.blend.prompt import Capture, LayerKV, Prompt, Span
+from kvstore_connectors.blend.prompt import Capture, LayerKV, Prompt, Span, brought
 from kvstore_connectors.blend.recompute import empty_cache, prefill
-from kvstore_connectors.blend.rope import move
+from kvstore_gpu.place import Piece, place
+from kvstore_gpu.rope import Turn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,6 +32,13 @@ class Chunk:
     start: int
     capture: Capture
     external: Tensor | None = None
+
+    @property
+    def block(self) -> Tensor:
+        """The bytes of its KV, as they are stored: uint8, of ``[layer][K|V][token][head][dim]``."""
+        return (
+            torch.stack([side for layer in self.kv for side in (layer.keys, layer.values)]).view(torch.uint8).flatten()
+        )
 
 
 def capture(model: Model, ids: Tensor, system: Tensor | None = None, before: Sequence[Tensor] = ()) -> Chunk:
@@ -58,7 +66,8 @@ def assemble(
 ) -> tuple[Prompt, Cache]:
     """The prompt ``system + chunks + question`` and its cache with ``room`` for more, chunks moved to where they stand.
 
-    A first chunk that was captured behind this system prompt is exact where it stands.
+    A first chunk that was captured behind this system prompt is exact where it stands. On a GPU the kernel moves them
+    that places loaded chunks.
     """
     spans: list[Span] = []
     at = len(system)
@@ -68,10 +77,11 @@ def assemble(
         at += len(chunk.ids)
     prompt = Prompt(torch.cat([system, *(chunk.ids for chunk in chunks), question]), tuple(spans))
     cache = empty_cache(model, prompt.ids, room)
-    for span, chunk in zip(spans, chunks, strict=True):
-        new = torch.arange(span.start, span.stop, device=prompt.ids.device)
-        old = new - span.start + chunk.start
-        for layer, (held, kept) in enumerate(zip(cache, chunk.kv, strict=True)):
-            held.keys[span.start : span.stop] = move(rotation, layer, kept.keys, old, new)
-            held.values[span.start : span.stop] = kept.values
+    distances = [span.start - chunk.start for span, chunk in zip(spans, chunks, strict=True)]
+    pieces = [
+        Piece(len(chunk.ids), 0, len(chunk.ids), span.start, bool(distance))
+        for span, chunk, distance in zip(spans, chunks, distances, strict=True)
+    ]
+    turn = Turn.of(rotation, brought(torch.tensor(distances, dtype=torch.int64), prompt.ids.device))
+    place([(held.keys, held.values) for held in cache], pieces, [chunk.block for chunk in chunks], turn)
     return prompt, cache

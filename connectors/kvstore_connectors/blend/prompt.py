@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kvstore.errors import ConfigError
+from kvstore_gpu import select
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -161,6 +162,5 @@ def top(scores: Tensor, count: int) -> Tensor:
 
     The order is the same on every device and every tensor parallel rank that holds the same scores.
     """
-    order = torch.sort(scores, descending=True, stable=True)
-    kept = order.indices[: max(0, count)]
-    return kept[order.values[: max(0, count)] > -torch.inf].sort().values
+    chosen = select.top(scores.float().contiguous(), min(max(0, count), len(scores))).long()
+    return chosen[scores[chosen] > -torch.inf]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from statistics import mean, stdev
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +20,11 @@ import torch
 from kvstore.codecs import BlockSpec, Chain, Context
 from kvstore.codecs.basis import Basis
 from kvstore.codecs.fit import Moments
-from kvstore.errors import InvalidParams
+from kvstore.errors import CannotEncode, InvalidParams
 from kvstore_connectors.transformers.probe import Probe
+from kvstore_gpu.cache import PagedCache
+from kvstore_gpu.frames import Frames, has_kernels
+from kvstore_gpu.jobs import Part
 
 SINKS = 4
 FINEST = 0.0005
@@ -127,19 +131,23 @@ class Coded:
 
 
 def code(chain: Chain, block: torch.Tensor, context: Context, block_tokens: int = 256) -> Coded:
-    """Send the KV of a context through a chain as a store would, in blocks.
+    """Send the KV of a context through a chain as a store would, in blocks: on a GPU by the kernels there are.
 
     Parameters
     ----------
     chain : Chain
     block : torch.Tensor
-        ``[layer][K|V][token][kv_head][dim]`` from position 0, on the CPU.
+        ``[layer][K|V][token][kv_head][dim]`` from position 0.
     context : Context
         ``importance`` is for the whole context.
     block_tokens : int
         Tokens of a block.
     """
     layers, _, tokens, heads, dim = block.shape
+    if block.device.type != "cpu":
+        if kernels_take(chain, block, block_tokens):
+            return code_by_kernels(chain, block, context, block_tokens)
+        block = block.cpu()
     out = torch.empty_like(block)
     result = Coded(out, 0, 0, 0.0, 0.0)
     for start in range(0, tokens, block_tokens):
@@ -164,6 +172,52 @@ def code(chain: Chain, block: torch.Tensor, context: Context, block_tokens: int 
     return result
 
 
+def kernels_take(chain: Chain, block: torch.Tensor, block_tokens: int) -> bool:
+    """Whether kernels encode and decode such a block: whole blocks, and heads of 8 to 256, a power of two."""
+    tokens, dim = block.shape[2], block.shape[4]
+    return has_kernels(chain) and tokens % block_tokens == 0 and 8 <= dim <= 256 and dim & (dim - 1) == 0
+
+
+def code_by_kernels(chain: Chain, block: torch.Tensor, context: Context, block_tokens: int) -> Coded:
+    """As `code`, where the block lies, by the kernels that a GPU engine stores and loads with; times are the device's.
+
+    Raises
+    ------
+    CannotEncode
+        A block has values that the chain cannot say.
+    """
+    out, count = torch.empty_like(block), block.shape[2] // block_tokens
+    there, back = (
+        Frames(PagedCache.of([[side.unflatten(0, (count, block_tokens)) for side in layer] for layer in whole]), chain,
+               block_tokens, context)
+        for whole in (block.contiguous(), out)
+    )  # fmt: skip
+    starts = [number * block_tokens for number in range(count)]
+    frames = [torch.empty(there.nbytes(start), dtype=torch.uint8, device=block.device) for start in starts]
+    parts = [Part(frame, [start // block_tokens], position=start) for frame, start in zip(frames, starts, strict=True)]
+    stream = torch.cuda.current_stream(block.device) if block.is_cuda else None
+    encode_s, bad = _timed(lambda: there.pack(parts, stream), stream)
+    if bool(bad.any()):
+        raise CannotEncode(f"{chain}: a block has values that it cannot say.")
+    decode_s, _ = _timed(lambda: back.unpack(parts, stream), stream)
+    return Coded(out, block.nbytes, sum(frame.numel() for frame in frames), encode_s, decode_s)
+
+
+def _timed(work: Callable[[], Any], stream: torch.cuda.Stream | None) -> tuple[float, Any]:
+    """Seconds on the device, and what came of it; done twice, since kernels are compiled when they are first needed."""
+    found = work()
+    if stream is None:
+        began = time.thread_time()
+        found = work()
+        return time.thread_time() - began, found
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record(stream)
+    found = work()
+    end.record(stream)
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3, found
+
+
 @dataclass(slots=True)
 class Cost:
     """What a chain costs, over some contexts.
@@ -176,7 +230,7 @@ class Cost:
     raw, stored : int
         Bytes.
     encode_s, decode_s : float
-        Seconds of processor time.
+        Seconds of processor time; of the device, where kernels did it.
     """
 
     kl: list[float] = field(default_factory=list)
@@ -290,10 +344,19 @@ def measure(
     try:
         with ThreadPoolExecutor(threads) as pool:
             for number, one in enumerate(references, 1):
-                block = one.block.cpu()
+                held = one.block.cpu()
                 weights = importance(one).cpu() if importance is not None else None
                 here = Context(context.rotary, context.bases, context.keys, weights)
-                jobs = {label: pool.submit(code, chain, block, here, block_tokens) for label, chain in chains.items()}
+                jobs = {
+                    label: pool.submit(
+                        code,
+                        chain,
+                        one.block if kernels_take(chain, one.block, block_tokens) else held,
+                        here,
+                        block_tokens,
+                    )
+                    for label, chain in chains.items()
+                }
                 for label, job in jobs.items():
                     one.add(job.result(), costs[label])
                 told(f"chains: {number} of {len(references)} contexts")

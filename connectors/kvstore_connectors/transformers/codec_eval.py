@@ -51,7 +51,7 @@ class Row:
     ratio : float
         How many times smaller than raw.
     encode_gib_s, decode_gib_s : float
-        GiB of raw KV a second and core.
+        GiB of raw KV a second and core; on a GPU, of the device for chains that it has kernels for.
     """
 
     chain: str
