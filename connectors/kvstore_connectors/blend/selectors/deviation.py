@@ -14,6 +14,7 @@ import torch
 
 from kvstore_connectors.blend.prompt import LayerKV, top
 from kvstore_connectors.blend.work import Work
+from kvstore_gpu.deviation import deviation
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,7 +49,7 @@ class Deviation:
             if layer not in keep:
                 return None
             new, old = (fresh.values, cached.values) if self.of == "values" else (fresh.keys, cached.keys)
-            moved = work.model.total((new.float() - old.float()).square().sum((1, 2)), "sum")
+            moved = work.model.total(deviation(new.contiguous(), old.to(new.dtype).contiguous()), "sum")
             kept = must[rows]
             kept[top(moved.masked_fill(kept, -torch.inf), keep[layer])] = True
             return kept
