@@ -61,13 +61,19 @@ bench: $(VENV)/.ready-test
 	@for file in bench/control.py bench/memory.py bench/disk.py bench/burst.py; do echo "== $$file"; $(VENV)/bin/python $$file; done
 
 # On a machine with a GPU; with its own Python, since that is where CUDA, CuPy and vLLM are: make test-gpu GPU_PYTHON=python3
+# With MODEL=/path/to/SmolLM2-135M-Instruct (any Llama in safetensors) also what it answers from loaded KV, and kvstore eval.
 GPU_PYTHON ?= $(VENV)/bin/python
 GPU_RUN := PYTHONPATH=.:gpu:connectors:$$PYTHONPATH $(GPU_PYTHON)
 GPU_RESULTS ?= bench/results/h200
+TEXTS ?= docs
 
 test-gpu:
 	$(GPU_RUN) -m pytest -c /dev/null --rootdir=. -p no:cacheprovider --confcutdir=tests/gpu tests/gpu -k "not cpu" $(ARGS)
 	$(GPU_RUN) -m pytest -c /dev/null --rootdir=. -p no:cacheprovider --confcutdir=tests/gpu tests/engines/test_vllm_device.py $(ARGS)
+ifdef MODEL
+	$(GPU_RUN) bench/gpu_smollm2.py --model $(MODEL)
+	$(GPU_RUN) bench/gpu_eval.py --model $(MODEL) --texts $(TEXTS)
+endif
 
 # Out-of-bounds accesses and races in the kernels; without PyTorch's pool, so that every tensor has its own bounds.
 SANITIZE_TOOLS ?= memcheck racecheck

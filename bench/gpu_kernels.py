@@ -26,7 +26,6 @@ from kvstore.codecs.fp8 import FP8
 from kvstore.codecs.kv4 import KV4
 from kvstore.rope import rotary
 from kvstore_gpu import (
-    attention,
     coded,
     colsum,
     deviation,
@@ -36,6 +35,7 @@ from kvstore_gpu import (
     kv4,
     lowrank,
     paged,
+    place,
     rope,
     rows,
     select,
@@ -314,11 +314,29 @@ def on_tokens(memory: tuple[str, float]) -> None:
         memory,
         {"ours": lambda: rows.gather(view, a, slots), "torch": lambda: flat.index_select(0, slots)},
     )
+    placed(memory)
     for count in (4096, 32768, 131072):
         scores = torch.randn(count, device="cuda")
         ours = lambda s=scores, c=count // 7: select.top(s, c)  # noqa: E731
         plain = lambda s=scores, c=count // 7: s.topk(c).indices.sort()  # noqa: E731
         report("select", f"{count // 7} of {count}", 4 * count, memory, {"ours": ours, "torch": plain})
+
+
+def placed(memory: tuple[str, float]) -> None:
+    """Chunks of 512 tokens to rows of a prompt of 16,384, 4 layers at a time, as a blend loads them."""
+    layers, tokens, chunk = 4, 16384, 512
+    prompt = [
+        tuple(torch.empty(tokens, HEADS, DIM, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        for _ in range(layers)
+    ]
+    size = layers * 2 * chunk * HEADS * DIM * 2
+    blocks = [
+        torch.randn(size // 2, device="cuda", dtype=torch.bfloat16).view(torch.uint8) for _ in range(tokens // chunk)
+    ]
+    pieces = [place.Piece(chunk, 0, chunk, row) for row in torch.randperm(tokens // chunk).mul(chunk).tolist()]
+    turn = rope.Turn.of(rotary(LLAMA3), torch.randint(-8000, 8000, (len(pieces),), device="cuda"))
+    case = f"{len(pieces)} chunks of {chunk}, {layers} layers"
+    report("place", case, 2.0 * size * len(blocks), memory, {"ours": lambda: place.place(prompt, pieces, blocks, turn)})
 
 
 def on_matrices() -> None:
@@ -327,23 +345,13 @@ def on_matrices() -> None:
     peak = 2 * 8192**3 / timed({"gemm": lambda: a @ b})[0]["gemm"]
     print(f"matrix product {peak / 1e12:.0f} TFLOP/s")
     cores, heads = ("matrix", peak), 32
-    for tokens, share in ((4096, 0.15), (32768, 0.15), (32768, 1.0)):
-        view = torch.randn(tokens // 16, 16, HEADS, 2 * DIM, device="cuda", dtype=torch.bfloat16)
-        keys, values = view[..., :DIM], view[..., DIM:]
+    for tokens in (4096, 32768):
+        keys = torch.randn(tokens // 16, 16, HEADS, 2 * DIM, device="cuda", dtype=torch.bfloat16)[..., :DIM]
         table = torch.randperm(tokens // 16, device="cuda").int()
-        at = torch.randperm(tokens, device="cuda")[: int(tokens * share)].sort().values.int()
-        queries = torch.randn(len(at), heads, DIM, device="cuda", dtype=torch.bfloat16)
-        seen = float(at.double().add(1).sum())
-        ours = lambda q=queries, p=at, k=keys, v=values, t=table, n=tokens: attention.attend(q, p, k, v, t, n, 0.088)  # noqa: E731
-        calls = {"ours": ours, **by_engine(queries, at, keys, values, table)}
-        if tokens <= 4096:
-            calls["torch, dense mask"] = by_mask(queries, at, keys, values, table)
-        report("attention", f"{len(at)} of {tokens}", 4 * heads * DIM * seen, cores, calls, 5)
-        _, lse = ours()
-        few = slice(-64, None)
-        sums = lambda q=queries[few], p=at[few], e=lse[few], k=keys, t=table, n=tokens: colsum.column_sums(  # noqa: E731
-            q, p, e.contiguous(), k, t, n, 0.088
-        )
+        at = torch.arange(tokens - 64, tokens, device="cuda").int()
+        queries = torch.randn(64, heads, DIM, device="cuda", dtype=torch.bfloat16)
+        lse = torch.full((64, heads), 10.0, device="cuda")
+        sums = lambda q=queries, p=at, e=lse, k=keys, t=table, n=tokens: colsum.column_sums(q, p, e, k, t, n, 0.088)  # noqa: E731
         report("column sums", f"64 queries, {tokens}", 2.0 * 64 * heads * DIM * tokens, cores, {"ours": sums}, 5)
     left, right = (torch.randn(*n, device="cuda", dtype=torch.bfloat16) for n in ((131072, 160), (HEADS, DIM, 160)))
     chosen = torch.stack([torch.randperm(131072, device="cuda")[:2048] for _ in range(HEADS)]).int()
@@ -355,32 +363,6 @@ def on_matrices() -> None:
     ours = lambda: lowrank.reconstruct(left, right, chosen, cos, sin)  # noqa: E731
     work = 2.0 * HEADS * 2048 * DIM * 160
     report("low rank", "2,048 rows, rank 160", work, cores, {"ours": ours, "torch, not turned": plain})
-
-
-def by_mask(queries: Any, at: Any, keys: Any, values: Any, table: Any) -> Call:
-    """torch's attention with a mask of its own for every query."""
-    k, v = (view[table.long()].flatten(0, 1).permute(1, 0, 2)[None] for view in (keys, values))
-    mask = torch.arange(k.shape[2], device="cuda")[None, :] <= at[:, None]
-    q = queries.permute(1, 0, 2)[None]
-    return lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-
-
-def by_engine(queries: Any, at: Any, keys: Any, values: Any, table: Any) -> dict[str, Call]:
-    """vLLM's FlashAttention over pages, runs as sequences, where vLLM is there."""
-    try:
-        from vllm.vllm_flash_attn import flash_attn_varlen_func
-    except ImportError:
-        return {}
-    starts, lengths = attention.runs(at)
-    k, v = keys.contiguous(), values.contiguous()
-    tables = table[None].expand(len(lengths), -1).contiguous()
-    longest = int((starts[1:] - starts[:-1]).max())
-    return {
-        f"vLLM, {len(lengths)} runs": lambda: flash_attn_varlen_func(
-            queries, k, v, max_seqlen_q=longest, cu_seqlens_q=starts, max_seqlen_k=int(at[-1]) + 1,
-            seqused_k=lengths, block_table=tables, causal=True, softmax_scale=0.088, fa_version=3,
-        )
-    }  # fmt: skip
 
 
 def main() -> None:

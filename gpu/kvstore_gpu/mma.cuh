@@ -21,14 +21,9 @@ __device__ __forceinline__ u32 shared_address(const void* at) {
     asm("{ .reg .u64 p; cvta.to.shared.u64 p, %1; cvt.u32.u64 %0, p; }" : "=r"(out) : "l"(at));
     return out;
 }
-// Four 8 x 8 matrices; lane l names row l % 8 of matrix l / 8. Every lane gets two elements of each: of row l / 4, or,
-// transposed, of column l / 4.
+// Four 8 x 8 matrices; lane l names row l % 8 of matrix l / 8. Every lane gets two elements of row l / 4 of each.
 __device__ __forceinline__ void load_matrices(u32 (&out)[4], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3]) : "r"(shared_address(row)) : "memory");
-}
-__device__ __forceinline__ void load_transposed(u32 (&out)[4], const void* row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3]) : "r"(shared_address(row)) : "memory");
 }
 #else
@@ -42,13 +37,6 @@ constexpr int WARPS = 4, ROWS = 64, KEYS = 64;  // a block's warps; rows of a ti
 template <int WIDTH, typename T>
 __device__ __forceinline__ T* tile_at(T* tile, int row, int column) {
     return tile + row * WIDTH + ((column / 8 ^ row % 8) * 8 | column % 8);
-}
-
-template <typename T>
-__device__ __forceinline__ u32 pair_of(float a, float b) {
-    T both[2];
-    from_floats(both, a, b);
-    return u32(both[0].bits) | u32(both[1].bits) << 16;
 }
 
 // Rows of A straight from memory: elements 2c, 2c + 1 and those plus 8 of two rows; a row that is not there is null.
@@ -77,7 +65,7 @@ struct Pages {
     }
 };
 
-// A tile of KEYS keys (or values) from `first` on into shared memory; zeros behind `count`.
+// A tile of KEYS keys from `first` on into shared memory; zeros behind `count`.
 template <typename T, int DIM>
 __device__ __forceinline__ void load_tile(T* tile, const Pages& pages, int first, int count, int head) {
     typedef Pack<T, 8> Piece;

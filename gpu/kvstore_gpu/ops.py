@@ -1,7 +1,6 @@
 """Every operation there is: importing this makes all of them known to `kvstore_gpu.compile.sources`."""
 
 from kvstore_gpu import (
-    attention,
     centroid,
     colsum,
     deviation,
@@ -19,6 +18,6 @@ from kvstore_gpu import (
 )
 
 __all__ = [
-    "attention", "centroid", "colsum", "deviation", "fp8", "hadamard", "kv4", "lowrank", "paged", "place", "rope",
-    "rows", "segments", "select", "slerp",
+    "centroid", "colsum", "deviation", "fp8", "hadamard", "kv4", "lowrank", "paged", "place", "rope", "rows",
+    "segments", "select", "slerp",
 ]  # fmt: skip

@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 
 from kvstore_gpu import checks
-from kvstore_gpu.attention.launch import DIMS, HALVES, WARPS, check, paging
-from kvstore_gpu.attention.reference import dense
 from kvstore_gpu.checks import FLOATS
 from kvstore_gpu.colsum import reference
 from kvstore_gpu.compile import TENSOR_CORES, Source, uses_reference
+from kvstore_gpu.queries import DIMS, HALVES, WARPS, check, dense, paging
 
 KEYS = 64
 SOURCE = Source("colsum", [f"column_sums<{FLOATS[kind]}, {dim}>" for kind in HALVES for dim in DIMS], TENSOR_CORES)
@@ -28,7 +27,21 @@ def column_sums(
 ) -> torch.Tensor:
     """Attention that each key gets.
 
-    Parameters as of `kvstore_gpu.attention.attend`, and ``lse`` (float32 ``[query, head]``) as it returns it.
+    Parameters
+    ----------
+    queries : Tensor, bfloat16 or float16, [query, head, dim]
+        ``dim``: 64 or 128.
+    positions : Tensor, int32, [query]
+        Ascending. This is trusted: on a device nobody looks.
+    lse : Tensor, float32, [query, head]
+        Logarithm of the sum of exponentials of each query's scores, as attention gives it.
+    keys : Tensor, [page, token, kv_head, dim]
+        Any strides whose rows are aligned; of the queries' type.
+    table : Tensor, int32, [pages]
+        Pages of the sequence, in order; they are there.
+    tokens : int
+        Tokens of the sequence.
+    scale : float
 
     Returns
     -------

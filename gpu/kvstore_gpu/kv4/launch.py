@@ -29,7 +29,7 @@ SOURCE = Source(
     [f"{way}_keys<{kind}, {style}>" for way in ("unpack", "pack") for kind in FLOATS.values() for style in _STYLES]
     + [f"unpack_values<{kind}>" for kind in FLOATS.values()]
     + [f"pack_values<{kind}, {size}>" for kind in FLOATS.values() for size in _ROTATED],
-    PLANES,
+    (*PLANES, "kv4/layer.cuh"),
 )
 
 

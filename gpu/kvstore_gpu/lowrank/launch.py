@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from kvstore_gpu import checks
-from kvstore_gpu.attention.launch import DIMS, HALVES, ROWS, WARPS
 from kvstore_gpu.checks import FLOATS
 from kvstore_gpu.compile import TENSOR_CORES, Source, uses_reference
 from kvstore_gpu.lowrank import reference
+from kvstore_gpu.queries import DIMS, HALVES, ROWS, WARPS
 
 SOURCE = Source(
     "lowrank",

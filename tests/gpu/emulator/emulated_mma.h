@@ -20,18 +20,12 @@ void mma(float (&sum)[4], const u32 (&a)[4], u32 b0, u32 b1, T) {
         }
     }
 }
-inline void load_some(u32 (&out)[4], const void* row, bool transposed) {
+inline void load_matrices(u32 (&out)[4], const void* row) {
     const u64 word = u64(row);
     const auto all = emulated::meet(&word, 1);
     const int lane = emulated::current % 32;
     for (int m = 0; m < 4; m++) {
-        u16 found[2];
-        for (int i = 0; i < 2; i++) {
-            const int r = transposed ? lane % 4 * 2 + i : lane / 4, c = transposed ? lane / 4 : lane % 4 * 2 + i;
-            found[i] = reinterpret_cast<const u16*>(all[m * 8 + r][0])[c];
-        }
+        const u16* const found = reinterpret_cast<const u16*>(all[m * 8 + lane / 4][0]) + lane % 4 * 2;
         out[m] = u32(found[0]) | u32(found[1]) << 16;
     }
 }
-inline void load_matrices(u32 (&out)[4], const void* row) { load_some(out, row, false); }
-inline void load_transposed(u32 (&out)[4], const void* row) { load_some(out, row, true); }
