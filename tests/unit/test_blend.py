@@ -22,6 +22,9 @@ from kvstore_connectors.blend.prompt import top
 from kvstore_connectors.blend.recompute import Pass, empty_cache, prefill
 from kvstore_connectors.blend.selectors.focused import Focused, focused
 from kvstore_connectors.blend.selectors.planner import SELECTORS
+from kvstore_connectors.blend.selectors.question import read_question
+from kvstore_connectors.blend.selectors.relay import Relay, false_sinks
+from kvstore_connectors.blend.selectors.unseen import unseen
 
 BASE: dict[str, Any] = {
     "hidden_size": 48,
@@ -160,16 +163,72 @@ def test_repair_helps_and_costs_what_was_asked(mode: str) -> None:
         assert 0 < work.cost - none.cost <= 0.85 + reading
 
 
-@pytest.mark.parametrize("name", ["relay", "relay-peak"])
-def test_relay_takes_half_by_words_and_the_rest_by_what_is_looked_at_then(name: str) -> None:
+@pytest.mark.parametrize("mode", ["isolated", "system"])
+def test_relay_repairs_by_words_and_false_sinks_before_it_reads(mode: str) -> None:
     model = tiny()
-    _, work = repaired(model, "isolated", SELECTORS[name], 0.5)
-    count = int(0.5 * work.prompt.reused + 0.5)
-    assert int((work.changed & work.prompt.repairable).sum()) == count
+    prompt, cache = assemble(model, model.rotary, SYSTEM, captured(model, mode), QUESTION)
+    work = Work(model, prompt, cache)
+    count = int(0.5 * prompt.reused + 0.5)
+    steps = work.repair(SELECTORS["relay"], 0.5)
+    for _ in range(model.layers):
+        next(steps)
+    read = work.changed & prompt.repairable
+    sinks = false_sinks(prompt)
+    assert sinks.nonzero()[:, 0].tolist() == ([span.start for span in prompt.spans] if mode == "isolated" else [])
     by_words = top(drained(SELECTORS["trail"].scores(work)), int(0.5 * count + 0.5))  # type: ignore[attr-defined]
-    assert work.changed[by_words].all()
-    assert len(by_words) < count
-    assert work.cost == pytest.approx((count + len(QUESTION)) / work.prompt.reused)
+    assert (read | ~sinks).all()
+    assert read[by_words[prompt.repairable[by_words]]].all()
+    assert int(read.sum()) < count
+    for _ in steps:
+        pass
+    assert int((work.changed & prompt.repairable).sum()) == count
+    asked = len(work.prompt.missing)
+    assert work.cost <= (count + asked) / prompt.reused
+    assert work.cost >= (count + len(QUESTION)) / prompt.reused
+
+
+def test_relay_prefers_what_has_not_been_seen() -> None:
+    """Of the places that the question looks at alike, the first ones of a chunk are repaired."""
+    model = tiny()
+    _, work = repaired(model, "system", Relay(lead=0.0, light=0.0), 0.3)
+    _, flat = repaired(model, "system", SELECTORS["question"], 0.3)
+    share = unseen(work.prompt)
+    chosen, by_attention = (one.changed & one.prompt.repairable for one in (work, flat))
+    assert float(share[chosen].mean()) > float(share[by_attention].mean())
+
+
+@pytest.mark.parametrize("mode", ["isolated", "system", "live"])
+def test_unseen_falls_within_a_chunk_and_grows_with_what_is_before_it(mode: str) -> None:
+    model = tiny()
+    prompt, _ = assemble(model, model.rotary, SYSTEM, captured(model, mode), QUESTION)
+    share = unseen(prompt)
+    assert (share[prompt.chunk_of < 0] == 0).all()
+    assert (share[~prompt.repairable] == 0).all()
+    for span in prompt.spans[1:]:
+        inside = share[span.start : span.stop]
+        missing = span.start - (0 if mode == "isolated" else len(SYSTEM))
+        assert inside.tolist() == pytest.approx(
+            [1 - math.log(1 + t) / math.log(1 + t + missing) for t in range(len(inside))]
+        )
+        assert inside[0] == 1
+        assert (inside.diff() < 0).all()
+    seconds = torch.stack([share[span.start + 1] for span in prompt.spans])
+    assert (seconds.diff() > 0).all()
+
+
+def test_values_count_where_the_question_looks() -> None:
+    """Attention that fetches nothing is no reason to repair: values of length 0 score 0, twice the length twice."""
+    model = tiny()
+    prompt, cache = assemble(model, model.rotary, SYSTEM, captured(model, "isolated"), QUESTION)
+    for held in cache:
+        held.values[20] = 0
+    work = Work(model, prompt, cache)
+    drained(read_question(work, "value"))
+    drained(read_question(work, "mean"))
+    assert work.notes["value"][20] == 0
+    assert work.notes["mean"][20] > 0
+    others = torch.arange(len(SYSTEM), int(prompt.question[0]))
+    assert (work.notes["value"][others[others != 20]] > 0).all()
 
 
 def test_the_largest_gap_parts_what_is_looked_at() -> None:
@@ -204,7 +263,7 @@ def test_the_planner_reads_the_question_where_one_is_asked() -> None:
             prompt, _ = assemble(model, model.rotary, SYSTEM, captured(model, mode), asked)
             chosen[mode, len(asked)] = planner(prompt).name
     assert chosen == {
-        ("isolated", 6): "question", ("live", 6): "question", ("isolated", 1): "initial", ("live", 1): "external"
+        ("isolated", 6): "relay", ("live", 6): "relay", ("isolated", 1): "initial", ("live", 1): "external"
     }  # fmt: skip
 
 
@@ -352,7 +411,7 @@ def test_chunks_do_not_see_each_other() -> None:
         assert torch.equal(a.values[17:], b.values[17:])
 
 
-@pytest.mark.parametrize("name", ["v-deviation", "k-deviation", "question", "initial"])
+@pytest.mark.parametrize("name", ["v-deviation", "k-deviation", "question", "initial", "relay"])
 def test_shards_choose_the_same_tokens(name: str) -> None:
     """Scores of two head shards, summed as `total` does, choose what the whole model chooses."""
     model = tiny()

@@ -13,6 +13,7 @@ from kvstore_connectors.blend.selectors.initial import Initial
 from kvstore_connectors.blend.selectors.question import Question
 from kvstore_connectors.blend.selectors.relay import Relay
 from kvstore_connectors.blend.selectors.trail import Trail
+from kvstore_connectors.blend.selectors.unseen import Unseen
 
 if TYPE_CHECKING:
     from kvstore_connectors.blend.prompt import Prompt
@@ -36,8 +37,8 @@ SELECTORS: dict[str, Selector] = {
         Question(),
         Question("question-peak", "peak"),
         Trail(),
+        Unseen(),
         Relay(),
-        Relay("relay-peak", by="peak"),
         Focused(Question(), "question-focused"),
         Focused(External(), "external-focused"),
     )
@@ -69,12 +70,12 @@ def selector_for(name: str, prompt: Prompt) -> Selector:
 
 
 def planner(prompt: Prompt) -> Selector:
-    """What the question looks at, however the chunks were captured.
+    """`Relay`, however the chunks were captured: on answers across chunks and on natural text ahead of all others.
 
-    Measured (docs/chunks.md): it is ahead of external mass on chunks captured live, too. Where next to nothing is
-    asked, nothing can be read: then external mass, if it was measured for all chunks, else the first tokens of each.
+    Measured: docs/chunks.md. Where next to nothing is asked, nothing can be read: then external mass, if it was
+    measured for all chunks, else the first tokens of each.
     """
     if len(prompt.question) >= LEAST_ASKED:
-        return SELECTORS["question"]
+        return SELECTORS["relay"]
     repaired = [span for span in prompt.spans if span.capture is not Capture.EXACT]
     return SELECTORS["external" if all(span.external is not None for span in repaired) else "initial"]

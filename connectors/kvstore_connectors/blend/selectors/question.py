@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from kvstore_connectors.blend.work import Work
 
+By = Literal["mean", "peak", "value"]
+
 
 @dataclass(frozen=True)
 class Question(Choice):
@@ -25,13 +27,13 @@ class Question(Choice):
 
     Parameters
     ----------
-    by : {"mean", "peak", "peaks"}
-        The mean over heads and tokens, as published; or the highest token of a head less that head's mean, of the
-        highest head or the mean over heads. A sink is looked at by all tokens alike and so has no peak.
+    by : {"mean", "peak", "value"}
+        The mean over heads and tokens, as published; the highest token less the mean, of the highest head, since a
+        sink is looked at by all tokens alike; or the mean times the length of the value that is fetched.
     """
 
     name: str = "question"
-    by: Literal["mean", "peak", "peaks"] = "mean"
+    by: By = "mean"
 
     def scores(self, work: Work) -> Generator[int, None, Tensor]:
         if self.by not in work.notes:
@@ -43,26 +45,29 @@ class Question(Choice):
         return True
 
 
-def _mean(table: Tensor) -> Tensor:
+def _mean(table: Tensor, values: Tensor) -> Tensor:
     return table.sum((0, 1))
 
 
-def _peaks(table: Tensor) -> Tensor:
-    return (table.amax(1) - table.mean(1)).sum(0)
-
-
-def _peak(table: Tensor) -> Tensor:
+def _peak(table: Tensor, values: Tensor) -> Tensor:
     return (table.amax(1) - table.mean(1)).amax(0)
+
+
+def _value(table: Tensor, values: Tensor) -> Tensor:
+    lengths = torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32).T  # [kv_head, key]
+    looked = table.sum(1).view(len(lengths), -1, values.shape[0])
+    return (looked.sum(1) * lengths).sum(0)
 
 
 How = Literal["sum", "max"]
 
-_MEASURES: dict[str, tuple[Callable[[Tensor], Tensor], How]] = {
+_MEASURES: dict[By, tuple[Callable[[Tensor, Tensor], Tensor], How]] = {
     "mean": (_mean, "sum"),
-    "peaks": (_peaks, "sum"),
     "peak": (_peak, "max"),
+    "value": (_value, "sum"),
 }
-"""From attention ``[head, query, key]`` to a number for each key, and how ranks put theirs together."""
+"""From attention ``[head, query, key]`` and values ``[key, kv_head, dim]`` to a number for each key, and how ranks put
+theirs together."""
 
 
 class Reading:
@@ -71,13 +76,12 @@ class Reading:
     Parameters
     ----------
     work : Work
-    by : {"mean", "peak", "peaks"}
+    by : {"mean", "peak", "value"}
         As of `Question`.
     """
 
-    def __init__(self, work: Work, by: str) -> None:
-        self._model = work.model
-        self._measure: Callable[[Tensor], Tensor]
+    def __init__(self, work: Work, by: By) -> None:
+        self._model, self._cache = work.model, work.cache
         self._how: How
         self._measure, self._how = _MEASURES[by]
         self._tokens, self._asked = len(work.prompt.ids), len(work.prompt.question)
@@ -87,14 +91,14 @@ class Reading:
         # The question is the end of the prompt, nothing of it is cached, and so it is the end of the rows.
         keys, first = keys[: self._tokens], self._tokens - self._asked
         products = scores(queries[-self._asked :], keys, rows[-self._asked :], self._model.scale, first)
-        self._seen[layer] = self._measure(products.softmax(-1))
+        self._seen[layer] = self._measure(products.softmax(-1), self._cache[layer].values[: self._tokens])
 
     def scores(self) -> Tensor:
         """The measure of every position ``[n]``, summed over layers."""
         return self._model.total(self._seen, self._how).sum(0)
 
 
-def read_question(work: Work, by: str) -> Iterator[int]:
+def read_question(work: Work, by: By) -> Iterator[int]:
     """Compute the question's tokens over the cache as it is and note where they look."""
     reading = Reading(work, by)
     yield from work.steps(work.prompt.missing, watch=reading)
