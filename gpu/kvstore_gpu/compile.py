@@ -193,7 +193,11 @@ def processors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-def blocks_for(work: int, device: torch.device, max_blocks: int | None, each: int = 8) -> int:
-    """Thread blocks for a kernel that strides over its work: enough to fill the device, no more than asked for."""
+def blocks_for(work: int, device: torch.device, max_blocks: int | None, each: int = 32) -> int:
+    """Thread blocks for a kernel that strides over its work: no more than asked for, and enough to fill the device.
+
+    That is several times as many as run at once (`each` a multiprocessor): how many do depends on a kernel's registers,
+    and if the last of them were few, most of the device would wait for them.
+    """
     fill = (processors(device.index) if device.type == "cuda" else 1) * each
     return max(1, min(work, fill, max_blocks or fill))
