@@ -159,6 +159,7 @@ __global__ void __launch_bounds__(PACKING, 4) pack_keys(
             // Keys before the rotation of this thread's tokens from `begin` on.
             auto each_key = [&](int begin, int end, auto&& use) {
                 Digits place(begin + turn, s.tokens, block_pages);
+#pragma unroll 2
                 for (int token = begin + turn; token < end; token += turns) {
                     const char* const page = reinterpret_cast<const char*>(bases[layer * 2]) + job[place.second].page * page_stride;
                     const T* const from = reinterpret_cast<const T*>(
