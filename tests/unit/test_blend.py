@@ -263,7 +263,7 @@ def test_the_planner_reads_the_question_where_one_is_asked() -> None:
             prompt, _ = assemble(model, model.rotary, SYSTEM, captured(model, mode), asked)
             chosen[mode, len(asked)] = planner(prompt).name
     assert chosen == {
-        ("isolated", 6): "relay", ("live", 6): "relay", ("isolated", 1): "initial", ("live", 1): "external"
+        ("isolated", 6): "relay", ("live", 6): "relay", ("isolated", 1): "unseen", ("live", 1): "external"
     }  # fmt: skip
 
 

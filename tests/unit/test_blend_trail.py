@@ -16,7 +16,7 @@ import torch
 from kvstore_connectors.blend.prompt import Capture, Prompt, Span, top
 from kvstore_connectors.blend.selectors.trail import COMMON, FAINT, WINDOW, Trail
 
-AHEAD, BACK, FADE, SINGLE, BACKWARD, SEAM, REST, HOPS = 16, 8, 0.9, 0.5, 0.6, 32, 0.1, 2
+AHEAD, BACK, FADE, SINGLE, BACKWARD, SEAM, REST, HOPS = 16, 8, 0.9, 0.5, 0.6, 32, 0.3, 2
 
 
 def defined(prompt: Prompt) -> list[float]:
@@ -31,14 +31,15 @@ def defined(prompt: Prompt) -> list[float]:
         windows[ids[i], ids[i + 1]].add((i - body[0]) // WINDOW)
     count = (body[-1] - body[0]) // WINDOW + 1 if body else 1
     rare = {word: math.log(count / len(where)) / math.log(max(2, count)) for word, where in windows.items()}
+    telling = ((np.log1p(ids) / np.log1p(max(1, *ids))) ** 4).tolist()
     linked = [some for some in places.values() if 1 < len(some) <= COMMON]
 
     def match(a: int, b: int) -> float:
-        found = (SINGLE * rare[ids[b],]) ** 2
+        found = (SINGLE * rare[ids[b],]) ** 2 * telling[b]
         if min(a, b) > 0 and ids[a - 1] == ids[b - 1]:
-            found = max(found, rare.get((ids[b - 1], ids[b]), 0.0) ** 2)
+            found = max(found, rare.get((ids[b - 1], ids[b]), 0.0) ** 2 * max(telling[b - 1 : b + 1]))
         if max(a, b) + 1 < len(ids) and ids[a + 1] == ids[b + 1]:
-            found = max(found, rare.get((ids[b], ids[b + 1]), 0.0) ** 2)
+            found = max(found, rare.get((ids[b], ids[b + 1]), 0.0) ** 2 * max(telling[b : b + 2]))
         return found
 
     def spread(lit: list[float]) -> list[float]:
@@ -140,7 +141,20 @@ def test_of_equal_names_in_two_chunks_the_later_one_comes_first() -> None:
     ids[-2:] = torch.tensor([9_001, 9_002])
     found = scores(Prompt(ids, tuple(Span(i, i + 99, Capture.ISOLATED) for i in (0, 100, 200, 300))))
     assert found[320:322].min() > 0.3
-    assert found[50:52].max() < 0.1
+    assert found[50:52].max() < found[320:322].min() / 2
+
+
+def test_common_words_of_a_language_lead_nowhere_near_as_far_as_names() -> None:
+    """Two pairs of words stand equally often; vocabularies have the common ones first."""
+    ids = torch.arange(10_000, 10_402)
+    for place in (50, 320, 398):
+        ids[place : place + 4] = torch.tensor([300, 301, 40_000, 40_001])[
+            [0, 1, 2, 3] if place != 320 else [2, 3, 0, 1]
+        ]
+    ids[150:152] = torch.tensor([300, 301])
+    ids[250:252] = torch.tensor([40_000, 40_001])
+    found = scores(Prompt(ids, tuple(Span(i, i + 99, Capture.ISOLATED) for i in (0, 100, 200, 300))))
+    assert found[250:252].min() > 3 * found[150:152].max()
 
 
 def test_nothing_in_chunks_is_nothing_to_choose() -> None:

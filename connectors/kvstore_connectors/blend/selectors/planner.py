@@ -73,9 +73,9 @@ def planner(prompt: Prompt) -> Selector:
     """`Relay`, however the chunks were captured: on answers across chunks and on natural text ahead of all others.
 
     Measured: docs/chunks.md. Where next to nothing is asked, nothing can be read: then external mass, if it was
-    measured for all chunks, else the first tokens of each.
+    measured for all chunks, else what a token has not seen, by its position.
     """
     if len(prompt.question) >= LEAST_ASKED:
         return SELECTORS["relay"]
     repaired = [span for span in prompt.spans if span.capture is not Capture.EXACT]
-    return SELECTORS["external" if all(span.external is not None for span in repaired) else "initial"]
+    return SELECTORS["external" if all(span.external is not None for span in repaired) else "unseen"]

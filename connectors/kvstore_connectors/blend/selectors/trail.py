@@ -12,7 +12,8 @@ the other, and has not, if they are in different chunks. So tokens count that ar
 earlier chunk, and those that light came to over a seam, with the words around them; what is lit besides comes last.
 
 How rare a word is, is counted in the chunks themselves, in windows of `WINDOW` tokens, for tokens and for pairs of
-tokens: a name of two tokens is rarer than each of them.
+tokens: a name of two tokens is rarer than each of them. In a few hundred tokens "of the" is rare, too, so it counts how
+common a token is in the language: vocabularies number tokens in the order in which they were merged, common ones first.
 
 Everything is arrays over the prompt's positions, on the host: a prompt of 32,000 tokens takes some milliseconds.
 """
@@ -76,7 +77,7 @@ class Trail(Choice):
     single: float = 0.5
     backward: float = 0.6
     seam: int = 32
-    rest: float = 0.1
+    rest: float = 0.3
 
     def scores(self, work: Work) -> Generator[int, None, torch.Tensor]:
         yield from ()
@@ -169,11 +170,12 @@ class _Words:
         apart = np.cumsum(np.diff(self.owner, prepend=-1) != 0) * len(ids)
         self._place = np.arange(len(ids)) + apart  # so far from each other that no light passes between chunks
         self._kind, rarity, self._sorted = _kinds(ids, window)
-        self._alone = (single * rarity) ** 2
+        telling = (np.log1p(ids) / np.log1p(ids.max(initial=1))) ** 4
+        self._alone = (single * rarity) ** 2 * telling
         # Pairs by their second token: one more than there are tokens, the first and the last of them with nothing.
         pairs = np.append(-1, self._kind) * (len(ids) + 1) + np.append(self._kind, -1)
         self._pair, rarity, _ = _kinds(pairs, np.append(-1, window))
-        self._paired = rarity**2
+        self._paired = rarity**2 * np.maximum(np.append(0, telling), np.append(telling, 0))
         count = np.bincount(self._kind[self._sorted], minlength=len(ids))
         self._count, self._first = count[self._kind], (np.cumsum(count) - count)[self._kind]
         self._nth = np.empty_like(self.owner)
