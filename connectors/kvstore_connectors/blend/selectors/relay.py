@@ -11,6 +11,7 @@ Three hints, none of which computes anything over the chunks, are put together.
   would draw half of the attention.
 - What a token has not seen (`unseen`): where attention and ignorance meet, reuse hurts.
 
+A fact of which one half is repaired can be worse than one of which nothing is, so a token also counts by those around.
 The first part and the reading are one pass, so reading costs the question's tokens once more and nothing else.
 """
 
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn.functional import avg_pool1d
 
 from kvstore_connectors.blend.prompt import Capture, brought, top
 from kvstore_connectors.blend.selectors.question import Reading
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
 
     from kvstore_connectors.blend.prompt import Prompt
     from kvstore_connectors.blend.work import Work
+
+NEAR = 3
+"""Tokens on either side that count as those around."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +67,11 @@ class Relay:
         first = top(light.masked_fill(sinks, torch.inf), min(count, int(self.lead * count + 0.5) + int(sinks.sum())))
         reading = Reading(work, "value")
         yield from work.steps(work.with_missing(first), watch=reading)
-        needed = reading.scores() * unseen(prompt) * (1 + self.light * light.clamp(min=0))
+        needed = (reading.scores() * unseen(prompt) * (1 + self.light * light.clamp(min=0))).sqrt()
+        around = avg_pool1d(needed[None], 2 * NEAR + 1, 1, NEAR, count_include_pad=False)[0]
         left = prompt.repairable.clone()
         left[first] = False
-        rest = top(needed.masked_fill(~left, -torch.inf), count - len(first))
+        rest = top((needed + around / 2).masked_fill(~left, -torch.inf), count - len(first))
         if len(rest):
             yield from work.steps(work.with_later(rest))
 
