@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, cast
 
 from kvstore.remote import index as ix
+from kvstore.remote.lane import Command
 from kvstore.remote.link import FAILURES, Link
 from kvstore.types import BlockId, Scope
 
@@ -170,13 +171,13 @@ class Follower:
 
     # -- changing ------------------------------------------------------------------------------------------------------
 
-    def command(self, text: str, *args: bytes | str | float, values: Sequence[str] = ()) -> list[Any]:
+    def command(self, text: str, *args: bytes | str | float, values: Sequence[str] = ()) -> Command:
         """The command that runs one of the scripts of `kvstore.remote.index`; `values` are keys behind the index."""
         return ["EVAL", text, 5 + len(values), *self._names.index, *values, self._origin, *args]
 
     async def script(self, text: str, *args: bytes | str | float) -> Any:
         """Run one of the scripts of `kvstore.remote.index`."""
-        return await self._link.ask(self._link.client.execute_command(*self.command(text, *args)))
+        return (await self._link.exchange([self.command(text, *args)]))[0]
 
     async def describe(self, scope: Scope, text: bytes) -> None:
         """Keep a short text beside the blocks of a scope."""

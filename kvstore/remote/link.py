@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine, Iterable, Sequence
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import redis.asyncio as redis
 from redis.asyncio.cluster import RedisCluster
@@ -23,6 +24,7 @@ from redis.exceptions import (
 from redis.retry import Retry
 
 from kvstore.errors import ConfigError
+from kvstore.remote.lane import Command, Lane, Room
 
 T = TypeVar("T")
 _LIES = (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError)
@@ -59,6 +61,8 @@ class Link:
         self.lanes = lanes
         self.timeout_s = timeout_s
         self.client = _make_client(url, cluster, 2 * lanes + 4, timeout_s)
+        self._makers = None if cluster else redis.ConnectionPool.from_url(url, protocol=2, **_limits(timeout_s))
+        self._idle: list[Lane] = []
         self.error = "not started"
         self.failures: dict[str, int] = {}
         self._free = asyncio.Semaphore(2 * lanes + 3)  # and one connection follows the log
@@ -67,11 +71,6 @@ class Link:
     def is_cluster(self) -> bool:
         """Whether the keys are spread over several servers."""
         return isinstance(self.client, RedisCluster)
-
-    def pipeline(self) -> Any:
-        """Commands that travel together, without a transaction."""
-        how: dict[str, Any] = {} if self.is_cluster else {"transaction": False}
-        return self.client.pipeline(**how)
 
     async def ask(self, reply: Any) -> Any:
         """What a command answers, once a connection is free for it; each may take the time limit."""
@@ -88,6 +87,46 @@ class Link:
                 return await reply
         finally:
             self._free.release()
+
+    def getting(self, name: str, most: int) -> Command:
+        """The command that reads a value, of which not much more than `most` bytes are taken in whatever it holds."""
+        return ("GETRANGE", name, 0, most) if self.is_cluster else ("GET", name)
+
+    async def exchange(self, commands: Sequence[Command], rooms: Sequence[Room] = ()) -> list[Any]:
+        """What commands are answered, in order, as `Lane.exchange` has it; in a cluster in that of each node."""
+        return await self.ask(self._through_client(commands, rooms) if self.is_cluster else self._lane(commands, rooms))
+
+    async def _lane(self, commands: Sequence[Command], rooms: Sequence[Room]) -> list[Any]:
+        lane = await self._free_lane()
+        try:
+            return await lane.exchange(commands, rooms)
+        finally:
+            if lane.closed:
+                await lane.end()
+            else:
+                self._idle.append(lane)
+
+    async def _free_lane(self) -> Lane:
+        while self._idle:
+            lane = self._idle.pop()
+            if not lane.closed:
+                return lane
+            await lane.end()
+        connection = cast("redis.ConnectionPool", self._makers).make_connection()
+        await connection.connect()
+        return Lane(connection)
+
+    async def _through_client(self, commands: Sequence[Command], rooms: Sequence[Room]) -> list[Any]:
+        """Through the client library, which knows where in a cluster a key is."""
+        client: Any = self.client
+        if len(commands) == 1:
+            replies = [await client.execute_command(*commands[0])]
+        else:
+            pipe = client.pipeline()
+            for command in commands:
+                pipe.execute_command(*command)
+            replies = await pipe.execute()
+        return [_placed(reply, room) for reply, room in zip_longest(replies, rooms)]
 
     def note(self, error: BaseException) -> None:
         """Count a failure by its kind and keep what it says."""
@@ -111,16 +150,16 @@ class Link:
         """
         if self.is_cluster:
             return False
-        pipe = self.pipeline()
-        pipe.incrby(counter, 0)
-        pipe.execute_command("WAITAOF", 1, 0, int(self.timeout_s * 900))
+        wait = ("WAITAOF", 1, 0, int(self.timeout_s * 900))
         try:
-            return int((await self.ask(pipe.execute()))[1][0]) >= 1
+            return int((await self.exchange([("INCRBY", counter, 0), wait]))[1][0]) >= 1
         except FAILURES:
             return False
 
     async def close(self) -> None:
         """Disconnect."""
+        while self._idle:
+            await self._idle.pop().end()
         with contextlib.suppress(*FAILURES):
             await self.client.aclose()
 
@@ -143,7 +182,7 @@ def kind_of(error: BaseException) -> tuple[str, str]:
 
 
 def _make_client(url: str, cluster: bool, connections: int, timeout_s: float) -> redis.Redis | RedisCluster:
-    limits = {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s, "max_connections": connections}
+    limits = {**_limits(timeout_s), "max_connections": connections}
     try:
         if cluster:
             return RedisCluster.from_url(url, retry=Retry(NoBackoff(), 1), **limits)
@@ -151,6 +190,21 @@ def _make_client(url: str, cluster: bool, connections: int, timeout_s: float) ->
         return redis.Redis(connection_pool=pool)
     except (ValueError, RedisError) as error:
         raise ConfigError(f"redis.url: {error}.", "Write redis://host:6379, rediss://… or unix:///path.") from None
+
+
+def _limits(timeout_s: float) -> dict[str, Any]:
+    return {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s}
+
+
+def _placed(reply: Any, room: Room | None) -> Any:
+    """A reply as a lane has it: a string in the memory that was meant for it, if it fits."""
+    if not isinstance(reply, bytes) or room is None:
+        return reply
+    if isinstance(room, int):
+        return reply if len(reply) <= room else len(reply)
+    if len(reply) <= len(room):
+        room[: len(reply)] = reply
+    return len(reply)
 
 
 def read_key(file: Path) -> bytes:

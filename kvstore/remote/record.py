@@ -171,27 +171,30 @@ def decode(block: BlockId, value: bytes, seal: Seal | None) -> Record:
 
 
 def open_part(
-    block: BlockId, record: Record, number: int, value: bytes, into: Sequence[memoryview], seal: Seal | None
+    block: BlockId, record: Record, number: int, value: memoryview, places: list[memoryview], seal: Seal | None
 ) -> None:
-    """Verify a part and put its payload bytes to where they belong in the block's buffers.
+    """Verify a part and put its payload bytes to where they belong.
+
+    Parameters
+    ----------
+    value : memoryview
+        What was read, of the length that it must have. In the clear it may be in its place already.
+    places : list of memoryview
+        Where the payload bytes belong.
 
     Raises
     ------
     CorruptBlock
-        If it is of another length, or not what was written. What its place in the buffers then holds means nothing.
+        If it is not what was written. What its place then holds means nothing.
     """
-    first, length = span(number, record.nbytes)
-    if len(value) != length + (SEAL_BYTES if seal is not None else 0):
-        raise CorruptBlock("redis: a part is of another length.")
-    places = cut(into, first, length)
-    part = memoryview(value)
+    part = value
     if seal is not None:
-        part = places.pop() if len(places) == 1 else memoryview(bytearray(length))
+        part = places[0] if len(places) == 1 else memoryview(bytearray(len(value) - SEAL_BYTES))
         seal.open_into(value, _about(block, record.write, number), part)
     if sum_of(part) != record.sums[number]:
         raise CorruptBlock("redis: a part's checksum is wrong.")
     at = 0
-    for place in places:
+    for place in places if part is not places[0] else ():
         place[:] = part[at : at + len(place)]
         at += len(place)
 

@@ -9,6 +9,7 @@ from typing import Any
 from kvstore.errors import CorruptBlock
 from kvstore.remote import record as rec
 from kvstore.remote.index import Names, Place
+from kvstore.remote.lane import Command, Room
 from kvstore.remote.link import Link, all_of
 from kvstore.types import BlockHeader, BlockId
 
@@ -67,19 +68,30 @@ class Values:
         parts = self._names.parts(member, place)
         record: asyncio.Future[rec.Record] = asyncio.get_running_loop().create_future()
 
+        async def read_some(numbers: range, leads: bool) -> None:
+            wanted = [(number, self._places(number, place, into)) for number in numbers]
+            used: list[bytearray] = []
+            values = [self._landing(number, place, places, used) for number, places in wanted]
+            commands = [self._link.getting(parts[number], rec.PART_BYTES + rec.SEAL_BYTES) for number in numbers]
+            rooms: list[Room] = [*values]
+            if leads:
+                commands.insert(0, self._link.getting(self._names.record(member), rec.MAX_RECORD))
+                rooms.insert(0, rec.MAX_RECORD)
+            replies = await self._link.exchange(commands, rooms)
+            if leads:
+                record.set_result(self._believed(block, place, replies.pop(0)))
+            found = await record
+            for (number, places), value, length in zip(wanted, values, replies, strict=True):
+                if not length:
+                    raise Gone
+                if length != len(value):
+                    raise CorruptBlock("redis: a part is of another length.")
+                rec.open_part(block, found, number, value, places, self._seal)
+            self._give_back(used)
+
         async def lane(numbers: range) -> None:
             for first in range(0, max(1, len(numbers)), AT_ONCE):
-                some = numbers[first : first + AT_ONCE]
-                leads = not (first or numbers.start)
-                pipe = self._link.pipeline()
-                if leads:
-                    pipe.getrange(self._names.record(member), 0, rec.MAX_RECORD)
-                for number in some:
-                    pipe.getrange(parts[number], 0, rec.PART_BYTES + rec.SEAL_BYTES)
-                values = await self._link.ask(pipe.execute())
-                if leads:
-                    record.set_result(self._believed(block, place, values.pop(0)))
-                self._unpack(block, await record, dict(zip(some, values, strict=True)), into)
+                await read_some(numbers[first : first + AT_ONCE], leads=not (first or numbers.start))
 
         async def leading(numbers: range) -> None:
             try:
@@ -93,23 +105,39 @@ class Values:
         )
         return record.result()
 
-    def _believed(self, block: BlockId, place: Place, value: bytes) -> rec.Record:
+    @staticmethod
+    def _places(number: int, place: Place, buffers: Sequence[memoryview]) -> list[memoryview]:
+        """Where a part lies in a block's buffers."""
+        return rec.cut(buffers, *rec.span(number, place.nbytes))
+
+    def _landing(self, number: int, place: Place, places: list[memoryview], used: list[bytearray]) -> memoryview:
+        """Memory that the value of a part is received into: its place itself, if it comes as it is and in one piece."""
+        if self._seal is None and len(places) == 1:
+            return places[0]
+        length = rec.span(number, place.nbytes)[1] + (0 if self._seal is None else rec.SEAL_BYTES)
+        return self._borrow(used)[:length]
+
+    def _borrow(self, used: list[bytearray]) -> memoryview:
+        """Memory for the value of one part, noted in `used`."""
+        used.append(self._spare.pop() if self._spare else bytearray(rec.PART_BYTES + rec.SEAL_BYTES))
+        return memoryview(used[-1])
+
+    def _give_back(self, used: list[bytearray]) -> None:
+        """Keep borrowed memory for the next; not after a failure, when a connection may still hold it."""
+        self._spare += used[: max(0, AT_ONCE * self._link.lanes - len(self._spare))]
+
+    def _believed(self, block: BlockId, place: Place, value: bytes | int | None) -> rec.Record:
         """A record, if it is that of the write which the index names."""
         if not value:
             raise Gone
+        if isinstance(value, int):
+            raise CorruptBlock("redis: a record is too long.")
         record = rec.decode(block, value, self._seal)
         if record.write != place.write:
             raise Gone
         if record.nbytes != place.nbytes:
             raise CorruptBlock("redis: a record's length is not the one that the index names.")
         return record
-
-    def _unpack(self, block: BlockId, record: rec.Record, values: dict[int, bytes], into: Sequence[memoryview]) -> None:
-        """Verify some parts, by number, and put them to where they belong."""
-        for number, value in values.items():
-            if not value:
-                raise Gone
-            rec.open_part(block, record, number, value, into, self._seal)
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
@@ -120,7 +148,7 @@ class Values:
         place: Place,
         header: BlockHeader,
         payload: Sequence[memoryview],
-        tell: Sequence[Any],
+        tell: Command,
     ) -> Any:
         """Write a block's values: the parts, then the record, and with that the command that tells of the block.
 
@@ -131,59 +159,54 @@ class Values:
         ----------
         block : BlockId
             As its record names it.
-        tell : sequence
-            A command that has no effect unless all values are there.
+        tell : Command
+            It has no effect unless all values are there.
 
         Returns
         -------
         What the command was answered.
         """
         parts, lanes = range(rec.part_count(place.nbytes)), self._lanes(place)
-        sums = [0] * len(parts)
+        names, sums = self._names.parts(member, place), [0] * len(parts)
         last = parts if lanes == 1 and len(parts) <= AT_ONCE else range(0)
 
-        async def write_some(numbers: range, finish: bool = False) -> Any:
-            pipe, used = self._link.pipeline(), list[bytearray]()
+        def setting(name: str, value: bytes | memoryview) -> Command:
+            return "SET", name, value, "EX", self._ttl_s
+
+        async def write_some(numbers: range, *behind: Command, finish: bool = False) -> list[Any]:
+            used: list[bytearray] = []
+            commands: list[Command] = []
             for number in numbers:
-                pieces = rec.cut(payload, *rec.span(number, place.nbytes))
+                pieces = self._places(number, place, payload)
                 part = pieces[0] if len(pieces) == 1 else memoryview(b"".join(pieces))
                 sums[number] = rec.sum_of(part)
                 if self._seal is not None:
-                    used.append(self._spare.pop() if self._spare else bytearray(rec.PART_BYTES + rec.SEAL_BYTES))
-                    part = rec.close_part(block, place.write, number, part, self._seal, memoryview(used[-1]))
-                pipe.set(names[number], part, ex=self._ttl_s)
+                    part = rec.close_part(block, place.write, number, part, self._seal, self._borrow(used))
+                commands.append(setting(names[number], part))
             if finish:
                 record = rec.encode(block, place.write, header, place.nbytes, sums, self._seal)
-                pipe.set(self._names.record(member), record, ex=self._ttl_s)
-                if not self._link.is_cluster:
-                    pipe.execute_command(*tell)
-            replies = await self._link.ask(pipe.execute())
-            # Not after a failure: a transport may still hold it then.
-            self._spare += used[: max(0, AT_ONCE * self._link.lanes - len(self._spare))]
-            return replies[-1]
+                commands += [setting(self._names.record(member), record), *behind]
+            replies = await self._link.exchange(commands)
+            self._give_back(used)
+            return replies
 
         async def lane(numbers: range) -> None:
             for first in range(0, len(numbers), AT_ONCE):
                 await write_some(numbers[first : first + AT_ONCE])
 
-        names = self._names.parts(member, place)
         if not last:
             await all_of(lane(parts[at::lanes]) for at in range(lanes))
-        reply = await write_some(last, finish=True)
-        return await self._link.ask(self._link.client.execute_command(*tell)) if self._link.is_cluster else reply
+        if self._link.is_cluster:
+            await write_some(last, finish=True)
+            return (await self._link.exchange([tell]))[0]
+        return (await write_some(last, tell, finish=True))[-1]
 
     async def unlink(self, names: Iterable[str]) -> None:
         """Delete values."""
-        pipe = self._link.pipeline()
-        for name in names:
-            pipe.execute_command("UNLINK", name)  # the method for it does nothing in a cluster's pipeline
-        if len(pipe):
-            await self._link.ask(pipe.execute())
+        if commands := [("UNLINK", name) for name in names]:
+            await self._link.exchange(commands)
 
     async def expire(self, lives: Iterable[tuple[str, int]]) -> None:
         """Put off the expiry of values: names, and seconds from now."""
-        pipe = self._link.pipeline()
-        for name, seconds in lives:
-            pipe.expire(name, seconds)
-        if len(pipe):
-            await self._link.ask(pipe.execute())
+        if commands := [("EXPIRE", name, seconds) for name, seconds in lives]:
+            await self._link.exchange(commands)
