@@ -35,6 +35,7 @@ _GLANCE = 256
 """Bytes in which the end of a line is looked for first: nearly always enough, and what follows is not copied."""
 _MOST_ITEMS = 1 << 16
 _END = b"\r\n"
+_BYTES = (bytes, memoryview)
 _ERRORS = {
     "NOAUTH": AuthenticationError,
     "NOPERM": NoPermissionError,
@@ -245,7 +246,7 @@ def pack(commands: Sequence[Command]) -> list[bytes | memoryview]:
     for command in commands:
         small += b"*%d\r\n" % len(command)
         for argument in command:
-            value = argument if isinstance(argument, bytes | memoryview) else str(argument).encode()
+            value = argument if isinstance(argument, _BYTES) else str(argument).encode()
             small += b"$%d\r\n" % len(value)
             if len(value) < _SMALL:
                 small += value

@@ -15,6 +15,10 @@ from kvstore.types import BlockHeader, BlockId
 
 AT_ONCE = 4
 """Parts that one connection has on their way: what is read at once is bounded, whatever is there."""
+SEALED_AT_ONCE = 2
+"""As many of them if they are sealed: the next ones are sealed while these are under way."""
+KEPT_PER_LANE = 8
+"""Memory of so many sealed parts is kept for each of a block's connections, to be used again."""
 
 
 class Gone(Exception):
@@ -124,7 +128,7 @@ class Values:
 
     def _give_back(self, used: list[bytearray]) -> None:
         """Keep borrowed memory for the next; not after a failure, when a connection may still hold it."""
-        self._spare += used[: max(0, AT_ONCE * self._link.lanes - len(self._spare))]
+        self._spare += used[: max(0, KEPT_PER_LANE * self._link.lanes - len(self._spare))]
 
     def _believed(self, block: BlockId, place: Place, value: bytes | int | None) -> rec.Record:
         """A record, if it is that of the write which the index names."""
@@ -191,8 +195,9 @@ class Values:
             return replies
 
         async def lane(numbers: range) -> None:
-            for first in range(0, len(numbers), AT_ONCE):
-                await write_some(numbers[first : first + AT_ONCE])
+            at_once = AT_ONCE if self._seal is None else SEALED_AT_ONCE
+            for first in range(0, len(numbers), at_once):
+                await write_some(numbers[first : first + at_once])
 
         if not last:
             await all_of(lane(parts[at::lanes]) for at in range(lanes))
