@@ -23,6 +23,11 @@ from redis.exceptions import (
     ResponseError,
 )
 
+
+class WrongType(ResponseError):
+    """A value is not of the type that its command is for."""
+
+
 Command = Sequence[Any]
 """A command and its arguments: bytes, memory, text or numbers."""
 Room = memoryview | int
@@ -41,6 +46,7 @@ _ERRORS = {
     "NOPERM": NoPermissionError,
     "OOM": OutOfMemoryError,
     "READONLY": ReadOnlyError,
+    "WRONGTYPE": WrongType,
 }
 
 

@@ -61,7 +61,11 @@ class Link:
         self.lanes = lanes
         self.timeout_s = timeout_s
         self.client = _make_client(url, cluster, 2 * lanes + 4, timeout_s)
-        self._makers = None if cluster else redis.ConnectionPool.from_url(url, protocol=2, **_limits(timeout_s))
+        self._makers = (
+            None
+            if cluster
+            else redis.ConnectionPool.from_url(url, protocol=2, retry=Retry(NoBackoff(), 0), **_limits(timeout_s))
+        )
         self._idle: list[Lane] = []
         self.error = "not started"
         self.failures: dict[str, int] = {}

@@ -9,7 +9,7 @@ from typing import Any
 from kvstore.errors import CorruptBlock
 from kvstore.remote import record as rec
 from kvstore.remote.index import Names, Place
-from kvstore.remote.lane import Command, Room
+from kvstore.remote.lane import Command, Room, WrongType
 from kvstore.remote.link import Link, all_of
 from kvstore.types import BlockHeader, BlockId
 
@@ -81,7 +81,10 @@ class Values:
             if leads:
                 commands.insert(0, self._link.getting(self._names.record(member), rec.MAX_RECORD))
                 rooms.insert(0, rec.MAX_RECORD)
-            replies = await self._link.exchange(commands, rooms)
+            try:
+                replies = await self._link.exchange(commands, rooms)
+            except WrongType:
+                raise CorruptBlock("redis: a value is of another type.") from None
             if leads:
                 record.set_result(self._believed(block, place, replies.pop(0)))
             found = await record
