@@ -1,9 +1,11 @@
 """Redis tier against a bare pipeline of the same bytes over the same socket, both ways.
 
-A real Valkey on a Unix socket, and uvloop, which the daemon runs on. The bare pipeline is the same client library with
-the same number of connections, one pipeline of SET (or GET) of parts of the same size on each, and nothing else: no
-index, no checksum, no header. Several blocks go at a time, as write-behind and promotion do it. Who goes first
-alternates, and the server has freed what was there before. The share is the median of the paired rounds.
+A real Valkey on a Unix socket, and uvloop, which the daemon runs on. The bare pipeline is the client library with the
+same number of connections, one pipeline of SET (or GET) of parts of the same size on each, and nothing else: no index,
+no checksum, no header. Since the tier moves values past that library, it is also held against what moves them, the same
+commands on lanes of its own with nothing else: what index, checksums and seal cost. Several blocks go at a time, as
+write-behind and promotion do it. Who goes first changes, and the server has freed what was there before. Shares are the
+medians of the rounds.
 
     python bench/redis_tier.py --out bench/results/redis_tier.json
 """
@@ -21,6 +23,7 @@ import redis.asyncio as aioredis
 import uvloop
 from common import arguments, finish, key, touched
 
+from kvstore.remote.link import Link
 from kvstore.remote.record import PART_BYTES
 from kvstore.testing.valkey import ValkeyServer
 from kvstore.tiers.redis import RedisTier
@@ -30,6 +33,7 @@ MIB = 1 << 20
 CONNECTIONS = 4
 AT_ONCE = 4
 """Blocks under way."""
+WHO, WAYS = ("tier", "bare", "lane"), ("set", "get")
 SCOPE = Scope("uid-bench", b"n" * 32)
 
 
@@ -49,47 +53,57 @@ async def one_size(args: Any, url: str, nbytes: int, secret: bytes) -> dict[str,
     tier = RedisTier(url, 1 << 30, connections=CONNECTIONS, timeout_s=30, key=secret)
     await tier.start()
     clients = [aioredis.Redis.from_url(url, socket_timeout=30) for _ in range(CONNECTIONS)]
+    link = Link(url, False, CONNECTIONS, 30)
     source, target = touched(nbytes), touched(nbytes)
     count = max(4, args.mib * MIB // nbytes)
-    took: dict[str, list[float]] = {"tier set": [], "bare set": [], "tier get": [], "bare get": []}
+    took: dict[str, list[float]] = {f"{who} {way}": [] for who in WHO for way in WAYS}
     try:
         for number in range(args.rounds + 1):
             blocks = [BlockId(SCOPE, key(i, f"{nbytes}/{number}")) for i in range(count)]
-            seconds = await one_round("tier" if number % 2 else "bare", tier, clients, blocks, source, target)
+            seconds = await one_round(number, tier, clients, link, blocks, source, target)
             if not (target == source).all():
                 raise SystemExit("what came back is not what was stored")
             if number:  # the first round warms both up
                 for name, each in seconds.items():
                     took[name].append(each)
             await tier.clear(SCOPE)
-            await clients[0].unlink(*[f"bare:{i}:{p}" for i in range(count) for p in range(parts(nbytes))])
+            numbers = [(i, p) for i in range(count) for p in range(parts(nbytes))]
+            await clients[0].unlink(*[f"{who}:{i}:{p}" for who in ("bare", "lane") for i, p in numbers])
             while (await clients[0].info("memory"))["lazyfree_pending_objects"]:
                 await asyncio.sleep(0.01)
     finally:
         for client in clients:
             await client.aclose()
+        await link.close()
         await tier.close()
     gib = count * nbytes / (1 << 30)
     speeds = {name: gib / median(each) for name, each in took.items()}
     shares = {
-        way: median([b / t for b, t in zip(took[f"bare {way}"], took[f"tier {way}"], strict=True)])
-        for way in ("set", "get")
+        f"share_of_{who}": {way: share(took[f"{who} {way}"], took[f"tier {way}"]) for way in WAYS} for who in WHO[1:]
     }
-    return {"gib_s": speeds, "share_of_bare": shares, "rounds": args.rounds, "blocks": count}
+    return {"gib_s": speeds, **shares, "rounds": args.rounds, "blocks": count}
 
 
 async def one_round(
-    first: str, tier: RedisTier, clients: list[Any], blocks: list[BlockId], source: Any, target: Any
+    number: int, tier: RedisTier, clients: list[Any], link: Link, blocks: list[BlockId], source: Any, target: Any
 ) -> dict[str, float]:
-    """Seconds that tier and pipeline take to set all blocks, and then to get them."""
+    """Seconds that each takes to set all blocks, and then to get them."""
     works = {
         "tier set": lambda: tier_set(tier, blocks, source),
         "bare set": lambda: bare_set(clients, len(blocks), source),
+        "lane set": lambda: lane_set(link, len(blocks), source),
         "tier get": lambda: tier_get(tier, blocks, target),
         "bare get": lambda: bare_get(clients, len(blocks), len(source)),
+        "lane get": lambda: lane_get(link, len(blocks), len(source)),
     }
-    order = sorted(works, key=lambda name: (name.endswith("get"), not name.startswith(first)))
+    turn = number % len(WHO)
+    order = [f"{who} {way}" for way in WAYS for who in WHO[turn:] + WHO[:turn]]
     return {name: await works[name]() for name in order}
+
+
+def share(theirs: list[float], ours: list[float]) -> float:
+    """Median of how much of their speed we have, round by round."""
+    return median([one / other for one, other in zip(theirs, ours, strict=True)])
 
 
 def parts(nbytes: int) -> int:
@@ -156,6 +170,34 @@ async def bare_get(clients: list[Any], count: int, nbytes: int) -> float:
     return time.perf_counter() - began
 
 
+async def lane_set(link: Link, count: int, source: Any) -> float:
+    """As `bare_set`, on lanes."""
+    view, total = source.data, parts(len(source))
+
+    async def lane(_: Any, block: int, first: int) -> None:
+        mine = range(first, total, CONNECTIONS)
+        pieces = [view[part * PART_BYTES : (part + 1) * PART_BYTES] for part in mine]
+        await link.exchange([("SET", f"lane:{block}:{p}", piece) for p, piece in zip(mine, pieces, strict=True)])
+
+    began = time.perf_counter()
+    await at_once(lambda block: lanes(lane, [None] * CONNECTIONS, block, total), count)
+    return time.perf_counter() - began
+
+
+async def lane_get(link: Link, count: int, nbytes: int) -> float:
+    """As `bare_get`, on lanes."""
+    target, total = touched(nbytes).data, parts(nbytes)
+
+    async def lane(_: Any, block: int, first: int) -> None:
+        mine = range(first, total, CONNECTIONS)
+        rooms = [target[part * PART_BYTES : (part + 1) * PART_BYTES] for part in mine]
+        await link.exchange([("GET", f"lane:{block}:{part}") for part in mine], rooms)
+
+    began = time.perf_counter()
+    await at_once(lambda block: lanes(lane, [None] * CONNECTIONS, block, total), count)
+    return time.perf_counter() - began
+
+
 async def lanes(lane: Any, clients: list[Any], block: int, total: int) -> None:
     """A block's parts, spread over the connections: which one gets the first part goes round."""
     count = len(clients)
@@ -181,11 +223,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="kvb-") as place:
         results = uvloop.run(main_async(args, Path(place)))
     rows = [
-        (name, *(f"{row['gib_s'][f'{who} {way}']:.2f}" for way in ("set", "get") for who in ("tier", "bare")),
-         f"{row['share_of_bare']['set']:.0%} / {row['share_of_bare']['get']:.0%}")
+        (name, *(f"{row['gib_s'][f'{who} {way}']:.2f}" for way in WAYS for who in WHO),
+         *(f"{row[f'share_of_{who}']['set']:.0%} / {row[f'share_of_{who}']['get']:.0%}" for who in WHO[1:]))
         for name, row in results.items()
     ]  # fmt: skip
-    finish(args, "redis_tier", results, ("block", "set GiB/s", "bare", "get GiB/s", "bare", "share set / get"), rows)
+    finish(
+        args,
+        "redis_tier",
+        results,
+        ("block", "set GiB/s", "bare", "lanes", "get GiB/s", "bare", "lanes", "of bare", "of lanes"),
+        rows,
+    )
 
 
 if __name__ == "__main__":
