@@ -23,7 +23,7 @@ from kvstore_connectors.blend.recompute import Pass, empty_cache, prefill
 from kvstore_connectors.blend.selectors.focused import Focused, focused
 from kvstore_connectors.blend.selectors.planner import SELECTORS
 from kvstore_connectors.blend.selectors.question import read_question
-from kvstore_connectors.blend.selectors.relay import Relay, false_sinks
+from kvstore_connectors.blend.selectors.relay import Relay, false_sinks, goes_on
 from kvstore_connectors.blend.selectors.unseen import unseen
 
 BASE: dict[str, Any] = {
@@ -165,27 +165,39 @@ def test_repair_helps_and_costs_what_was_asked(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["isolated", "system"])
-def test_relay_repairs_by_words_and_false_sinks_before_it_reads(mode: str) -> None:
+def test_relay_repairs_false_sinks_before_it_reads(mode: str) -> None:
     model = tiny()
     prompt, cache = assemble(model, model.rotary, SYSTEM, captured(model, mode), QUESTION)
     work = Work(model, prompt, cache)
-    count = int(0.5 * prompt.reused + 0.5)
     steps = work.repair(SELECTORS["relay"], 0.5)
     for _ in range(model.layers):
         next(steps)
-    read = work.changed & prompt.repairable
-    sinks = false_sinks(prompt)
-    assert sinks.nonzero()[:, 0].tolist() == ([span.start for span in prompt.spans] if mode == "isolated" else [])
-    by_words = top(drained(SELECTORS["trail"].scores(work)), int(0.5 * count + 0.5))  # type: ignore[attr-defined]
-    assert (read | ~sinks).all()
-    assert read[by_words[prompt.repairable[by_words]]].all()
-    assert int(read.sum()) < count
+    sinks = [span.start for span in prompt.spans] if mode == "isolated" else []
+    assert false_sinks(prompt).nonzero()[:, 0].tolist() == sinks
+    assert (work.changed & prompt.repairable).nonzero()[:, 0].tolist() == sinks
     for _ in steps:
         pass
+    count = int(0.5 * prompt.reused + 0.5)
     assert int((work.changed & prompt.repairable).sum()) == count
-    asked = len(work.prompt.missing)
-    assert work.cost <= (count + asked) / prompt.reused
-    assert work.cost >= (count + len(QUESTION)) / prompt.reused
+    assert (count + len(QUESTION)) / prompt.reused <= work.cost <= (count + len(prompt.missing)) / prompt.reused
+
+
+@pytest.mark.parametrize("lead", [0.0, 1.0])
+def test_relay_goes_by_words_where_something_is_asked(lead: float) -> None:
+    model = tiny()
+    prompt, cache = assemble(model, model.rotary, SYSTEM, captured(model, "system"), QUESTION)
+    work = Work(model, prompt, cache)
+    count = int(0.3 * prompt.reused + 0.5)
+    for asked in (True, False):
+        looked = torch.zeros(len(prompt.ids))
+        looked[prompt.spans[1 if asked else 2].start + 3] = 1
+        assert goes_on(prompt, looked) is not asked
+        light = drained(SELECTORS["trail"].scores(work))  # type: ignore[attr-defined]
+        chosen = Relay(lead=lead)._chosen(prompt, light, looked, prompt.repairable.clone(), count)
+        assert len(chosen.unique()) == len(chosen) == count
+        by_words = top(light.masked_fill(~prompt.repairable, -torch.inf), int(lead * count + 0.5))
+        assert not asked or set(by_words.tolist()) <= set(chosen.tolist())
+        assert lead == asked or int(looked.argmax()) in chosen
 
 
 def test_relay_prefers_what_has_not_been_seen() -> None:

@@ -1,18 +1,20 @@
-"""What `auto` is: repair where words lead, read the question over that, repair what it looks at and what is missing.
+"""What `auto` is: read the question, then repair where words lead, and what is looked at and has not been seen.
 
 Three hints, none of which computes anything over the chunks, are put together.
 
 - Equal rare words (`trail`) show the way from chunk to chunk, also where attention can not: what a first chunk points
-  to in a second is looked at only when both have been repaired. Part of the budget goes by them, before anything is
-  read.
+  to in a second is looked at only when both have been repaired.
 - Attention of the question (ProphetKV), by the size of the values that it fetches: a place that is looked at for want
-  of a better one has small values, and repairing it changes nothing. It is read with the first part repaired, and with
-  the first token of every isolated chunk: that one is a sink only because it stood first, and all of these together
-  would draw half of the attention.
+  of a better one has small values, and repairing it changes nothing. It is read with the first token of every isolated
+  chunk repaired: that one is a sink only because it stood first, and all of these together would draw half of it.
 - What a token has not seen (`unseen`): where attention and ignorance meet, reuse hurts.
 
-A fact of which one half is repaired can be worse than one of which nothing is, so a token also counts by those around.
-The first part and the reading are one pass, so reading costs the question's tokens once more and nothing else.
+The three are multiplied. Who asks something looks for it in all chunks, and then half of the budget goes by words alone
+before. Text that goes on looks at what is right before it: where the last chunk has most of the attention, all goes by
+the product.
+
+A fact of which one half is repaired can be worse than one of which nothing is, so a token asked for also counts by
+those around. Reading costs the question's tokens once more, and nothing else.
 """
 
 from __future__ import annotations
@@ -41,12 +43,12 @@ NEAR = 3
 
 @dataclass(frozen=True)
 class Relay:
-    """Words first, then what the question looks at, where most is missing.
+    """By words, by attention of the question, and by what has not been seen.
 
     Parameters
     ----------
     lead : float
-        Part of the budget that goes by words alone.
+        Part of the budget that goes by words alone where something is asked.
     light : float
         How much more a token counts that the words light up fully, against one they do not lead to.
     """
@@ -61,19 +63,31 @@ class Relay:
         return True
 
     def repair(self, work: Work, count: int) -> Iterator[int]:
-        prompt = work.prompt
-        light = (yield from Trail().scores(work)).masked_fill(~prompt.repairable, -torch.inf)
-        sinks = false_sinks(prompt)
-        first = top(light.masked_fill(sinks, torch.inf), min(count, int(self.lead * count + 0.5) + int(sinks.sum())))
+        light = yield from Trail().scores(work)
+        first = false_sinks(work.prompt).nonzero()[:, 0][:count]
         reading = Reading(work, "value")
         yield from work.steps(work.with_missing(first), watch=reading)
-        needed = (reading.scores() * unseen(prompt) * (1 + self.light * light.clamp(min=0))).sqrt()
-        around = avg_pool1d(needed[None], 2 * NEAR + 1, 1, NEAR, count_include_pad=False)[0]
-        left = prompt.repairable.clone()
+        left = work.prompt.repairable.clone()
         left[first] = False
-        rest = top((needed + around / 2).masked_fill(~left, -torch.inf), count - len(first))
-        if len(rest):
-            yield from work.steps(work.with_later(rest))
+        rows = self._chosen(work.prompt, light, reading.scores(), left, count - len(first))
+        if len(rows):
+            yield from work.steps(work.with_later(rows))
+
+    def _chosen(self, prompt: Prompt, light: Tensor, looked: Tensor, left: Tensor, count: int) -> Tensor:
+        """Positions to repair, of those that are left."""
+        needed = (looked * unseen(prompt) * (1 + self.light * light.clamp(min=0))).sqrt()
+        if goes_on(prompt, looked):
+            return top(needed.masked_fill(~left, -torch.inf), count)
+        words = top(light.masked_fill(~left, -torch.inf), int(self.lead * count + 0.5))
+        left[words] = False
+        needed += avg_pool1d(needed[None], 2 * NEAR + 1, 1, NEAR, count_include_pad=False)[0] / 2
+        return torch.cat([words, top(needed.masked_fill(~left, -torch.inf), count - len(words))])
+
+
+def goes_on(prompt: Prompt, looked: Tensor) -> bool:
+    """Whether the question is text that goes on: most of what it looks at in the chunks is in the last one."""
+    last = prompt.spans[-1]
+    return bool(looked[last.start : last.stop].sum() > looked[prompt.spans[0].start : last.stop].sum() / 2)
 
 
 def false_sinks(prompt: Prompt) -> Tensor:
