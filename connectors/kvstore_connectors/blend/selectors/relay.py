@@ -9,9 +9,9 @@ Three hints, none of which computes anything over the chunks, are put together.
   chunk repaired: that one is a sink only because it stood first, and all of these together would draw half of it.
 - What a token has not seen (`unseen`): where attention and ignorance meet, reuse hurts.
 
-The three are multiplied. Who asks something looks for it in all chunks, and then half of the budget goes by words alone
-before. Text that goes on looks at what is right before it: where the last chunk has most of the attention, all goes by
-the product.
+The three are multiplied. Who asks something looks for it in all chunks, and then two thirds of the budget go by words
+alone before. Text that goes on looks at what is right before it: where the last chunk has most of the attention, all
+goes by the product.
 
 A fact of which one half is repaired can be worse than one of which nothing is, so a token asked for also counts by
 those around. Reading costs the question's tokens once more, and nothing else.
@@ -54,7 +54,7 @@ class Relay:
     """
 
     name: str = "relay"
-    lead: float = 0.5
+    lead: float = 2 / 3
     light: float = 10.0
 
     @property
