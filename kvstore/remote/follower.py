@@ -20,8 +20,6 @@ OWNER = "owner"
 """What the domain of the daemon's own user is called in Redis: that user may have another number on another host."""
 MAX_TEXT = 65_536
 """Bytes of a description."""
-GATHER_S = 0.01
-"""So long changes are let come together before they are read: each read takes as long as storing a small block."""
 
 
 async def _nothing() -> None:
@@ -89,11 +87,8 @@ class Follower:
                 self._link.error, wait_s = "", 0.1
                 self._synced.set()
                 while at and not self.closed:
-                    before = number
                     at, number = await self._read_log(at, number)
                     await self.meanwhile()
-                    if number != before:
-                        await asyncio.sleep(GATHER_S)
             except FAILURES as error:
                 self._failed(error)
                 await asyncio.sleep(wait_s)
