@@ -213,6 +213,12 @@ def in_device_memory(memory: tuple[str, float], layout: str) -> None:
     )
 
 
+def hosted_part(slab: np.ndarray, at: int, size: int, pages: list[int]) -> HostPart:
+    """A block in a registered mapping, in the pieces that a copy may span."""
+    runs = host.reach(slab[at : at + size], torch.device("cuda", 0))
+    return HostPart([torch.from_numpy(run) for run in runs], pages)
+
+
 def across_pcie(into: tuple[str, float], out: tuple[str, float]) -> None:
     """Blocks in a registered mapping: kernels that reach across, and the copy engine with staging."""
     total = 1 << 29
@@ -222,14 +228,12 @@ def across_pcie(into: tuple[str, float], out: tuple[str, float]) -> None:
     for tokens, heads in ((16, 1), (16, 8), (64, 8), (256, 8)):
         cache = make_cache("side", 4096 * 8 // heads // tokens, tokens, heads)
         pages, size = BLOCK // tokens, cache.block_nbytes(BLOCK // tokens)
-        parts = some_parts(cache, [torch.from_numpy(slab[at : at + size]) for at in range(0, total - size + 1, size)])
+        places = range(0, total - size + 1, size)
+        parts = some_parts(cache, [torch.from_numpy(slab[at : at + size]) for at in places])
         staging = Staging(cache.device, max(SLOT, size))
         case = f"{tokens} tokens x {heads} heads, {cache.page_nbytes >> 10} KiB"
         moved = size * len(parts)
-        hosted = [
-            HostPart([torch.from_numpy(run) for run in host.reach(part.block.numpy(), cache.device)], part.pages)
-            for part in parts
-        ]
+        hosted = [hosted_part(slab, at, size, part.pages) for at, part in zip(places, parts, strict=True)]
 
         def load(cache=cache, hosted=hosted, pages=pages, staging=staging) -> None:
             with behind(stream):
@@ -260,7 +264,7 @@ def compressed(
     spec = coded.spec_of(cache, BLOCK, 256)
     places, size = coded.offsets(coder, spec), coded.nbytes(coder, spec)
     room = -(-size // 256) * 256
-    made = [HostPart([torch.from_numpy(slab[i * room : i * room + size])], part.pages) for i, part in enumerate(parts)]
+    made = [hosted_part(slab, i * room, size, part.pages) for i, part in enumerate(parts)]
     at = torch.arange(BLOCK, device="cuda").repeat(len(made))
 
     def land(ps: Any, s: torch.cuda.Stream) -> None:
