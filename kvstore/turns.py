@@ -1,8 +1,9 @@
 """Whose turn it is: first come, first served, but what matters more overtakes what matters less, so far and no further.
 
-A block of weight w goes ahead of one of weight v that came at most ``(w - v) * reach`` bytes before it, and never ahead
-of its parent while that waits: without it, it could not be found. Weights have bounds (`kvstore.eviction.cost.weight`),
-so nobody waits for more than a fixed number of bytes of those who came later, whoever they are.
+A block of weight w goes ahead of one of weight v that came at most ``(w - v) * reach`` bytes before it. Unless somebody
+waits for it to be written (`first`) it never goes ahead of its parent: without that it could not be found. Weights have
+bounds (`kvstore.eviction.cost.weight`), so nobody waits for more than a fixed number of bytes of those who came later,
+whoever they are.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Turns(Generic[T]):
     def add(
         self, block: BlockId, parent: BlockId | None, nbytes: int, weight: float, item: T, *, first: bool = False
     ) -> None:
-        """Queue a block; what is to be `first` goes before everything that is not."""
+        """Queue a block; what is to be `first` goes before everything that is not, its parent, too."""
         _, before = self._places.get(parent, (0, -float("inf"))) if parent is not None else (0, -float("inf"))
         place = max(self._came - self._reach * weight, before)
         self._number += 1
