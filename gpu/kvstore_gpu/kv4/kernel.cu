@@ -19,7 +19,7 @@ __global__ void unpack_keys(
         const int before = job.place * s.tokens, sinks = max(s.sinks - before, 0);  // of this page
         for (int at = threadIdx.x; at < each; at += blockDim.x) {
             const Digits digits(at, items, s.heads);
-            const Item<INTERLEAVED> item(digits.first, s.dim, s.pairs);
+            const Item<INTERLEAVED> item(digits.first, s.pairs);
             const int head = digits.second, channel = head * s.dim + item.channel, partner = head * s.dim + item.partner;
             const bool two = item.partner >= 0, turned = item.pair >= 0 && !skipped[layer];
             auto finish = [&](int token, float (&x)[8], float (&y)[8]) {
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(PACKING, 4) pack_keys(
     const int groups = (rows + s.group - 1) / s.group, block_pages = s.block_tokens / s.tokens;
     const int channels = s.heads * s.dim;
     const int mine = threadIdx.x % items, turn = threadIdx.x / items, turns = PACKING / items;
-    const Item<INTERLEAVED> item(mine, s.dim, s.pairs);
+    const Item<INTERLEAVED> item(mine, s.pairs);
     const bool two = item.partner >= 0;
     const Digits stride(turns, s.tokens, block_pages);
     for (int tile = blockIdx.x; tile < blocks * groups * layers; tile += gridDim.x) {
@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(PACKING, 4) pack_keys(
             __syncthreads();
             for (int at = threadIdx.x; at < items * 16; at += PACKING) {
                 const int i = at % 16, other = at / 16;
-                const Item<INTERLEAVED> its(other, s.dim, s.pairs);
+                const Item<INTERLEAVED> its(other, s.pairs);
                 if (i >= 8 && its.partner < 0) continue;
                 float lowest = INFINITY_, highest = -INFINITY_;
                 for (int t = 0; t < turns; t++) {

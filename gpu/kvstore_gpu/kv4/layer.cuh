@@ -122,7 +122,7 @@ template <bool INTERLEAVED>
 struct Item {
     int channel, partner, pair;  // partner is -1 if there is none; pair is -1 where nothing is turned
 
-    __device__ Item(int index, int dim, int pairs) {
+    __device__ Item(int index, int pairs) {
         const int turned = (INTERLEAVED ? 2 * pairs : pairs) / 8;
         if (index < turned) {
             channel = index * 8;
