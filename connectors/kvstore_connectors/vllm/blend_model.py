@@ -78,6 +78,13 @@ class EngineModel:
         """KV heads of this rank, and size of a head."""
         return self._kv_heads, self._dim
 
+    @property
+    def ranks(self) -> int:
+        """How many compute a layer together."""
+        from vllm.distributed.parallel_state import get_tp_group
+
+        return get_tp_group().world_size
+
     def embed(self, ids: Tensor) -> Tensor:
         """See `Model.embed`."""
         return self._inner.embed_tokens(ids)
@@ -133,9 +140,7 @@ class EngineModel:
 
     def agree(self, sound: bool) -> bool:
         """Whether all ranks are; a pass that one of them can not begin would leave the others waiting."""
-        from vllm.distributed.parallel_state import get_tp_group
-
-        if get_tp_group().world_size == 1:
+        if self.ranks == 1:
             return sound
         device = next(self._inner.parameters()).device
         return bool(self.total(torch.tensor([float(not sound)], device=device), "max").item() == 0.0)

@@ -17,7 +17,7 @@ from kvstore.client import Room, Verdict, chunk_parts, report_blend
 from kvstore.errors import InternalError
 from kvstore.keys import derived_key, namespace_digest
 from kvstore.types import Namespace, Stored
-from kvstore_connectors.base import Link, Tally, report_defect
+from kvstore_connectors.base import Link, Tally, log, report_defect
 from kvstore_connectors.blend.amount import Controller, chunk_bytes
 from kvstore_connectors.blend.prompt import LayerKV, Prompt, brought
 from kvstore_connectors.blend.selectors.planner import selector_for
@@ -56,6 +56,15 @@ class _Repaired(NamedTuple):
     work: Work
     begun: Moment
     ended: Moment
+
+
+def _finished(load: ChunkLoad) -> bool:
+    """Whether all came and was right until it was copied; no error, since the other ranks wait to hear of it."""
+    try:
+        return load.finish()
+    except Exception:
+        report_defect("ending a load of chunks")
+        return False
 
 
 class Blender:
@@ -122,8 +131,15 @@ class Blender:
             if self._model is not None and self._model.agree(gathered is not None) and gathered is not None:
                 with torch.inference_mode():
                     repaired = self._repair(self._model, job, gathered)
+        except Exception as error:
+            if self._model is not None and self._model.ranks > 1:
+                # The others wait for its part of a sum, and would take what it sums next for that: wrong numbers. So it
+                # ends, and the engine with it, as when a rank fails in a pass of vLLM's own.
+                log.critical("blending failed on one of several ranks: the engine has to be started again", exc_info=True)
+                raise SystemExit("kvstore: a rank failed while others waited for it") from error
+            raise
         finally:
-            sound = gathered is not None and gathered.load.finish()
+            sound = gathered is not None and _finished(gathered.load)
         if self._model is not None and gathered is not None and repaired is not None and self._model.agree(sound):
             self._fill(job, gathered.cache)
             self._ended.append(partial(self._count, link, gathered, repaired, begun))
