@@ -135,7 +135,9 @@ class Blender:
             if self._model is not None and self._model.ranks > 1:
                 # The others wait for its part of a sum, and would take what it sums next for that: wrong numbers. So it
                 # ends, and the engine with it, as when a rank fails in a pass of vLLM's own.
-                log.critical("blending failed on one of several ranks: the engine has to be started again", exc_info=True)
+                log.critical(
+                    "blending failed on one of several ranks: the engine has to be started again", exc_info=True
+                )
                 raise SystemExit("kvstore: a rank failed while others waited for it") from error
             raise
         finally:
