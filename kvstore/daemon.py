@@ -469,15 +469,23 @@ async def _main(loaded: Loaded) -> int:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, interrupted)
-    print(daemon.banner(), flush=True)
+    _say(daemon.banner())
     _notify_systemd("READY=1")
     await daemon.wait()
     _notify_systemd("STOPPING=1")
     queued = daemon.chain.dirty_blocks
-    print(f"\nStopping: writing {queued} blocks to disk." if queued else "\nStopping.", flush=True)
+    _say(f"\nStopping: writing {queued} blocks to disk." if queued else "\nStopping.")
     left = await daemon.close()
-    print(f"{left} blocks were not written in time." if left else "Bye.", flush=True)
+    _say(f"{left} blocks were not written in time." if left else "Bye.")
     return 0
+
+
+def _say(text: str) -> None:
+    """Print for whoever looks on; what is not on disk yet must not be lost because nobody does any longer."""
+    try:
+        print(text, flush=True)
+    except (OSError, ValueError):  # a pipe without a reader, a full disk; a letter that the terminal does not have
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def run(loaded: Loaded) -> int:

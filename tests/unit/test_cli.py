@@ -409,6 +409,23 @@ def test_status_top_doctor_and_check_beside_a_running_daemon(
     assert "nothing wrong" in text
 
 
+def test_a_daemon_whose_reader_is_gone_ends_as_any_other(capsys: CAPTURED, tmp_path: Path) -> None:
+    flags = ["--host-bytes", "256MiB", "--disk-bytes", "256MiB", "--disk-path", str(tmp_path / "disk"), "--http", ""]
+    command = [sys.executable, "-m", "kvstore", "serve", *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as daemon:
+        assert daemon.stdout is not None
+        assert daemon.stderr is not None
+        assert daemon.stdout.readline()
+        daemon.stdout.close()  # `kvstore serve | head -1`
+        with kvstore.KVStoreClient(namespace=kvstore.Namespace(model="toy")) as client:
+            assert client.put(bytes(32), b"not on disk yet") == kvstore.Stored()
+        daemon.send_signal(signal.SIGTERM)
+        assert daemon.wait(timeout=20) == 0
+        assert daemon.stderr.read() == ""
+    assert not (tmp_path / "run" / "kvstore" / "kvstore.sock").exists()
+    assert "1 block" in said(capsys, "check", "--disk-path", str(tmp_path / "disk"))[1]
+
+
 def test_check_finds_damage_says_so_and_mends_it(
     daemon: subprocess.Popen[str], capsys: CAPTURED, tmp_path: Path
 ) -> None:
