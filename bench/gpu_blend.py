@@ -21,12 +21,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from gpu_vllm import ENVIRONMENT, LLAMA3_8B, SEED, drop_prefix_cache, prompt
+from gpu_vllm import ENVIRONMENT, LLAMA3_8B, SEED, drop_prefix_cache, prompt, wait_until_stored
 
 SHARE = 0.15
 CHUNK, SYSTEM, QUESTION = 512, 64, 64
-REST_S = 0.5
-"""Pause before each prompt: what the one before brought is stored by then."""
 
 
 def main() -> None:
@@ -79,10 +77,12 @@ def measure(model: Path, address: str, verdict: Path, options: argparse.Namespac
         span = (SYSTEM, SYSTEM + CHUNK)
         ask(engine, [*system, *chunk, *prompt(2, 2)], {"capture": True, "spans": [span]})
     time.sleep(2.0)
-    return [one_length(engine, system, chunks[:count], options) for count in options.chunks]
+    return [one_length(engine, address, system, chunks[:count], options) for count in options.chunks]
 
 
-def one_length(engine: Any, system: list[int], chunks: list[list[int]], options: argparse.Namespace) -> dict[str, Any]:
+def one_length(
+    engine: Any, address: str, system: list[int], chunks: list[list[int]], options: argparse.Namespace
+) -> dict[str, Any]:
     """Prompts of so many chunks, in turns."""
     row: dict[str, Any] = {"tokens": SYSTEM + len(chunks) * CHUNK + QUESTION, "chunks": len(chunks), "full": []}
     row |= {name: [] for name in options.selectors}
@@ -95,7 +95,7 @@ def one_length(engine: Any, system: list[int], chunks: list[list[int]], options:
         for name in ("full", *options.selectors):
             wish = None if name == "full" else {"blend": True, "share": SHARE, "spans": spans, "selector": name}
             drop_prefix_cache(engine)
-            time.sleep(REST_S)
+            wait_until_stored(address, 0.5)
             if number == 1 and name != "full":
                 before = counters(engine)
             seconds, answer = ask(engine, ids, wish, salt=f"{name}-{number}" if name == "full" else None)

@@ -116,17 +116,17 @@ def prompt(tokens: int, seed: int) -> list[int]:
     return [made.randrange(1000, 120_000) for _ in range(tokens)]
 
 
-def wait_until_stored(address: str) -> None:
+def wait_until_stored(address: str, quiet_s: float = 1.5) -> None:
     """Wait until what was computed is stored: the daemon has had no new block for a while; else for some seconds."""
     from kvstore import KVStoreClient
 
-    time.sleep(2.0)
+    time.sleep(quiet_s)
     if not address:
         return
     with KVStoreClient(address) as client:
         before, now = -1, 0
         while before != now:
-            time.sleep(1.5)
+            time.sleep(quiet_s)
             before, now = now, client.stats()["tiers"]["host"]["stored"]
 
 
