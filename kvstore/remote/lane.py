@@ -8,7 +8,8 @@ protocol (RESP 2) a lane understands what our commands are answered; anything el
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import socket
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 from redis.asyncio.connection import AbstractConnection
@@ -36,6 +37,9 @@ Room = memoryview | int
 _LINES = 1 << 14
 _SMALL = 1 << 16
 """Bytes of a string that no room was named for, and of an argument that is copied."""
+_SEND_BUFFER = 1 << 20
+"""Asked for on a Unix socket, where nothing makes it grow: a part is sent, and the next one prepared while the server
+takes it. The kernel gives what it allows."""
 _GLANCE = 256
 """Bytes in which the end of a line is looked for first: nearly always enough, and what follows is not copied."""
 _MOST_ITEMS = 1 << 16
@@ -82,15 +86,20 @@ class Lane(asyncio.BufferedProtocol):
         """Memory that the value is still to fill."""
         self._skip = 0
         """Bytes still to be passed over: a value's end, or a value that there is no room for."""
+        sock = self._transport.get_extra_info("socket")
+        if sock.family == socket.AF_UNIX:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
         self._transport.pause_reading()
         self._transport.set_protocol(self)
         self._transport.resume_reading()
 
-    async def exchange(self, commands: Sequence[Command], rooms: Sequence[Room] = ()) -> list[Any]:
+    async def exchange(self, commands: Iterable[Command], rooms: Sequence[Room] = ()) -> list[Any]:
         """Send commands and receive what each is answered; memory is in use until this returns or raises.
 
         Parameters
         ----------
+        commands : iterable of Command
+            A long value is on its way before the command behind it is asked for, which may take its time.
         rooms : sequence of Room
             For each command that is answered with a string; missing ones are small.
 
@@ -108,9 +117,11 @@ class Lane(asyncio.BufferedProtocol):
         if self.closed:
             raise ConnectionError("the connection is closed.")
         self._done = asyncio.get_running_loop().create_future()
-        self._rooms, self._replies = [*rooms, *[_SMALL] * (len(commands) - len(rooms))], []
+        self._replies = []
         try:
-            self._transport.writelines(pack(commands))
+            for count, pieces in pack(commands):
+                self._transport.writelines(pieces)
+                self._rooms = [*rooms, *[_SMALL] * (count - len(rooms))]
             replies = await self._done
             for reply in replies:
                 if isinstance(reply, RedisError):
@@ -245,11 +256,10 @@ class Lane(asyncio.BufferedProtocol):
             self._done.set_result(self._replies)
 
 
-def pack(commands: Sequence[Command]) -> list[bytes | memoryview]:
-    """Commands as they go over the wire; what is long is not copied."""
-    out: list[bytes | memoryview] = []
-    small = bytearray()
-    for command in commands:
+def pack(commands: Iterable[Command]) -> Iterator[tuple[int, list[bytes | memoryview]]]:
+    """Commands as they go over the wire, up to each long value, which is not copied, and with how many they are."""
+    small, count = bytearray(), 0
+    for count, command in enumerate(commands, 1):
         small += b"*%d\r\n" % len(command)
         for argument in command:
             value = argument if isinstance(argument, _BYTES) else str(argument).encode()
@@ -257,10 +267,10 @@ def pack(commands: Sequence[Command]) -> list[bytes | memoryview]:
             if len(value) < _SMALL:
                 small += value
             else:
-                out += [bytes(small), value]
+                yield count, [bytes(small), value]
                 small.clear()
             small += _END
-    return [*out, bytes(small)]
+    yield count, [bytes(small)]
 
 
 def _error(text: str) -> RedisError:

@@ -96,11 +96,13 @@ class Link:
         """The command that reads a value, of which not much more than `most` bytes are taken in whatever it holds."""
         return ("GETRANGE", name, 0, most) if self.is_cluster else ("GET", name)
 
-    async def exchange(self, commands: Sequence[Command], rooms: Sequence[Room] = ()) -> list[Any]:
+    async def exchange(self, commands: Iterable[Command], rooms: Sequence[Room] = ()) -> list[Any]:
         """What commands are answered, in order, as `Lane.exchange` has it; in a cluster in that of each node."""
-        return await self.ask(self._through_client(commands, rooms) if self.is_cluster else self._lane(commands, rooms))
+        if self.is_cluster:
+            return await self.ask(self._through_client(list(commands), rooms))
+        return await self.ask(self._lane(commands, rooms))
 
-    async def _lane(self, commands: Sequence[Command], rooms: Sequence[Room]) -> list[Any]:
+    async def _lane(self, commands: Iterable[Command], rooms: Sequence[Room]) -> list[Any]:
         lane = await self._free_lane()
         try:
             return await lane.exchange(commands, rooms)

@@ -1,10 +1,10 @@
 """A block as Redis values: one record that says all, and parts that hold the payload.
 
 Record, little-endian: magic, version, seal, 0, write id, length of the body, body (msgpack, with the sums of the
-parts), XXH3-64 of all before. The body names the block, so that a value under a wrong key is found out; a part's key
-carries the write id, so that the parts of two writers never mix. With a key everything is sealed with AES-256-GCM: the
-body as a whole, each part with its number and the write id; what Redis returns is then as trustworthy as the key is
-secret.
+parts, if they are in the clear), XXH3-64 of all before. The body names the block, so that a value under a wrong key is
+found out; a part's key carries the write id, so that the parts of two writers never mix. With a key everything is
+sealed with AES-256-GCM: the body as a whole, each part with its number and the write id; what Redis returns is then as
+trustworthy as the key is secret, and a part's tag, which nothing but its own bytes fits, is checked in place of a sum.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PART_BYTES = (1 << 20) - 4096
 MAX_RECORD = 4 << 20
 SEAL_BYTES = 12 + 16
 """What a seal adds: nonce and tag."""
-VERSION = 1
+VERSION = 2
 
 _MAGIC = b"KVSREDIS"
 _FIXED = struct.Struct("<8sBBHQI")
@@ -39,6 +39,7 @@ class Record(NamedTuple):
     nbytes: int
     header: BlockHeader
     sums: tuple[int, ...]
+    """Checksums of the parts; of sealed ones there are none."""
 
 
 class _Body(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -118,14 +119,14 @@ def span(number: int, nbytes: int) -> tuple[int, int]:
 
 
 def sum_of(part: bytes | memoryview) -> int:
-    """The checksum of a part, before it is sealed."""
+    """The checksum of a part in the clear."""
     return xxhash.xxh3_64_intdigest(part)
 
 
 def encode(
     block: BlockId, write: int, header: BlockHeader, nbytes: int, sums: Sequence[int], seal: Seal | None
 ) -> bytes:
-    """The record of a block whose parts have these checksums."""
+    """The record of a block whose parts have these checksums, or are sealed and have none."""
     packed = b"".join(map(_SUM.pack, sums))
     body = msgspec.msgpack.encode(_Body(block.scope.domain, block.scope.ns, block.key, nbytes, header, packed))
     if seal is not None:
@@ -165,7 +166,7 @@ def decode(block: BlockId, value: bytes, seal: Seal | None) -> Record:
         raise CorruptBlock(f"redis: a record cannot be read ({error}).") from None
     if (body.domain, body.ns, body.key) != (block.scope.domain, block.scope.ns, block.key):
         raise CorruptBlock("redis: a record is that of another block.")
-    if body.nbytes < 0 or len(body.sums) != 8 * part_count(body.nbytes):
+    if body.nbytes < 0 or len(body.sums) != (_SUM.size * part_count(body.nbytes) if seal is None else 0):
         raise CorruptBlock("redis: a record's sizes disagree.")
     return Record(write, body.nbytes, body.header, tuple(s for (s,) in _SUM.iter_unpack(body.sums)))
 
@@ -191,7 +192,7 @@ def open_part(
     if seal is not None:
         part = places[0] if len(places) == 1 else memoryview(bytearray(len(value) - SEAL_BYTES))
         seal.open_into(value, _about(block, record.write, number), part)
-    if sum_of(part) != record.sums[number]:
+    elif sum_of(part) != record.sums[number]:
         raise CorruptBlock("redis: a part's checksum is wrong.")
     at = 0
     for place in places if part is not places[0] else ():

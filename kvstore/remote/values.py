@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+import mmap
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 from kvstore.errors import CorruptBlock
@@ -43,8 +45,9 @@ class Values:
         self._names = names
         self._seal = seal
         self._ttl_s = ttl_s
-        self._spare: list[bytearray] = []
-        """Memory of sealed parts, used again: fresh pages take longer than the cipher."""
+        self._spare: list[mmap.mmap] = []
+        """Memory of sealed parts, used again: fresh pages take longer than the cipher. The kernel copies faster from
+        where a page begins."""
 
     def names(self, member: bytes, place: Place) -> list[str]:
         """Keys of all values of a block."""
@@ -74,7 +77,7 @@ class Values:
 
         async def read_some(numbers: range, leads: bool) -> None:
             wanted = [(number, self._places(number, place, into)) for number in numbers]
-            used: list[bytearray] = []
+            used: list[mmap.mmap] = []
             values = [self._landing(number, place, places, used) for number, places in wanted]
             commands = [self._link.getting(parts[number], rec.PART_BYTES + rec.SEAL_BYTES) for number in numbers]
             rooms: list[Room] = [*values]
@@ -117,19 +120,19 @@ class Values:
         """Where a part lies in a block's buffers."""
         return rec.cut(buffers, *rec.span(number, place.nbytes))
 
-    def _landing(self, number: int, place: Place, places: list[memoryview], used: list[bytearray]) -> memoryview:
+    def _landing(self, number: int, place: Place, places: list[memoryview], used: list[mmap.mmap]) -> memoryview:
         """Memory that the value of a part is received into: its place itself, if it comes as it is and in one piece."""
         if self._seal is None and len(places) == 1:
             return places[0]
         length = rec.span(number, place.nbytes)[1] + (0 if self._seal is None else rec.SEAL_BYTES)
         return self._borrow(used)[:length]
 
-    def _borrow(self, used: list[bytearray]) -> memoryview:
+    def _borrow(self, used: list[mmap.mmap]) -> memoryview:
         """Memory for the value of one part, noted in `used`."""
-        used.append(self._spare.pop() if self._spare else bytearray(rec.PART_BYTES + rec.SEAL_BYTES))
+        used.append(self._spare.pop() if self._spare else mmap.mmap(-1, rec.PART_BYTES + rec.SEAL_BYTES))
         return memoryview(used[-1])
 
-    def _give_back(self, used: list[bytearray]) -> None:
+    def _give_back(self, used: list[mmap.mmap]) -> None:
         """Keep borrowed memory for the next; not after a failure, when a connection may still hold it."""
         self._spare += used[: max(0, KEPT_PER_LANE * self._link.lanes - len(self._spare))]
 
@@ -174,26 +177,32 @@ class Values:
         What the command was answered.
         """
         parts, lanes = range(rec.part_count(place.nbytes)), self._lanes(place)
-        names, sums = self._names.parts(member, place), [0] * len(parts)
+        names, sums = self._names.parts(member, place), [0] * (len(parts) if self._seal is None else 0)
         last = parts if lanes == 1 and len(parts) <= AT_ONCE else range(0)
 
         def setting(name: str, value: bytes | memoryview) -> Command:
             return "SET", name, value, "EX", self._ttl_s
 
-        async def write_some(numbers: range, *behind: Command, finish: bool = False) -> list[Any]:
-            used: list[bytearray] = []
-            commands: list[Command] = []
+        def commands(numbers: range, used: list[mmap.mmap]) -> Iterator[Command]:
+            """What sets some parts. Each is summed or sealed when the one before it is on its way."""
             for number in numbers:
                 pieces = self._places(number, place, payload)
                 part = pieces[0] if len(pieces) == 1 else memoryview(b"".join(pieces))
-                sums[number] = rec.sum_of(part)
-                if self._seal is not None:
+                if self._seal is None:
+                    sums[number] = rec.sum_of(part)
+                else:
                     part = rec.close_part(block, place.write, number, part, self._seal, self._borrow(used))
-                commands.append(setting(names[number], part))
-            if finish:
-                record = rec.encode(block, place.write, header, place.nbytes, sums, self._seal)
-                commands += [setting(self._names.record(member), record), *behind]
-            replies = await self._link.exchange(commands)
+                yield setting(names[number], part)
+
+        def end(behind: Sequence[Command]) -> Iterator[Command]:
+            yield setting(
+                self._names.record(member), rec.encode(block, place.write, header, place.nbytes, sums, self._seal)
+            )
+            yield from behind
+
+        async def write_some(numbers: range, *behind: Command, finish: bool = False) -> list[Any]:
+            used: list[mmap.mmap] = []
+            replies = await self._link.exchange(chain(commands(numbers, used), end(behind) if finish else ()))
             self._give_back(used)
             return replies
 

@@ -114,7 +114,9 @@ async def test_memory_is_left_alone_once_a_call_is_cancelled() -> None:
 
 def test_long_arguments_are_not_copied() -> None:
     value = memoryview(BIG)
-    parts = pack([("SET", "é", value, "EX", 5), ("PING",)])
+    counts, pieces = zip(*pack([("SET", "é", value, "EX", 5), ("PING",)]), strict=True)
+    assert counts == (1, 2)
+    parts = [part for some in pieces for part in some]
     assert parts[1] is value
     assert b"".join(parts) == (
         b"*5\r\n$3\r\nSET\r\n$2\r\n\xc3\xa9\r\n$%d\r\n%b\r\n$2\r\nEX\r\n$1\r\n5\r\n*1\r\n$4\r\nPING\r\n"
