@@ -14,6 +14,7 @@ import torch
 from kvstore.errors import ConfigError
 from kvstore_connectors.blend.attention import attend
 from kvstore_connectors.blend.varlen import PAGE, Plan, attend_by_runs
+from kvstore_connectors.vllm.blend_paged import paged_attention
 from kvstore_connectors.vllm.blend_varlen import flash_varlen
 
 if TYPE_CHECKING:
@@ -70,7 +71,8 @@ class EngineModel:
         self.layers = len(self._layers)
         self.scale = float(attention.scaling)
         sample = next(self._inner.parameters())
-        self._varlen = flash_varlen(self._heads, self._kv_heads, self._dim, sample.dtype, sample.device)
+        kind = (self._heads, self._kv_heads, self._dim, sample.dtype, sample.device)
+        self._varlen, self._paged = flash_varlen(*kind), paged_attention(*kind)
         self._plan: tuple[Tensor, Plan] | None = None
 
     @property
@@ -109,6 +111,8 @@ class EngineModel:
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
         """See `Model.attend`; by the engine's own attention where it can be had."""
+        if keys.dtype == queries.dtype and self._paged is not None and len(positions):
+            return self._paged(queries, keys, values, positions, self.scale)
         if self._varlen is None or len(keys) % PAGE or keys.dtype != queries.dtype or not len(positions):
             return attend(queries, keys, values, positions, self.scale)
         if self._plan is None or self._plan[0] is not positions:  # the same rows pass one layer after the other

@@ -5,6 +5,7 @@ Everything that fails here ends as blocks that were not loaded: vLLM then comput
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 4 << 30
 """Memory that one prompt's KV may take while it is blended; longer prompts are computed."""
+
+KEPT_BYTES = 256 << 20
+"""Host memory for a prompt's KV that is kept for the next one."""
 
 
 class _Gathered(NamedTuple):
@@ -106,6 +110,7 @@ class Blender:
         self._controller = Controller()
         self._copies = torch.cuda.Stream(rows.device, priority=-1) if rows.device.type == "cuda" else None
         self._ended: list[Callable[[], None]] = []
+        self._kept = torch.empty(0, dtype=rows.dtype)
         self._token_bytes = 2 * rows.layers * rows.shape[0] * rows.shape[1] * rows.dtype.itemsize
 
     # -- blending ------------------------------------------------------------------------------------------------------
@@ -192,10 +197,7 @@ class Blender:
             self._tally.add("blend_too_long")
             return None
         rows = self._rows
-        # Zeros and not whatever was there: attention masks what is missing, but zero times NaN is NaN.
-        room = torch.zeros(
-            (rows.layers, 2, -(-count // PAGE) * PAGE, *rows.shape), dtype=rows.dtype, device=rows.device
-        )
+        room = self._zeros((rows.layers, 2, -(-count // PAGE) * PAGE, *rows.shape))
         cache = [LayerKV(keys, values) for keys, values in room]
         for layer, held in enumerate(cache if job.exact else ()):
             held.keys[: job.exact], held.values[: job.exact] = rows.read(layer, job.table, 0, job.exact)
@@ -204,6 +206,18 @@ class Blender:
             return None
         ids = torch.from_numpy(np.frombuffer(job.tokens, dtype="<i4").astype(np.int64))
         return _Gathered(Prompt(brought(ids, rows.device), tuple(load.spans), job.exact, ids), cache, load)
+
+    def _zeros(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """Zeros and not whatever was there: attention masks what is missing, but zero times NaN is NaN.
+
+        In host memory those of the prompt before, if they are enough: to touch new memory takes as long as the loading.
+        """
+        rows, count = self._rows, math.prod(shape)
+        if rows.device.type != "cpu" or count * rows.dtype.itemsize > KEPT_BYTES:
+            return torch.zeros(shape, dtype=rows.dtype, device=rows.device)
+        if len(self._kept) < count:
+            self._kept = torch.empty(count, dtype=rows.dtype)
+        return self._kept[:count].view(shape).zero_()
 
     def _repair(self, model: EngineModel, job: BlendJob, gathered: _Gathered) -> _Repaired:
         """Compute the tokens that need it, each layer when it has come."""
