@@ -125,7 +125,7 @@ async def test_a_hung_node_costs_its_timeout_and_comes_back(cluster: ValkeyClust
 async def test_a_replica_takes_the_place_of_a_node_that_died(tmp_path: Path) -> None:
     """Killed for good: the tier goes on without a restart, and what the replica has is right or a miss."""
     with ValkeyCluster(tmp_path, replicas=True) as cluster:
-        async with opened(cluster, "failover", timeout_s=0.5) as tier:
+        async with opened(cluster, "failover", timeout_s=2.0) as tier:
             blocks = [block_of(number) for number in range(12)]
             assert [await store(tier, block, MIB) for block in blocks] == [Stored()] * 12
             assert cluster.nodes[0].ask("WAIT 1 2000")
