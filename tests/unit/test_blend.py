@@ -20,6 +20,7 @@ from kvstore_connectors.blend.influence import Influences
 from kvstore_connectors.blend.llama import Llama
 from kvstore_connectors.blend.prompt import top
 from kvstore_connectors.blend.recompute import Pass, empty_cache, prefill
+from kvstore_connectors.blend.selectors import relay
 from kvstore_connectors.blend.selectors.focused import Focused, focused
 from kvstore_connectors.blend.selectors.planner import SELECTORS
 from kvstore_connectors.blend.selectors.question import read_question
@@ -170,7 +171,7 @@ def test_relay_repairs_false_sinks_before_it_reads(mode: str) -> None:
     prompt, cache = assemble(model, model.rotary, SYSTEM, captured(model, mode), QUESTION)
     work = Work(model, prompt, cache)
     steps = work.repair(SELECTORS["relay"], 0.5)
-    for _ in range(model.layers):
+    for _ in range(model.layers // 2):
         next(steps)
     sinks = [span.start for span in prompt.spans] if mode == "isolated" else []
     assert false_sinks(prompt).nonzero()[:, 0].tolist() == sinks
@@ -182,22 +183,76 @@ def test_relay_repairs_false_sinks_before_it_reads(mode: str) -> None:
     assert (count + len(QUESTION)) / prompt.reused <= work.cost <= (count + len(prompt.missing)) / prompt.reused
 
 
+def test_text_goes_on_where_the_last_chunk_is_looked_at() -> None:
+    model = tiny()
+    prompt, _ = assemble(model, model.rotary, SYSTEM, captured(model, "system"), QUESTION)
+    for span in prompt.spans:
+        looked = torch.full((len(prompt.ids),), 1e-3)
+        looked[span.start + 3] = 1
+        assert goes_on(prompt, looked) is (span is prompt.spans[-1])
+
+
 @pytest.mark.parametrize("lead", [0.0, 1.0])
-def test_relay_goes_by_words_where_something_is_asked(lead: float) -> None:
+@pytest.mark.parametrize("asked", [True, False])
+def test_relay_goes_by_words_where_something_is_asked(lead: float, asked: bool, monkeypatch: Any) -> None:
+    monkeypatch.setattr(relay, "goes_on", lambda *_: not asked)
+    model = tiny()
+    prompt, cache = assemble(model, model.rotary, SYSTEM, captured(model, "system"), QUESTION)
+    light = drained(SELECTORS["trail"].scores(Work(model, prompt, cache)))  # type: ignore[attr-defined]
+    count = int(0.3 * prompt.reused + 0.5)
+    by_words = top(light.masked_fill(~prompt.repairable, -torch.inf), count)
+    _, work = repaired(model, "system", Relay(lead=lead), 0.3)
+    chosen = (work.changed & prompt.repairable).nonzero()[:, 0]
+    assert len(chosen) == count
+    assert (chosen.tolist() == by_words.tolist()) is (asked and lead == 1.0)
+
+
+def test_relay_reads_the_upper_layers_with_what_words_lead_to_repaired(monkeypatch: Any) -> None:
+    """What goes by words is caught up with below and read above; all that is missing is right at the end."""
+    monkeypatch.setattr(relay, "goes_on", lambda *_: False)
+    model = tiny()
+    prompt, cache = assemble(model, model.rotary, SYSTEM, captured(model, "system"), QUESTION)
+    passes: list[tuple[range, int]] = []
+
+    class Seen(Work):
+        def steps(self, rows: Any, **how: Any) -> Iterator[int]:
+            passes.append((how.get("layers") or range(model.layers), len(rows)))
+            return super().steps(rows, **how)
+
+    work = Seen(model, prompt, cache)
+    for _ in work.repair(Relay(lead=0.5), 0.4):
+        pass
+    half, missing = model.layers // 2, len(prompt.missing)
+    words = passes[1][1]
+    assert [one for one, _ in passes] == [range(half), range(half), range(half, model.layers), range(model.layers)]
+    assert [rows for _, rows in passes[:3]] == [missing, words, missing + words]
+    # The words' rows are as one pass would have left them: what is read in between stands before or behind them.
+    again, other = assemble(model, model.rotary, SYSTEM, captured(model, "system"), QUESTION)
+    light = drained(SELECTORS["trail"].scores(Work(model, again, other)))  # type: ignore[attr-defined]
+    by_words = top(light.masked_fill(~prompt.repairable, -torch.inf), words)
+    Pass(model, again.ids, other, torch.cat([by_words, again.missing]).unique()).run()
+    for mine, theirs in zip(cache, other, strict=True):
+        torch.testing.assert_close(mine.keys[by_words], theirs.keys[by_words], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(mine.values[by_words], theirs.values[by_words], rtol=1e-5, atol=1e-5)
+
+
+def test_relay_repairs_words_behind_the_reading_where_only_all_layers_show_that_something_is_asked(
+    monkeypatch: Any,
+) -> None:
+    answers = iter([True, False])
+    monkeypatch.setattr(relay, "goes_on", lambda *_: next(answers))
     model = tiny()
     prompt, cache = assemble(model, model.rotary, SYSTEM, captured(model, "system"), QUESTION)
     work = Work(model, prompt, cache)
-    count = int(0.3 * prompt.reused + 0.5)
-    for asked in (True, False):
-        looked = torch.zeros(len(prompt.ids))
-        looked[prompt.spans[1 if asked else 2].start + 3] = 1
-        assert goes_on(prompt, looked) is not asked
-        light = drained(SELECTORS["trail"].scores(work))  # type: ignore[attr-defined]
-        chosen = Relay(lead=lead)._chosen(prompt, light, looked, prompt.repairable.clone(), count)
-        assert len(chosen.unique()) == len(chosen) == count
-        by_words = top(light.masked_fill(~prompt.repairable, -torch.inf), int(lead * count + 0.5))
-        assert not asked or set(by_words.tolist()) <= set(chosen.tolist())
-        assert lead == asked or int(looked.argmax()) in chosen
+    steps = work.repair(Relay(lead=1.0), 0.3)
+    for _ in range(model.layers):
+        next(steps)
+    assert not (work.changed & prompt.repairable).any()
+    for _ in steps:
+        pass
+    light = drained(SELECTORS["trail"].scores(Work(model, prompt, cache)))  # type: ignore[attr-defined]
+    by_words = top(light.masked_fill(~prompt.repairable, -torch.inf), int(0.3 * prompt.reused + 0.5))
+    assert (work.changed & prompt.repairable).nonzero()[:, 0].tolist() == by_words.tolist()
 
 
 def test_relay_prefers_what_has_not_been_seen() -> None:

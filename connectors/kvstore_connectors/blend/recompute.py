@@ -44,10 +44,14 @@ class Pass:
     ----------
     rows : Tensor
         Sorted positions still active; fewer at the end where ``narrow`` dropped some.
+    begun : Tensor, optional
+        Hidden states of ``rows`` where the pass begins, if that is not at their embeddings.
     hidden : Tensor
         Hidden states of ``rows`` behind the layers passed so far.
     token_layers : int
         Rows computed, summed over layers: the work done.
+    kv_only : bool
+        Nobody reads the hidden states behind the last layer: it ends at its keys and values.
     """
 
     model: Model
@@ -57,18 +61,20 @@ class Pass:
     narrow: Narrow | None = None
     watch: Watch | None = None
     wait_layer: Callable[[int], None] | None = None
+    begun: Tensor | None = None
     token_layers: int = 0
+    kv_only: bool = False
 
     def __post_init__(self) -> None:
-        self.hidden = self.model.embed(self.ids[self.rows])
+        self.hidden = self.model.embed(self.ids[self.rows]) if self.begun is None else self.begun
 
-    def steps(self, layers: int | None = None) -> Iterator[int]:
-        """Repair one layer after the other, ``layers`` of them; yields each layer when its rows are written.
+    def steps(self, layers: range | None = None) -> Iterator[int]:
+        """Repair one layer after the other, these or all; yields each layer when its rows are written.
 
         `wait_layer` is called before a layer's cached rows are read and returns once they have come; what it raises
         ends the pass, with the layers from there on untouched.
         """
-        for layer in range(self.model.layers if layers is None else layers):
+        for layer in range(self.model.layers) if layers is None else layers:
             if self.wait_layer is not None:
                 self.wait_layer(layer)
             self._layer(layer)
@@ -96,6 +102,8 @@ class Pass:
         queries = self.model.rope(layer, queries, self.rows)
         if self.watch is not None:
             self.watch(layer, self.rows, queries, held.keys)
+        if self.kv_only and layer == self.model.layers - 1:
+            return
         out = self.model.attend(layer, queries, held.keys, held.values, self.rows)
         self.hidden = self.model.post(layer, self.hidden, out)
 

@@ -48,11 +48,13 @@ class Work:
         Written in place; half repaired if a pass raises.
     wait_layer : callable, optional
         Called with a layer before it is first read.
+    kv_only : bool
+        Only the cache is wanted, not what is behind the last layer: `hidden` is not computed to the end.
 
     Attributes
     ----------
     rows, hidden : Tensor
-        Positions that the last pass computed to the end, and their hidden states behind the last layer.
+        Positions that the last pass computed to the end, and their hidden states behind its last layer.
     changed : Tensor
         Mask ``[n]`` of rows that any pass wrote.
     token_layers : int
@@ -62,10 +64,16 @@ class Work:
     """
 
     def __init__(
-        self, model: Model, prompt: Prompt, cache: Cache, wait_layer: Callable[[int], None] | None = None
+        self,
+        model: Model,
+        prompt: Prompt,
+        cache: Cache,
+        wait_layer: Callable[[int], None] | None = None,
+        *,
+        kv_only: bool = False,
     ) -> None:
         self.model, self.prompt, self.cache = model, prompt, cache
-        self._wait_layer = wait_layer
+        self._wait_layer, self._kv_only = wait_layer, kv_only
         self._loaded = 0
         self.rows = prompt.missing
         self.hidden = model.embed(prompt.ids[:0])
@@ -90,10 +98,20 @@ class Work:
             yield from selector.repair(self, count)
 
     def steps(
-        self, rows: Tensor, *, narrow: Narrow | None = None, watch: Watch | None = None, layers: int | None = None
+        self,
+        rows: Tensor,
+        *,
+        narrow: Narrow | None = None,
+        watch: Watch | None = None,
+        layers: range | None = None,
+        hidden: Tensor | None = None,
     ) -> Iterator[int]:
-        """One pass over these rows, through the first ``layers`` or all; yields once a layer."""
-        one = Pass(self.model, self.prompt.ids, self.cache, rows, narrow, watch, self._wait)
+        """One pass over these rows, through these layers or all; yields once a layer.
+
+        It begins at the rows' embeddings, or with their hidden states, if it goes on where others ended.
+        """
+        one = Pass(self.model, self.prompt.ids, self.cache, rows, narrow, watch, self._wait, hidden)
+        one.kv_only = self._kv_only
         self.changed[rows] = True
         before = 0
         for layer in one.steps(layers):
@@ -106,10 +124,10 @@ class Work:
         """These rows and the missing ones, sorted."""
         return torch.cat([rows, self.prompt.missing]).unique()
 
-    def with_later(self, rows: Tensor) -> Tensor:
-        """These rows and the missing ones behind the first of them, sorted: those before see no change."""
+    def with_later(self, rows: Tensor, changed: Tensor) -> Tensor:
+        """These rows and the missing ones behind the first of the changed, sorted: those before see no change."""
         missing = self.prompt.missing
-        return torch.cat([rows, missing[missing > rows.min()]]).unique()
+        return torch.cat([rows, missing[missing > changed.min()]]).unique()
 
     def all_rows(self) -> Tensor:
         """The missing rows and all that may need repair, sorted."""

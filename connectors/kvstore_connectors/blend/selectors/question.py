@@ -93,9 +93,10 @@ class Reading:
         products = scores(queries[-self._asked :], keys, rows[-self._asked :], self._model.scale, first)
         self._seen[layer] = self._measure(products.softmax(-1), self._cache[layer].values[: self._tokens])
 
-    def scores(self) -> Tensor:
-        """The measure of every position ``[n]``, summed over layers."""
-        return self._model.total(self._seen, self._how).sum(0)
+    def scores(self, layers: range | None = None) -> Tensor:
+        """The measure of every position ``[n]``, summed over these layers, or all that were seen."""
+        seen = self._seen if layers is None else self._seen[layers.start : layers.stop]
+        return self._model.total(seen, self._how).sum(0)
 
 
 def read_question(work: Work, by: By) -> Iterator[int]:

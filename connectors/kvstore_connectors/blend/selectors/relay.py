@@ -9,9 +9,13 @@ Three hints, none of which computes anything over the chunks, are put together.
   chunk repaired: that one is a sink only because it stood first, and all of these together would draw half of it.
 - What a token has not seen (`unseen`): where attention and ignorance meet, reuse hurts.
 
-The three are multiplied. Who asks something looks for it in all chunks, and then two thirds of the budget go by words
-alone before. Text that goes on looks at what is right before it: where the last chunk has most of the attention, all
-goes by the product.
+The three are multiplied. Who asks something looks for it in all chunks, and then most of the budget goes by words alone
+before. Text that goes on looks at what is right before it: where the last chunk has most of the attention, all goes by
+the product.
+
+Which of the two it is shows in the middle layers, as a rule. There the question stops, and what goes by words catches
+up with it; so most of the work is done while layers are still loading, and the question reads the rest with these
+repaired. If only all layers show that something is asked, all is repaired behind them.
 
 A fact of which one half is repaired can be worse than one of which nothing is, so a token asked for also counts by
 those around. Reading costs the question's tokens once more, and nothing else.
@@ -54,7 +58,7 @@ class Relay:
     """
 
     name: str = "relay"
-    lead: float = 2 / 3
+    lead: float = 0.8
     light: float = 10.0
 
     @property
@@ -64,30 +68,51 @@ class Relay:
 
     def repair(self, work: Work, count: int) -> Iterator[int]:
         light = yield from Trail().scores(work)
-        first = false_sinks(work.prompt).nonzero()[:, 0][:count]
-        reading = Reading(work, "value")
-        yield from work.steps(work.with_missing(first), watch=reading)
-        left = work.prompt.repairable.clone()
-        left[first] = False
-        rows = self._chosen(work.prompt, light, reading.scores(), left, count - len(first))
-        if len(rows):
-            yield from work.steps(work.with_later(rows))
-
-    def _chosen(self, prompt: Prompt, light: Tensor, looked: Tensor, left: Tensor, count: int) -> Tensor:
-        """Positions to repair, of those that are left."""
-        needed = (looked * unseen(prompt) * (1 + self.light * light.clamp(min=0))).sqrt()
-        if goes_on(prompt, looked):
-            return top(needed.masked_fill(~left, -torch.inf), count)
+        prompt, layers = work.prompt, work.model.layers
+        lower, upper = range(layers // 2), range(layers // 2, layers)
+        sinks = false_sinks(prompt).nonzero()[:, 0][:count]
+        left = prompt.repairable.clone()
+        left[sinks] = False
+        count -= len(sinks)
         words = top(light.masked_fill(~left, -torch.inf), int(self.lead * count + 0.5))
+
+        rows, reading = work.with_missing(sinks), Reading(work, "value")
+        yield from work.steps(rows, watch=reading, layers=lower)
+        hidden = work.hidden
+        early = len(words) > 0 and not goes_on(prompt, reading.scores(lower[len(lower) * 2 // 3 :]))
+        if early:
+            yield from work.steps(words, layers=lower)
+            rows, hidden = together(rows, hidden, words, work.hidden)
+        yield from work.steps(rows, hidden=hidden, watch=reading, layers=upper)
+
+        looked = reading.scores()
+        asked = early or not goes_on(prompt, looked)
+        words = words if asked else words[:0]
         left[words] = False
-        needed += avg_pool1d(needed[None], 2 * NEAR + 1, 1, NEAR, count_include_pad=False)[0] / 2
-        return torch.cat([words, top(needed.masked_fill(~left, -torch.inf), count - len(words))])
+        needed = self._needed(prompt, light, looked, asked)
+        found = top(needed.masked_fill(~left, -torch.inf), count - len(words))
+        changed = torch.cat([words, found])
+        if len(changed):
+            yield from work.steps(work.with_later(found if early else changed, changed))
+
+    def _needed(self, prompt: Prompt, light: Tensor, looked: Tensor, asked: bool) -> Tensor:
+        """How much each position asks for repair."""
+        needed = (looked * unseen(prompt) * (1 + self.light * light.clamp(min=0))).sqrt()
+        if asked:
+            needed += avg_pool1d(needed[None], 2 * NEAR + 1, 1, NEAR, count_include_pad=False)[0] / 2
+        return needed
 
 
 def goes_on(prompt: Prompt, looked: Tensor) -> bool:
     """Whether the question is text that goes on: most of what it looks at in the chunks is in the last one."""
     last = prompt.spans[-1]
     return bool(looked[last.start : last.stop].sum() > looked[prompt.spans[0].start : last.stop].sum() / 2)
+
+
+def together(rows: Tensor, hidden: Tensor, others: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
+    """Two sets of rows as one, sorted, with their hidden states."""
+    both, order = torch.cat([rows, others]).sort()
+    return both, torch.cat([hidden, theirs])[order]
 
 
 def false_sinks(prompt: Prompt) -> Tensor:
