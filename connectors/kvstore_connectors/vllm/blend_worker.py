@@ -224,7 +224,7 @@ class Blender:
         prompt, cache, load = gathered
         share = self._share(model, job, prompt, cache)
         begun = Moment(self._rows.device)
-        work = Work(model, prompt, cache, load.wait)
+        work = Work(model, prompt, cache, load.wait, kv_only=True)
         for _ in work.repair(selector_for(job.selector, prompt), share):
             pass
         return _Repaired(work, begun, Moment(self._rows.device))
