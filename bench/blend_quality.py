@@ -232,7 +232,7 @@ def main() -> None:
     parser.add_argument("--from-lines", action="store_true", help="measure nothing: take what --lines has")
     parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS, help="kinds of questions (default all)")
     parser.add_argument("--append", action="store_true", help="keep the runs that the file has")
-    parser.add_argument("--plot", type=Path, help="measure nothing: draw the natural text of the first run in --out")
+    parser.add_argument("--plot", type=Path, help="measure nothing: draw the natural text in --out")
     parser.add_argument("--shard", help=argparse.SUPPRESS)
     parser.add_argument("--out", default="bench/results/blend_quality.json")
     options = parser.parse_args()
@@ -275,12 +275,13 @@ def save(run: dict[str, Any], path: Path, *, earlier: bool) -> None:
 
 
 def draw(path: Path, svg: Path) -> None:
-    """Plot the natural text of the first run in a file: divergence over what was computed, by capture."""
-    run = json.loads(path.read_text())["runs"][0]
+    """Plot the natural text in a file: divergence over what was computed, by capture, as the last run has it."""
+    found = [row for run in json.loads(path.read_text())["runs"] for row in run["rows"] if row["kind"] == "natural"]
+    last = {(row["capture"], row["selector"]): row for row in found}
     rows = [
-        SimpleNamespace(capture=row["capture"], selector=row["selector"], kl=row["kl"], computed=row["cost"])
-        for row in run["rows"]
-        if row["kind"] == "natural" and row["capture"] and row["selector"] in DRAWN
+        SimpleNamespace(capture=capture, selector=selector, kl=row["kl"], computed=row["cost"])
+        for (capture, selector), row in last.items()
+        if capture and selector in DRAWN
     ]
     svg.write_text(blend_plot.svg(rows, "natural text"))
 
