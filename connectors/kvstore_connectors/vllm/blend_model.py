@@ -103,9 +103,9 @@ class EngineModel:
         return q, k, v.reshape(-1, self._kv_heads, self._dim)
 
     def rope(self, layer: int, rows: Tensor, positions: Tensor) -> Tensor:
-        """See `Model.rope`; with the engine's own table, on a device by its kernel and in place."""
+        """See `Model.rope`; with the engine's own table, by its kernel and in place."""
         rotation = self._layers[layer].self_attn.rotary_emb
-        turn = rotation.forward_cuda if rows.is_cuda else rotation.forward_native
+        turn = rotation.forward_cuda if rows.is_cuda else rotation.forward_cpu
         turned, _ = turn(positions, rows.flatten(1), None)
         return turned.view(rows.shape)
 
