@@ -120,6 +120,8 @@ class Blocks:
             values = () if self._link.is_cluster else self._values.names(member, place)
             tell = self._index.command(ix.COMMIT, member, place.pack(), used, values=values)
             told = await self._values.write(known, member, place, header, payload, tell)
+            if not told:  # values that went elsewhere are one reason: to the server that the address led to before
+                await self._link.renew()
             if not told or not self._wanted[block]:
                 await self.remove([block], place)
                 return Dropped(DropReason.ABORTED)

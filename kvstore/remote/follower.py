@@ -9,6 +9,8 @@ import os
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, cast
 
+from redis.exceptions import ReadOnlyError
+
 from kvstore.remote import index as ix
 from kvstore.remote.lane import Command
 from kvstore.remote.link import FAILURES, Link
@@ -43,8 +45,12 @@ class Follower:
         self.mirror = ix.Mirror()
         self.about: dict[Scope, bytes] = {}
         self.closed = False
+        self.forgotten = 0
+        """Blocks that were known and were not there any more when the index was read again."""
         self.meanwhile: Callable[[], Awaitable[None]] = _nothing
         """What else is to be told to Redis after each look at the log."""
+        self._described: set[Scope] = set()
+        """Scopes whose text the server has."""
         self._link = link
         self._names = names
         self._own_domain = own_domain
@@ -83,16 +89,26 @@ class Follower:
         wait_s = 0.1
         while not self.closed:
             try:
+                age = self._link.age
                 at, number = await self._read_index()
                 self._link.error, wait_s = "", 0.1
                 self._synced.set()
-                while at and not self.closed:
+                while at and not self.closed and age == self._link.age:
                     at, number = await self._read_log(at, number)
-                    await self.meanwhile()
+                    await self._tell()
             except FAILURES as error:
                 self._failed(error)
+                await self._link.renew()
                 await asyncio.sleep(wait_s)
                 wait_s = min(5.0, 2 * wait_s)
+            await self._link.quietly(self._link.reconnect())
+
+    async def _tell(self) -> None:
+        """Tell what is to be told. A replica, which does not take it, still answers who reads."""
+        try:
+            await self.meanwhile()
+        except ReadOnlyError as error:
+            self._link.note(error)
 
     def _failed(self, error: BaseException) -> None:
         connected = self._synced.is_set() or not self._link.error
@@ -115,14 +131,16 @@ class Follower:
                     mirror.add(block, place)
             if not int(cursor):
                 break
-        about = await ask(client.hgetall(self._names.about))
+        about, described = await ask(client.hgetall(self._names.about)), set[Scope]()
         for member, text in about.items():
             block = self.block(member + bytes(32))
             if block is not None and len(text) <= MAX_TEXT:
                 self.about[block.scope] = text
+                described.add(block.scope)
         # What we ourselves changed while this was read may be missing from it: so far the log counts for that, too.
         self._heed_own = int(await ask(client.get(self._names.seq)) or 0)
-        self.mirror = mirror
+        self.forgotten += sum(mirror.find(block) is None for block in self.mirror.blocks())
+        self.mirror, self._described = mirror, described
         return (last[0][0], int(last[0][1][b"n"])) if last else (b"0-0", number)
 
     async def _read_log(self, at: bytes, number: int) -> tuple[bytes, int]:
@@ -181,9 +199,14 @@ class Follower:
 
     async def describe(self, scope: Scope, text: bytes) -> None:
         """Keep a short text beside the blocks of a scope."""
-        if not self.connected or self.about.get(scope) == text or not 0 < len(text) <= MAX_TEXT:
+        known = scope in self._described and self.about.get(scope) == text
+        if not self.connected or known or not 0 < len(text) <= MAX_TEXT:
             return
         self.about[scope] = text
-        member = cast("Any", self.member(BlockId(scope, b"")))
-        with contextlib.suppress(*FAILURES):
-            await self._link.ask(self._link.client.hset(self._names.about, key=member, value=cast("Any", text)))
+        self._described.add(scope)
+        try:
+            member = self.member(BlockId(scope, b""))
+            await self._link.exchange([("HSET", self._names.about, member, text)])
+        except FAILURES as error:
+            self._link.note(error)
+            self._described.discard(scope)  # to be told again

@@ -9,6 +9,7 @@ yet is a miss, one that is gone already is a miss when it is read.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from kvstore.remote.record import part_count
@@ -203,6 +204,10 @@ class Mirror:
     def find(self, block: BlockId) -> Place | None:
         """What is known of a block."""
         return self.scopes.get(block.scope, {}).get(block.key)
+
+    def blocks(self) -> Iterator[BlockId]:
+        """All that are known."""
+        return (BlockId(scope, key) for scope, keys in self.scopes.items() for key in keys)
 
     def add(self, block: BlockId, place: Place) -> None:
         """A block is there, in place of what was known of it before."""

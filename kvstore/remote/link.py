@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Coroutine, Iterable, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -18,6 +19,7 @@ from redis.exceptions import (
     InvalidResponse,
     NoPermissionError,
     OutOfMemoryError,
+    ReadOnlyError,
     RedisError,
     ResponseError,
 )
@@ -31,6 +33,10 @@ _LIES = (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionE
 """What a reply of another shape than was asked for ends in: no server of ours."""
 FAILURES = (RedisError, OSError, TimeoutError, asyncio.TimeoutError, *_LIES)
 """What a command can end in that is the server's fault, or the network's."""
+
+
+RENEW_S = 5.0
+"""Connections are given up for newer ones at most so often."""
 
 
 class Exhausted(RedisError):
@@ -55,6 +61,11 @@ class Link:
     ------
     ConfigError
         If the URL cannot be used.
+
+    Attributes
+    ----------
+    age : int
+        How often all connections have been given up for newer ones.
     """
 
     def __init__(self, url: str, cluster: bool, lanes: int, timeout_s: float) -> None:
@@ -67,6 +78,8 @@ class Link:
             else redis.ConnectionPool.from_url(url, protocol=2, retry=Retry(NoBackoff(), 0), **_limits(timeout_s))
         )
         self._idle: list[Lane] = []
+        self.age = 0
+        self._renewed = -RENEW_S
         self.error = "not started"
         self.failures: dict[str, int] = {}
         self._free = asyncio.Semaphore(2 * lanes + 3)  # and one connection follows the log
@@ -100,14 +113,36 @@ class Link:
         """What commands are answered, in order, as `Lane.exchange` has it; in a cluster in that of each node."""
         if self.is_cluster:
             return await self.ask(self._through_client(list(commands), rooms))
-        return await self.ask(self._lane(commands, rooms))
+        try:
+            return await self.ask(self._lane(commands, rooms))
+        except ReadOnlyError:
+            await self.renew()
+            raise
+
+    async def renew(self) -> None:
+        """Give up all connections, those in use when they are done: the address may lead to another server by now.
+
+        A primary that became a replica keeps its connections, and refuses every write on them. In a cluster the library
+        looks where a key is.
+        """
+        if self.is_cluster or time.monotonic() < self._renewed + RENEW_S:
+            return
+        self._renewed = time.monotonic()
+        self.age += 1
+        while self._idle:
+            await self._idle.pop().end()
+
+    async def reconnect(self) -> None:
+        """Have the client library connect anew; nobody is waiting for it."""
+        if not self.is_cluster:
+            await cast("redis.Redis", self.client).connection_pool.disconnect()
 
     async def _lane(self, commands: Iterable[Command], rooms: Sequence[Room]) -> list[Any]:
-        lane = await self._free_lane()
+        age, lane = self.age, await self._free_lane()
         try:
             return await lane.exchange(commands, rooms)
         finally:
-            if lane.closed:
+            if lane.closed or age != self.age:
                 await lane.end()
             else:
                 self._idle.append(lane)
@@ -180,6 +215,8 @@ def kind_of(error: BaseException) -> tuple[str, str]:
         return "slow", "does not answer in time"
     if isinstance(error, OutOfMemoryError) or (isinstance(error, ResponseError) and "OOM" in str(error)):
         return "full", "has no memory left"
+    if isinstance(error, ReadOnlyError):
+        return "readonly", "is a replica, which takes no writes"
     if isinstance(error, (InvalidResponse, *_LIES)):
         return "garbage", "answers what was not asked"
     if isinstance(error, ResponseError):

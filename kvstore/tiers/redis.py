@@ -142,11 +142,12 @@ class RedisTier(Tier):
         return {scope: (len(blocks), sum(place.cost for place in blocks.values())) for scope, blocks in held}
 
     def describe_state(self) -> dict[str, Any]:
-        """Whether it is connected, and if not why; failures since start by kind."""
+        """Whether it is connected, and if not why; since start failures by kind, and blocks that a server forgot."""
         return {
             "connected": self._index.connected,
             "last_error": self._link.error,
             "failures": dict(self._link.failures),
+            "forgotten": self._index.forgotten,
             "sealed": self._seal is not None,
         }
 
@@ -295,7 +296,7 @@ class RedisTier(Tier):
     async def check(self, fix: bool = False) -> list[Finding]:
         """Read and verify every block that the index names."""
         findings: list[Finding] = []
-        for block in [BlockId(scope, key) for scope, keys in self._index.mirror.scopes.items() for key in keys]:
+        for block in list(self._index.mirror.blocks()):
             place = self._find(block)
             if place is None or self._blocks.writing(block):
                 continue
