@@ -9,11 +9,9 @@ import os
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, cast
 
-from redis.exceptions import ReadOnlyError
-
 from kvstore.remote import index as ix
 from kvstore.remote.lane import Command
-from kvstore.remote.link import FAILURES, Link
+from kvstore.remote.link import FAILURES, Link, kind_of
 from kvstore.types import BlockId, Scope
 
 log = logging.getLogger("kvstore.redis")
@@ -107,7 +105,9 @@ class Follower:
         """Tell what is to be told. A replica, which does not take it, still answers who reads."""
         try:
             await self.meanwhile()
-        except ReadOnlyError as error:
+        except FAILURES as error:
+            if kind_of(error)[0] != "readonly":
+                raise
             self._link.note(error)
 
     def _failed(self, error: BaseException) -> None:
