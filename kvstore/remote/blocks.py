@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Coroutine, Iterable, Sequence
 from typing import Any
 
@@ -18,6 +19,9 @@ from kvstore.remote.link import FAILURES, Link, kind_of
 from kvstore.remote.uses import Uses
 from kvstore.remote.values import Values
 from kvstore.types import BlockHeader, BlockId, Dropped, DropReason, Exists, Scope, Stored, StoreOutcome
+
+LIMITED_S = 60.0
+"""How long less is kept than the budget allows, once the server had no memory for that."""
 
 
 class Blocks:
@@ -59,9 +63,20 @@ class Blocks:
         self._capacity = capacity
         self._ttl_s = ttl_s
         self.evicted = 0
+        self._limit, self._limited_until = capacity, 0.0
         self._wanted: dict[BlockId, bool] = {}
         """Blocks that are being written, and whether they still are to be there afterwards."""
         self._tasks: set[asyncio.Task[Any]] = set()
+
+    @property
+    def capacity(self) -> int:
+        """Bytes that the deployment keeps: the budget, or less, if the server has no memory for as much."""
+        return self._limit if time.monotonic() < self._limited_until else self._capacity
+
+    def _found_full(self, cost: int) -> None:
+        """The server had no memory for a block of this cost: from now on old blocks leave for new ones."""
+        self._limit = max(0, min(self.capacity, self._index.mirror.used) - cost)
+        self._limited_until = time.monotonic() + LIMITED_S
 
     def writing(self, block: BlockId) -> bool:
         """Whether a block is being written now; it is not found meanwhile."""
@@ -111,7 +126,7 @@ class Blocks:
         known, member = self._index.known(block), self._index.member(block)
         place = ix.Place(ix.cost_of(nbytes), nbytes, rec.new_write())
         try:
-            room = member, place.cost, self._capacity, place.pack(), self._ttl_s, ix.WRITING_S
+            room = member, place.cost, self.capacity, place.pack(), self._ttl_s, ix.WRITING_S
             reply = await self._index.script(ix.RESERVE, *room)
             if reply[0] != b"room":
                 return Exists() if reply[0] == b"exists" else Dropped(DropReason.TIER_FULL)
@@ -125,8 +140,10 @@ class Blocks:
             if not told or not self._wanted[block]:
                 await self.remove([block], place)
                 return Dropped(DropReason.ABORTED)
-        except FAILURES:
+        except FAILURES as error:
             self._index.mirror.remove(block, place.write)
+            if kind_of(error)[0] == "full":
+                self._found_full(place.cost)
             await self._link.quietly(self.remove([block], place))
             raise
         if durable and not await self.synced_to_disk():

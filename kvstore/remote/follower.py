@@ -102,11 +102,11 @@ class Follower:
             await self._link.quietly(self._link.reconnect())
 
     async def _tell(self) -> None:
-        """Tell what is to be told. A replica, which does not take it, still answers who reads."""
+        """Tell what is to be told. A server that is full, or a replica, takes nothing, and still answers who reads."""
         try:
             await self.meanwhile()
         except FAILURES as error:
-            if kind_of(error)[0] != "readonly":
+            if kind_of(error)[0] not in ("readonly", "full"):
                 raise
             self._link.note(error)
 

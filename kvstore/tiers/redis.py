@@ -133,8 +133,8 @@ class RedisTier(Tier):
         return None if place is None or self._blocks.writing(block) else place.nbytes
 
     def usage(self) -> Usage:
-        """Bytes and blocks of the whole deployment."""
-        return Usage(self._capacity, self._index.mirror.used, self._index.mirror.count)
+        """Bytes and blocks of the whole deployment; the capacity is less than the budget while the server is full."""
+        return Usage(self._blocks.capacity, self._index.mirror.used, self._index.mirror.count)
 
     def scopes(self) -> dict[Scope, tuple[int, int]]:
         """(blocks, bytes of the budget) of each scope."""
