@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvstore.errors import ConfigError
 from kvstore_connectors.blend import Capture, LayerKV, Prompt, Selector, Span, Work, movable, move, planner
-from kvstore_connectors.blend.attention import attend, runs, scores, segment_masses
+from kvstore_connectors.blend.attention import attend, column_sums, runs, scores, segment_masses
 from kvstore_connectors.blend.capture import Chunk, assemble, capture
 from kvstore_connectors.blend.influence import Influences
 from kvstore_connectors.blend.llama import Llama
@@ -533,6 +533,9 @@ class Shard:
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
         return attend(queries, keys, values, positions, self.scale)
+
+    def looked_at(self, queries: Tensor, keys: Tensor, tokens: int) -> Tensor:
+        return column_sums(queries, keys[:tokens], self.scale)
 
     def post(self, layer: int, hidden: Tensor, attended: Tensor) -> Tensor:
         return self._model.post(layer, hidden, torch.cat(self._meeting.all(self._rank, attended), 1))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore_connectors.blend import varlen as module
-from kvstore_connectors.blend.attention import attend, scores
-from kvstore_connectors.blend.varlen import PAGE, Plan, attend_by_runs
+from kvstore_connectors.blend.attention import attend, column_sums, scores
+from kvstore_connectors.blend.varlen import PAGE, Plan, Sequences, attend_by_runs, looked_at_by_kernel
 
 HEADS, KV_HEADS, DIM, SCALE = 4, 2, 8, 0.35
 
@@ -29,7 +30,7 @@ def paged(queries, keys, values, sequences, scale, *, causal):
         at = torch.arange(seen - count, seen) if causal else torch.full((count,), seen - 1)
         table = scores(queries[begin:end], k, at, scale)
         mass[:, begin:end] = table.logsumexp(-1)
-        repeated = v.repeat_interleave(HEADS // KV_HEADS, 1)
+        repeated = v.repeat_interleave(HEADS // KV_HEADS, 1).float()
         out[begin:end] = torch.einsum("hqk,khd->qhd", table.softmax(-1), repeated)
     return out, mass
 
@@ -74,3 +75,17 @@ def test_a_prompt_from_its_first_token_on_needs_one_call() -> None:
     plan = Plan.of(torch.arange(60))
     assert plan.before is None
     assert plan.alone == 60
+
+
+@pytest.mark.parametrize(("tokens", "asked"), [(700, 40), (16, 16), (513, 1)])
+def test_where_the_last_queries_look(tokens: int, asked: int) -> None:
+    room = -(-tokens // PAGE) * PAGE
+    queries = torch.randn(asked, HEADS, 64).bfloat16()
+    keys = torch.randn(room, KV_HEADS, 64).bfloat16()
+    keys[tokens:] = torch.nan  # memory behind the prompt is nobody's
+    end = Sequences.of(np.array([0, asked]), np.array([0]), np.array([tokens]), torch.device("cpu"))
+    found = looked_at_by_kernel(paged, queries, keys, end, 0.125)
+    right = column_sums(queries, keys[:tokens], 0.125)
+    assert found.shape == (KV_HEADS, tokens)
+    torch.testing.assert_close(found, right, atol=1e-3, rtol=1e-2)
+    assert float(found.sum()) == pytest.approx(asked * HEADS, rel=1e-3)

@@ -122,6 +122,16 @@ def _products(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a.float(), b.float())
 
 
+def column_sums(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """Attention that each key gets from the queries of the last positions, float32 ``[kv_heads, keys]``.
+
+    Summed over queries, and over the heads that share a KV head.
+    """
+    first = len(keys) - len(queries)
+    table = scores(queries, keys, torch.arange(first, len(keys), device=keys.device), scale, first).softmax(-1)
+    return table.sum(1).view(keys.shape[1], -1, len(keys)).sum(1)
+
+
 def segment_masses(
     queries: Tensor, keys: Tensor, positions: Tensor, scale: float, segments: Sequence[tuple[int, int]]
 ) -> Tensor:

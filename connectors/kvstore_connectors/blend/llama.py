@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 import torch.nn.functional as functional
 
-from kvstore_connectors.blend.attention import attend
+from kvstore_connectors.blend.attention import attend, column_sums
 from kvstore_connectors.blend.rope import attention_factor, movable
 
 if TYPE_CHECKING:
@@ -65,6 +65,10 @@ class Llama:
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
         return attend(queries, keys, values, positions, self.scale)
+
+    def looked_at(self, queries: Tensor, keys: Tensor, tokens: int) -> Tensor:
+        """See `Model.looked_at`."""
+        return column_sums(queries, keys[:tokens], self.scale)
 
     def post(self, layer: int, hidden: Tensor, attended: Tensor) -> Tensor:
         name = f"model.layers.{layer}"

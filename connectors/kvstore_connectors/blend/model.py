@@ -48,6 +48,14 @@ class Model(Protocol):
         """
         ...
 
+    def looked_at(self, queries: torch.Tensor, keys: torch.Tensor, tokens: int) -> torch.Tensor:
+        """Attention that each of the first ``tokens`` keys gets, float32 ``[kv_heads, tokens]``.
+
+        The rotated queries are those of the last positions before ``tokens``; summed over them, and over the heads that
+        share a KV head. `attention.column_sums` does it in torch.
+        """
+        ...
+
     def post(self, layer: int, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """Output projection, residuals and MLP: the hidden states that enter the next layer, perhaps in place."""
         ...

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from kvstore_connectors.blend.prompt import brought
+from kvstore_gpu.colsum import column_sums
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -129,6 +130,25 @@ def _blocks(at: np.ndarray) -> np.ndarray:
         reach = at[first] // PAGE * PAGE + BLOCK_KEYS
         first = min(first + BLOCK_QUERIES, int(np.searchsorted(at, reach)))
     return np.array(out)
+
+
+def looked_at_by_kernel(varlen: Varlen, queries: Tensor, keys: Tensor, end: Sequences, scale: float) -> Tensor:
+    """As `attention.column_sums`, by an engine's attention, for its log-sum-exp, and a kernel that sums columns.
+
+    Parameters
+    ----------
+    varlen : Varlen
+    queries : Tensor
+        ``[n, heads, dim]`` of the last positions.
+    keys : Tensor
+        ``[keys, kv_heads, dim]``, dense, a multiple of `PAGE` of them; of the queries' type, bfloat16 or float16.
+    end : Sequences
+        One, of these queries.
+    """
+    tokens, pages = end.most_keys, keys.view(-1, PAGE, *keys.shape[1:])
+    _, mass = varlen(queries, pages, pages, end, scale, causal=True)
+    at = torch.arange(tokens - len(queries), tokens, dtype=torch.int32, device=keys.device)
+    return column_sums(queries, at, mass.t().contiguous(), pages, end.pages[0], tokens, scale)
 
 
 def attend_by_runs(varlen: Varlen, queries: Tensor, keys: Tensor, values: Tensor, plan: Plan, scale: float) -> Tensor:

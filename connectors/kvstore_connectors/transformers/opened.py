@@ -12,7 +12,7 @@ import torch
 from transformers import DynamicCache
 
 from kvstore.errors import ConfigError
-from kvstore_connectors.blend.attention import attend
+from kvstore_connectors.blend.attention import attend, column_sums
 from kvstore_connectors.blend.recompute import prefill
 from kvstore_connectors.blend.rope import attention_factor, movable
 
@@ -85,6 +85,10 @@ class OpenedModel:
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
         """See `Model.attend`."""
         return attend(queries, keys, values, positions, self.scale)
+
+    def looked_at(self, queries: Tensor, keys: Tensor, tokens: int) -> Tensor:
+        """See `Model.looked_at`."""
+        return column_sums(queries, keys[:tokens], self.scale)
 
     def post(self, layer: int, hidden: Tensor, attended: Tensor) -> Tensor:
         """See `Model.post`."""

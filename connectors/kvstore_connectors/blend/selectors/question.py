@@ -14,6 +14,8 @@ from kvstore_connectors.blend.selectors.choice import Choice
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from kvstore_connectors.blend.model import Model
+    from kvstore_connectors.blend.prompt import LayerKV
     from kvstore_connectors.blend.work import Work
 
 By = Literal["mean", "peak", "value"]
@@ -45,29 +47,31 @@ class Question(Choice):
         return True
 
 
-def _mean(table: Tensor, values: Tensor) -> Tensor:
-    return table.sum((0, 1))
+def _mean(model: Model, queries: Tensor, held: LayerKV, tokens: int) -> Tensor:
+    return model.looked_at(queries, held.keys, tokens).sum(0)
 
 
-def _peak(table: Tensor, values: Tensor) -> Tensor:
+def _peak(model: Model, queries: Tensor, held: LayerKV, tokens: int) -> Tensor:
+    first = tokens - len(queries)
+    at = torch.arange(first, tokens, device=queries.device)
+    table = scores(queries, held.keys[:tokens], at, model.scale, first).softmax(-1)
     return (table.amax(1) - table.mean(1)).amax(0)
 
 
-def _value(table: Tensor, values: Tensor) -> Tensor:
-    lengths = torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32).T  # [kv_head, key]
-    looked = table.sum(1).view(len(lengths), -1, values.shape[0])
-    return (looked.sum(1) * lengths).sum(0)
+def _value(model: Model, queries: Tensor, held: LayerKV, tokens: int) -> Tensor:
+    lengths = torch.linalg.vector_norm(held.values[:tokens], dim=-1, dtype=torch.float32).T  # [kv_head, key]
+    return (model.looked_at(queries, held.keys, tokens) * lengths).sum(0)
 
 
 How = Literal["sum", "max"]
 
-_MEASURES: dict[By, tuple[Callable[[Tensor, Tensor], Tensor], How]] = {
+_MEASURES: dict[By, tuple[Callable[[Model, Tensor, LayerKV, int], Tensor], How]] = {
     "mean": (_mean, "sum"),
     "peak": (_peak, "max"),
     "value": (_value, "sum"),
 }
-"""From attention ``[head, query, key]`` and values ``[key, kv_head, dim]`` to a number for each key, and how ranks put
-theirs together."""
+"""From queries of the last positions and a layer's keys and values to a number for each key, and how ranks put theirs
+together."""
 
 
 class Reading:
@@ -89,9 +93,7 @@ class Reading:
 
     def __call__(self, layer: int, rows: Tensor, queries: Tensor, keys: Tensor) -> None:
         # The question is the end of the prompt, nothing of it is cached, and so it is the end of the rows.
-        keys, first = keys[: self._tokens], self._tokens - self._asked
-        products = scores(queries[-self._asked :], keys, rows[-self._asked :], self._model.scale, first)
-        self._seen[layer] = self._measure(products.softmax(-1), self._cache[layer].values[: self._tokens])
+        self._seen[layer] = self._measure(self._model, queries[-self._asked :], self._cache[layer], self._tokens)
 
     def scores(self, layers: range | None = None) -> Tensor:
         """The measure of every position ``[n]``, summed over these layers, or all that were seen."""

@@ -67,18 +67,18 @@ class Relay:
         return True
 
     def repair(self, work: Work, count: int) -> Iterator[int]:
-        light = yield from Trail().scores(work)
         prompt, layers = work.prompt, work.model.layers
         lower, upper = range(layers // 2), range(layers // 2, layers)
         sinks = false_sinks(prompt).nonzero()[:, 0][:count]
         left = prompt.repairable.clone()
         left[sinks] = False
         count -= len(sinks)
-        words = top(light.masked_fill(~left, -torch.inf), int(self.lead * count + 0.5))
 
         rows, reading = work.with_missing(sinks), Reading(work, "value")
         yield from work.steps(rows, watch=reading, layers=lower)
         hidden = work.hidden
+        light = yield from Trail().scores(work)  # on the host, while a device still reads
+        words = top(light.masked_fill(~left, -torch.inf), int(self.lead * count + 0.5))
         early = len(words) > 0 and not goes_on(prompt, reading.scores(lower[len(lower) * 2 // 3 :]))
         if early:
             yield from work.steps(words, layers=lower)
