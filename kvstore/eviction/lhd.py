@@ -45,6 +45,9 @@ _INNER = tuple(3 * level for level in _LEVEL)
 """Class of a block by its number of uses: at the end of a prompt, and within one."""
 _MOST = len(_LEVEL) - 1
 _LEARN_EVERY = 1024
+_CLEARLY = 1.25
+"""By so much the latest block of a class must be worth less than the oldest to leave before it: less is chance. Where
+more blocks are used in a circle than can be held, the oldest is the next to be used."""
 
 
 class _Entry(Generic[Item]):
@@ -82,6 +85,8 @@ class LHD(EvictionPolicy[Item], Generic[Item]):
     def __init__(self) -> None:
         self._held: dict[Item, _Entry[Item]] = {}
         self._queues: list[list[Place[Item]]] = [[] for _ in range(_CLASSES)]
+        self._latest: list[list[Place[Item]]] = [[] for _ in range(_CLASSES)]
+        """The same places in the order in which they were given, the last of which may be worth least."""
         self._live = [0] * _CLASSES
         """Places of each queue that still count."""
         self._orphans: dict[Item, int] = {}
@@ -174,12 +179,20 @@ class LHD(EvictionPolicy[Item], Generic[Item]):
         self._place_bare()
         held, clock, density = self._held, self._clock, self._fates.density
         freed: dict[Item, int] = {}
-        walks: dict[int, InOrder[Item]] = {}
+        walks: dict[int, Iterator[Place[Item]]] = {}
+        backwards: set[int] = set()
         heads: list[tuple[float, float, int, Item]] = []
         for group, queue in enumerate(self._queues):
             if queue and (entry := self._first(queue)) is not None:
                 stamp, _, item = queue[0]
-                heads.append((density(entry.group, clock - entry.time), stamp, group, item))
+                worth = density(group, clock - entry.time)
+                latest = self._last(self._latest[group])
+                newer = held[latest[2]]
+                less = density(group, clock - newer.time)
+                if _CLEARLY * less < worth:
+                    backwards.add(group)
+                    worth, stamp, item = less, newer.stamp, latest[2]
+                heads.append((worth, stamp, group, item))
         heapq.heapify(heads)
         while heads:
             _, _, group, item = heapq.heappop(heads)
@@ -192,7 +205,8 @@ class LHD(EvictionPolicy[Item], Generic[Item]):
                     heapq.heappush(heads, (density(before.group, clock - before.time), before.stamp, -1, parent))
             if group >= 0:
                 if group not in walks:
-                    walks[group] = InOrder(self._queues[group])
+                    back = group in backwards
+                    walks[group] = reversed(self._latest[group]) if back else InOrder(self._queues[group])
                     next(walks[group])
                 for place in walks[group]:
                     entry = held.get(place[2])
@@ -230,12 +244,21 @@ class LHD(EvictionPolicy[Item], Generic[Item]):
         entry.group = group = entry.classify()
         queue = self._queues[group]
         self._tickets = entry.ticket = self._tickets + 1
-        heapq.heappush(queue, (entry.stamp, entry.ticket, item))
+        place = entry.stamp, entry.ticket, item
+        heapq.heappush(queue, place)
+        latest = self._latest[group]
+        latest.append(place)
         self._live[group] += 1
         if len(queue) > 2 * self._live[group] + 64:
-            held = self._held
-            queue[:] = [p for p in queue if (seen := held.get(p[2])) is not None and seen.ticket == p[1]]
+            queue[:] = self._counting(queue)
             heapq.heapify(queue)
+        if len(latest) > 2 * self._live[group] + 64:
+            latest[:] = self._counting(latest)
+
+    def _counting(self, places: list[Place[Item]]) -> list[Place[Item]]:
+        """Those that still count."""
+        held = self._held
+        return [p for p in places if (seen := held.get(p[2])) is not None and seen.ticket == p[1]]
 
     def _displace(self, entry: _Entry[Item]) -> None:
         """Take away its place; what stands in the queue, with a ticket of before, does not count any more."""
@@ -252,6 +275,13 @@ class LHD(EvictionPolicy[Item], Generic[Item]):
                 return entry
             heapq.heappop(queue)
         return None
+
+    def _last(self, places: list[Place[Item]]) -> Place[Item]:
+        """The last place, once those behind it that do not count any more are gone. There is one that counts."""
+        held = self._held
+        while (entry := held.get(places[-1][2])) is None or entry.ticket != places[-1][1]:
+            places.pop()
+        return places[-1]
 
     # -- learning ------------------------------------------------------------------------------------------------------
 
