@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from kvstore_connectors.blend import varlen as module
 from kvstore_connectors.blend.attention import attend, column_sums, scores
 from kvstore_connectors.blend.varlen import PAGE, Plan, Sequences, attend_by_runs, looked_at_by_kernel
+from kvstore_connectors.vllm.blend_varlen import reading_kernel
 
 HEADS, KV_HEADS, DIM, SCALE = 4, 2, 8, 0.35
 
@@ -80,7 +81,7 @@ def test_a_prompt_from_its_first_token_on_needs_one_call() -> None:
 @pytest.mark.parametrize(("tokens", "asked"), [(700, 40), (16, 16), (513, 1)])
 def test_where_the_last_queries_look(tokens: int, asked: int) -> None:
     room = -(-tokens // PAGE) * PAGE
-    queries = torch.randn(asked, HEADS, 64).bfloat16()
+    queries = torch.randn(asked, HEADS + 2 * KV_HEADS, 64).bfloat16()[:, :HEADS]  # as an engine's projection gives them
     keys = torch.randn(room, KV_HEADS, 64).bfloat16()
     keys[tokens:] = torch.nan  # memory behind the prompt is nobody's
     end = Sequences.of(np.array([0, asked]), np.array([0]), np.array([tokens]), torch.device("cpu"))
@@ -89,3 +90,17 @@ def test_where_the_last_queries_look(tokens: int, asked: int) -> None:
     assert found.shape == (KV_HEADS, tokens)
     torch.testing.assert_close(found, right, atol=1e-3, rtol=1e-2)
     assert float(found.sum()) == pytest.approx(asked * HEADS, rel=1e-3)
+
+
+@pytest.mark.parametrize("wrong", ["", "raises", "is off"])
+def test_a_kernel_is_used_for_reading_only_if_it_is_right(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kernel(*given):
+        if wrong == "raises":
+            raise RuntimeError("no such kernel")
+        return real(*given) * (1.1 if wrong == "is off" else 1)
+
+    real = module.column_sums
+    monkeypatch.setattr(module, "column_sums", kernel)
+    shape = (HEADS, KV_HEADS, 64, torch.bfloat16, torch.device("cpu"))
+    assert reading_kernel(paged, *shape) is (None if wrong else paged)
+    assert reading_kernel(None, *shape) is None

@@ -148,7 +148,7 @@ def looked_at_by_kernel(varlen: Varlen, queries: Tensor, keys: Tensor, end: Sequ
     tokens, pages = end.most_keys, keys.view(-1, PAGE, *keys.shape[1:])
     _, mass = varlen(queries, pages, pages, end, scale, causal=True)
     at = torch.arange(tokens - len(queries), tokens, dtype=torch.int32, device=keys.device)
-    return column_sums(queries, at, mass.t().contiguous(), pages, end.pages[0], tokens, scale)
+    return column_sums(queries.contiguous(), at, mass.t().contiguous(), pages, end.pages[0], tokens, scale)
 
 
 def attend_by_runs(varlen: Varlen, queries: Tensor, keys: Tensor, values: Tensor, plan: Plan, scale: float) -> Tensor:

@@ -16,8 +16,7 @@ from kvstore.errors import ConfigError
 from kvstore_connectors.blend.attention import attend, column_sums
 from kvstore_connectors.blend.varlen import PAGE, Plan, Sequences, attend_by_runs, looked_at_by_kernel
 from kvstore_connectors.vllm.blend_paged import paged_attention
-from kvstore_connectors.vllm.blend_varlen import flash_varlen
-from kvstore_gpu.queries import DIMS
+from kvstore_connectors.vllm.blend_varlen import flash_varlen, reading_kernel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,6 +74,7 @@ class EngineModel:
         sample = next(self._inner.parameters())
         kind = (self._heads, self._kv_heads, self._dim, sample.dtype, sample.device)
         self._varlen, self._paged = flash_varlen(*kind), paged_attention(*kind)
+        self._reading = reading_kernel(self._varlen, *kind)
         self._plan: tuple[Tensor, Plan] | None = None
         self._end: Sequences | None = None
 
@@ -124,12 +124,12 @@ class EngineModel:
 
     def looked_at(self, queries: Tensor, keys: Tensor, tokens: int) -> Tensor:
         """See `Model.looked_at`; on a device by kernels, where these can be had."""
-        if self._varlen is None or len(keys) % PAGE or keys.dtype != queries.dtype or self._dim not in DIMS:
+        if self._reading is None or len(keys) % PAGE or keys.dtype != queries.dtype:
             return column_sums(queries, keys[:tokens], self.scale)
         if self._end is None or (self._end.longest, self._end.most_keys) != (len(queries), tokens):
             one = np.array([0]), np.array([tokens])
             self._end = Sequences.of(np.array([0, len(queries)]), *one, keys.device)
-        return looked_at_by_kernel(self._varlen, queries, keys, self._end, self.scale)
+        return looked_at_by_kernel(self._reading, queries, keys, self._end, self.scale)
 
     def post(self, layer: int, hidden: Tensor, attended: Tensor) -> Tensor:
         """See `Model.post`."""

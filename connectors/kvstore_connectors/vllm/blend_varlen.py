@@ -6,10 +6,12 @@ import logging
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
-from kvstore_connectors.blend.attention import attend_fused
-from kvstore_connectors.blend.varlen import PAGE, Plan, Sequences, Varlen, attend_by_runs
+from kvstore_connectors.blend.attention import attend_fused, column_sums
+from kvstore_connectors.blend.varlen import PAGE, Plan, Sequences, Varlen, attend_by_runs, looked_at_by_kernel
+from kvstore_gpu.queries import DIMS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,6 +40,34 @@ def flash_varlen(heads: int, kv_heads: int, dim: int, dtype: torch.dtype, device
         return None
     if not away < TOLERANCE:
         log.warning("blending: vLLM's FlashAttention is %.3f away from attention under a mask; not used.", away)
+        return None
+    return varlen
+
+
+def reading_kernel(
+    varlen: Varlen | None, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, device: torch.device
+) -> Varlen | None:
+    """The same attention, if with it a kernel tells where a question looks; None where it does not, or not rightly.
+
+    It is tried first, with queries as an engine gives them: a part of each row of a larger tensor.
+    """
+    if varlen is None or dim not in DIMS:
+        return None
+    try:
+        made = torch.Generator(device).manual_seed(2)
+        shape = (40, heads + 2 * kv_heads, dim)
+        queries = torch.randn(shape, device=device, generator=made).to(dtype)[:, :heads]
+        keys = torch.randn(50 * PAGE, kv_heads, dim, device=device, generator=made).to(dtype)
+        tokens = len(keys) - PAGE // 2
+        end = Sequences.of(np.array([0, len(queries)]), np.array([0]), np.array([tokens]), device)
+        found = looked_at_by_kernel(varlen, queries, keys, end, dim**-0.5)
+        right = column_sums(queries, keys[:tokens], dim**-0.5)
+        away = float((found - right).norm() / right.norm())
+    except Exception as error:  # whatever it is, there are sums without it
+        log.info("blending: no kernel tells here where a question looks (%s).", error)
+        return None
+    if not away < TOLERANCE:
+        log.warning("blending: the kernel that tells where a question looks is %.3f away; not used.", away)
         return None
     return varlen
 
