@@ -21,6 +21,9 @@ from kvstore.codecs.raw import as_bytes
 from kvstore.codecs.scratch import scratch
 from kvstore.errors import CannotDecode, CannotEncode, CorruptBlock
 
+ROOM = 16
+"""Values so close to the largest of their type may be beyond it once something of them was lost."""
+
 
 @dataclass(frozen=True, slots=True)
 class Chain:
@@ -115,7 +118,7 @@ class Chain:
         if self._is_copy:
             frame.seal_head(out, plan.label, sizes, _copied(as_bytes(block.contiguous()), out, sizes, offsets))
             return plan.nbytes
-        checks = np.zeros(plan.sizes.shape, np.uint64)
+        checks, most = np.zeros(plan.sizes.shape, np.uint64), 0.0
         parts: list[list[Bytes]] = [[] for _ in range(plan.planes)]
         for some in plan.rounds(self._several(spec)):
             first = plan.firsts[some.start]
@@ -127,7 +130,7 @@ class Chain:
                 starts = offsets[:, some.start].tolist()
                 pieces = [out[at : at + len(some) * n] for at, n in zip(starts, raw, strict=True)]
                 places = pieces if len(some) == 1 else [piece.reshape(len(some), -1) for piece in pieces]
-            self._encode_unit(layers, spec.of(len(layers)), first, places, context)
+            most = max(most, self._encode_unit(layers, spec.of(len(layers)), first, places, context))
             for plane, place in enumerate(places):
                 for unit, part in zip(some, place if place.ndim == 2 else [place], strict=True):
                     for step in self.byte_steps:
@@ -141,7 +144,21 @@ class Chain:
             out[end : end + part.size] = part
             end += part.size
         frame.seal_head(out, plan.label, sizes, checks)
-        return end if self.byte_steps else plan.nbytes
+        nbytes = end if self.byte_steps else plan.nbytes
+        if most > torch.finfo(spec.torch_dtype).max / ROOM:
+            self._try(out[:nbytes], plan, spec, context)
+        return nbytes
+
+    def _try(self, data: Bytes, plan: _Plan, spec: BlockSpec, context: Context) -> None:
+        """Whether what was lost has made values too large for their type: then no plane of it could be read back."""
+        found = torch.empty(spec.shape, dtype=spec.torch_dtype)
+        for planes in range(self.coder.required() or plan.planes, plan.planes + 1):
+            try:
+                self.decode(data, spec, found, context, planes=planes)
+            except CorruptBlock as error:
+                raise CannotEncode(f"the block's values are too large for {self}: {error.cause}") from None
+            if not bool(torch.isfinite(found).all()):
+                raise CannotEncode(f"the block's values are too large for {self} in {spec.dtype}.")
 
     @property
     def _is_copy(self) -> bool:
@@ -154,14 +171,19 @@ class Chain:
 
     def _encode_unit(
         self, layers: torch.Tensor, spec: BlockSpec, first: int, places: Sequence[Bytes], context: Context
-    ) -> None:
+    ) -> float:
+        """Encode; the greatest magnitude among the values, 0 where it does not matter."""
+        most = 0.0
         if not self.coder.native:
             layers = layers.to(torch.float32)
-            if layers.numel() and not all(math.isfinite(float(end)) for end in layers.aminmax()):
+            ends = [abs(float(end)) for end in layers.aminmax()] if layers.numel() else [0.0]
+            if not all(map(math.isfinite, ends)):
                 raise CannotEncode(f"layer {first} has values that are not finite.")
+            most = max(ends)
         for step in self.blocks:
             layers = step.forward(layers, spec, first, context)
         self.coder.encode(layers, spec, first, places, context)
+        return most
 
     def decode(
         self,

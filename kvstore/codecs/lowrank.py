@@ -113,9 +113,17 @@ def factors(keys: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
 
     By the eigenvectors of the Gram matrix in float64: as exact as a decomposition of the keys and many times faster
     when there are more tokens than channels.
+
+    Raises
+    ------
+    CannotEncode
+        The keys are too large, or not finite.
     """
     rows = keys.double()
-    _, vectors = torch.linalg.eigh(rows.T @ rows)
+    try:
+        _, vectors = torch.linalg.eigh(rows.T @ rows)
+    except RuntimeError as error:  # torch.linalg.LinAlgError
+        raise CannotEncode(f"keys cannot be decomposed: {error}") from None
     right = vectors.flip(1)[:, :rank].T
     return (rows @ right.T).to(torch.bfloat16), right.to(torch.bfloat16)
 

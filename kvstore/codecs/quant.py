@@ -47,7 +47,8 @@ def _round(values: torch.Tensor, *, down: bool) -> torch.Tensor:
     half = values.to(torch.float16)
     wrong = half.float() > values if down else half.float() < values
     target = np.float16(-np.inf if down else np.inf)
-    return torch.where(wrong, torch.from_numpy(np.nextafter(half.numpy(), target)), half)
+    with np.errstate(over="ignore"):  # what becomes infinite is refused by who asked
+        return torch.where(wrong, torch.from_numpy(np.nextafter(half.numpy(), target)), half)
 
 
 def dequantize(
@@ -83,7 +84,7 @@ def unpack(planes: Sequence[Bytes], count: int) -> Bytes:
     for plane in planes[1:]:
         np.left_shift(words, _ONE, out=words)
         np.bitwise_or(words, _bits(plane), out=words)
-    return words.view(np.uint8).reshape(*planes[0].shape[:-1], -1)[..., :count]
+    return np.ascontiguousarray(words.view(np.uint8).reshape(*planes[0].shape[:-1], -1)[..., :count])
 
 
 def _bits(plane: Bytes) -> np.ndarray:

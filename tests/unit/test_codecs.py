@@ -313,3 +313,20 @@ def test_a_header_with_a_right_checksum_and_wrong_fields(data: st.DataObject) ->
         return
     with pytest.raises((CorruptBlock, CannotDecode)):
         opened("kv4", bad)
+
+
+# -- what nobody could read back --------------------------------------------------------------------------------------
+
+
+def test_codes_of_several_layers_that_do_not_fill_their_bytes() -> None:
+    spec = BlockSpec(5, 7, 3, 5, position=256)
+    got = opened("kv4(k=8,v=8)", packed("kv4(k=8,v=8)", block_of(spec), spec), spec)
+    assert float((got - block_of(spec)).float().abs().max()) < 0.2
+
+
+@pytest.mark.parametrize("chain", ["fp8", "prerope|kv4", "prerope|mikv", "prerope|lowrank(rank=50)"])
+def test_values_that_would_be_too_large_once_decoded_are_refused(chain: str) -> None:
+    spec = BlockSpec(2, 9, 1, 16, "float16")
+    edge = torch.full(spec.shape, 65504.0, dtype=torch.float16) * block_of(spec).sign()
+    with pytest.raises(CannotEncode):
+        packed(chain, edge, spec, dataclasses.replace(CONTEXT, importance=torch.arange(9.0)))
