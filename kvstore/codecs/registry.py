@@ -28,7 +28,7 @@ STEPS: Mapping[str, type[Step]] = {
 """Every step there is, by name."""
 
 SHORT: Mapping[str, str] = {"lossless": "byteplanes|zstd"}
-"""Names that stand for chains."""
+"""Names that stand for several steps."""
 
 S = TypeVar("S", bound=Step)
 _STEP = re.compile(r"([a-z][a-z0-9_]{0,31})(?:\(([a-z0-9_=,.]{0,255})\))?")
@@ -46,7 +46,7 @@ def parse(name: str) -> Chain:
     """
     if len(name) > 4096:
         raise CannotDecode("a chain's name is too long.")
-    steps = [_step(text) for text in SHORT.get(name, name).split("|")]
+    steps = [_step(text) for part in name.split("|") for text in SHORT.get(part, part).split("|")]
     coders = [i for i, step in enumerate(steps) if isinstance(step, BlockCoder)]
     if len(coders) != 1:
         raise CannotDecode(f"chain {name!r} has {len(coders)} block coders instead of one.")

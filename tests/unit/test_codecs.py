@@ -272,6 +272,10 @@ def test_names_that_are_not_chains(text: str) -> None:
         parse(text)
 
 
+def test_a_short_name_may_stand_in_a_chain() -> None:
+    assert parse("lossless|seal") == parse("byteplanes|zstd|seal")
+
+
 @given(st.text("rawkv4prefp8zstd|(),=0123456789", max_size=40))
 def test_any_text_is_a_chain_or_an_error(text: str) -> None:
     try:
