@@ -33,7 +33,7 @@ def load_model(folder: Path, device: str = "cpu") -> tuple[Llama, dict[str, Any]
     try:
         from safetensors.torch import load_file
     except ImportError:
-        raise ConfigError("build: the package safetensors is not installed.", "pip install safetensors") from None
+        raise ConfigError("the package safetensors is not installed.", "pip install safetensors") from None
     try:
         config = json.loads((folder / "config.json").read_text("utf-8"))
     except (OSError, ValueError) as error:
@@ -64,7 +64,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         from tokenizers import Tokenizer
     except ImportError:
-        raise ConfigError("build: the package tokenizers is not installed.", "pip install tokenizers") from None
+        raise ConfigError("the package tokenizers is not installed.", "pip install tokenizers") from None
     file = folder / "tokenizer.json"
     if not file.exists():
         raise ConfigError(f"build: {folder} has no tokenizer.json.", "Give token ids in a .jsonl file instead.")
