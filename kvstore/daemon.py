@@ -423,7 +423,9 @@ class Daemon:
             size, found = format_size(usage.capacity), f"{usage.blocks} blocks found"
             lines.append(f"  {tier.name:<8} up to {size} {place_of(state)}, {found}")
         if not self.chain.below:
-            lines.append("  disk     off: what memory cannot hold is forgotten")
+            full = "auto" in self.loaded.origins["disk.bytes"]
+            why = f" (no free space around {self._settings.disk.path})" if full else ""
+            lines.append(f"  disk     off: what memory cannot hold is forgotten{why}")
         lines.append(f"  status   {self._http.url if self._http else 'off'}")
         lines.append('  vLLM     --kv-transfer-config \'{"kv_connector":"KVStoreConnector","kv_role":"kv_both",')
         lines.append('             "kv_load_failure_policy":"recompute"}\'')
