@@ -72,11 +72,16 @@ def model_layout(model: Any, block_tokens: int) -> Layout:
     heads = int(config.num_attention_heads)
     return Layout(
         layers=len(DynamicCache(config=config).layers),
-        kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
+        kv_heads=1 if _shares_one(config) else int(getattr(config, "num_key_value_heads", None) or heads),
         head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
         block_tokens=block_tokens,
         dtype=model.dtype,
     )
+
+
+def _shares_one(config: Any) -> bool:
+    """Whether all heads share keys and values in Falcon's words; its later models keep a copy of theirs for each head."""
+    return bool(getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False))
 
 
 def model_namespace(
