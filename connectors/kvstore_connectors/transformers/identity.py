@@ -80,7 +80,7 @@ def model_layout(model: Any, block_tokens: int) -> Layout:
 
 
 def _shares_one(config: Any) -> bool:
-    """Whether all heads share keys and values in Falcon's words; its later models keep a copy of theirs for each head."""
+    """Whether all heads share keys and values, in Falcon's words; its later models keep a copy for each head."""
     return bool(getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False))
 
 
