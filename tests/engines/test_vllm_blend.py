@@ -387,6 +387,16 @@ def test_a_defect_of_ours(vllm: Engine, truth: Any, monkeypatch: pytest.MonkeyPa
     failing(vllm, truth, prompt_of(*DOCS)[0])
 
 
+def test_memory_of_one_prompt_serves_the_next_and_says_nothing_of_it(vllm: Engine) -> None:
+    blender: Any = vllm.worker_connector._worker._blender
+    first = blender._zeros((2, 2, 48, 3, 8))
+    first.fill_(float("nan"))
+    second = blender._zeros((2, 2, 32, 3, 8))
+    assert second.data_ptr() == first.data_ptr()
+    assert not second.any()
+    assert second.shape == (2, 2, 32, 3, 8)
+
+
 def test_a_selector_that_does_not_exist(vllm: Engine, truth: Any) -> None:
     failing(vllm, truth, prompt_of(*DOCS)[0], {"selector": "tea-leaves"})
 

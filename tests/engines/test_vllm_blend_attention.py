@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kvstore_connectors.blend.attention import PIECE, attend_fused, attend_in_pieces
+from kvstore_connectors.vllm import blend_paged
 from kvstore_connectors.vllm.blend_paged import PAGE, PagedAttention, paged_attention
 
 CPU = torch.device("cpu")
@@ -62,6 +63,16 @@ def test_runs_in_pages_are_the_same_as_the_reference_prompt_after_prompt(heads: 
             right = attend_fused(queries, keys, values, positions, 0.25)
             torch.testing.assert_close(mine, right, atol=1e-5, rtol=1e-4)
             keys, values = keys.flip(0), values.flip(0)
+
+
+def test_pages_of_a_long_prompt_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blend_paged, "KEPT_BYTES", 4 * PAGE * 32 * 2 * 4)  # of four pages
+    paged, sizes = made(1, 1), []
+    for tokens in (4 * PAGE, PAGE, 9 * PAGE, 3 * PAGE):
+        keys, queries = torch.randn(tokens, 1, 32), torch.randn(1, 1, 32)
+        paged(queries, keys, keys, torch.tensor([tokens - 1]), 0.25)
+        sizes.append(len(paged._pages))
+    assert sizes[2:] == [9, 3]
 
 
 def test_runs_in_pages_in_half_precision() -> None:

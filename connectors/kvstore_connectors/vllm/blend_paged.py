@@ -24,6 +24,9 @@ log = logging.getLogger("kvstore")
 PAGE = 32
 """Keys in a page: of less, vLLM's kernel is a slower one."""
 
+KEPT_BYTES = 64 << 20
+"""Memory for a layer's pages that is kept for shorter prompts."""
+
 TOLERANCE = 0.02
 """Distance to attention under a mask, relative, that two kernels in bfloat16 may have; a wrong mask is far above."""
 
@@ -81,9 +84,9 @@ class PagedAttention:
         if self._runs is None or self._runs.positions is not positions:
             self._runs = self._sequences(positions)
         here = self._runs
-        missing = here.table.shape[1] - len(self._pages)
-        if missing > 0:
-            self._pages = torch.cat([self._pages, self._pages.new_zeros((missing, *self._pages.shape[1:]))])
+        needed, held = here.table.shape[1], len(self._pages)
+        if held < needed or (held > needed and self._pages.nbytes > KEPT_BYTES):
+            self._pages = self._pages.new_zeros((needed, *self._pages.shape[1:]))
         count = len(here.slots)
         k, v = self._pages.chunk(2, dim=2)
         self._ops.cpu_attn_reshape_and_cache(keys[:count], values[:count], k, v, here.slots, self._isa)
