@@ -216,7 +216,8 @@ class Blender:
         if rows.device.type != "cpu" or count * rows.dtype.itemsize > KEPT_BYTES:
             return torch.zeros(shape, dtype=rows.dtype, device=rows.device)
         if len(self._kept) < count:
-            self._kept = torch.empty(count, dtype=rows.dtype)
+            with torch.inference_mode(False):  # it outlives the mode that it is made in
+                self._kept = torch.empty(count, dtype=rows.dtype)
         return self._kept[:count].view(shape).zero_()
 
     def _repair(self, model: EngineModel, job: BlendJob, gathered: _Gathered) -> _Repaired:
