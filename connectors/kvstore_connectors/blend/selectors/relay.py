@@ -9,9 +9,9 @@ Three hints, none of which computes anything over the chunks, are put together.
   chunk repaired: that one is a sink only because it stood first, and all of these together would draw half of it.
 - What a token has not seen (`unseen`): where attention and ignorance meet, reuse hurts.
 
-The three are multiplied. Who asks something looks for it in all chunks, and then most of the budget goes by words alone
-before. Text that goes on looks at what is right before it: where the last chunk has most of the attention, all goes by
-the product.
+The three are multiplied. Who asks something looks for it in all chunks, and then the budget goes by words alone
+as far as they lead, the rest by the product. Text that goes on looks at what is right before it: where the last chunk
+has most of the attention, all goes by the product.
 
 Which of the two it is shows in the middle layers, as a rule. There the question stops, and what goes by words catches
 up with it; so most of the work is done while layers are still loading, and the question reads the rest with these
@@ -52,13 +52,13 @@ class Relay:
     Parameters
     ----------
     lead : float
-        Part of the budget that goes by words alone where something is asked.
+        Part of the budget that goes by words alone where something is asked, as far as they lead.
     light : float
         How much more a token counts that the words light up fully, against one they do not lead to.
     """
 
     name: str = "relay"
-    lead: float = 0.8
+    lead: float = 1.0
     light: float = 10.0
 
     @property
