@@ -487,7 +487,8 @@ def _say(text: str) -> None:
     try:
         print(text, flush=True)
     except (OSError, ValueError):  # a pipe without a reader, a full disk; a letter that the terminal does not have
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
 
 
 def run(loaded: Loaded) -> int:

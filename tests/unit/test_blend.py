@@ -192,73 +192,58 @@ def test_text_goes_on_where_the_last_chunk_is_looked_at() -> None:
         assert goes_on(prompt, looked) is (span is prompt.spans[-1])
 
 
-@pytest.mark.parametrize("lead", [0.0, 1.0])
-@pytest.mark.parametrize("asked", [True, False])
-def test_relay_goes_by_words_where_something_is_asked(lead: float, asked: bool, monkeypatch: Any) -> None:
-    monkeypatch.setattr(relay, "goes_on", lambda *_: not asked)
+def by_words(prompt: Prompt, count: int) -> Tensor:
+    """What `trail` would repair."""
     model = tiny()
-    prompt, cache = assemble(model, model.rotary, SYSTEM, captured(model, "system"), QUESTION)
-    light = drained(SELECTORS["trail"].scores(Work(model, prompt, cache)))  # type: ignore[attr-defined]
-    count = int(0.3 * prompt.reused + 0.5)
-    by_words = top(light.masked_fill(~prompt.repairable, -torch.inf), count)
-    _, work = repaired(model, "system", Relay(lead=lead), 0.3)
-    chosen = (work.changed & prompt.repairable).nonzero()[:, 0]
-    assert len(chosen) == count
-    assert (chosen.tolist() == by_words.tolist()) is (asked and lead == 1.0)
+    again, cache = assemble(model, model.rotary, SYSTEM, captured(model, "system"), QUESTION)
+    light = drained(SELECTORS["trail"].scores(Work(model, again, cache)))  # type: ignore[attr-defined]
+    return top(light.masked_fill(~prompt.repairable, -torch.inf), count)
 
 
-def test_relay_reads_the_upper_layers_with_what_words_lead_to_repaired(monkeypatch: Any) -> None:
-    """What goes by words is caught up with below and read above; all that is missing is right at the end."""
-    monkeypatch.setattr(relay, "goes_on", lambda *_: False)
-    model = tiny()
+@pytest.mark.parametrize("said", [(False,), (True, False), (True, True)])
+def test_relay_goes_by_words_where_something_is_asked(said: tuple[bool, ...], monkeypatch: Any) -> None:
+    """Seen in the middle one pass repairs all; seen in the end, or not at all, the reading went through all layers."""
+    answers = iter(said)
+    monkeypatch.setattr(relay, "goes_on", lambda *_: next(answers))
+    model, passes = tiny(), []
     prompt, cache = assemble(model, model.rotary, SYSTEM, captured(model, "system"), QUESTION)
-    passes: list[tuple[range, int]] = []
 
     class Seen(Work):
         def steps(self, rows: Any, **how: Any) -> Iterator[int]:
-            passes.append((how.get("layers") or range(model.layers), len(rows)))
-            return super().steps(rows, **how)
+            for layer in super().steps(rows, **how):
+                passes.append((len(rows), layer))
+                yield layer
 
-    work = Seen(model, prompt, cache)
-    for _ in work.repair(Relay(lead=0.5), 0.4):
+    work, count = Seen(model, prompt, cache), int(0.3 * prompt.reused + 0.5)
+    for _ in work.repair(SELECTORS["relay"], 0.3):
         pass
-    half, missing = model.layers // 2, len(prompt.missing)
-    words = passes[1][1]
-    assert [one for one, _ in passes] == [range(half), range(half), range(half, model.layers), range(model.layers)]
-    assert [rows for _, rows in passes[:3]] == [missing, words, missing + words]
-    # The words' rows are as one pass would have left them: what is read in between stands before or behind them.
-    again, other = assemble(model, model.rotary, SYSTEM, captured(model, "system"), QUESTION)
-    light = drained(SELECTORS["trail"].scores(Work(model, again, other)))  # type: ignore[attr-defined]
-    by_words = top(light.masked_fill(~prompt.repairable, -torch.inf), words)
-    Pass(model, again.ids, other, torch.cat([by_words, again.missing]).unique()).run()
-    for mine, theirs in zip(cache, other, strict=True):
-        torch.testing.assert_close(mine.keys[by_words], theirs.keys[by_words], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(mine.values[by_words], theirs.values[by_words], rtol=1e-5, atol=1e-5)
+    chosen = (work.changed & prompt.repairable).nonzero()[:, 0]
+    assert len(chosen) == count
+    assert (chosen.tolist() == by_words(prompt, count).tolist()) is not said[-1]
+    missing, read = len(prompt.missing), model.layers // 2 if len(said) == 1 else model.layers
+    assert passes[:read] == [(missing, layer) for layer in range(read)]
+    assert [layer for _, layer in passes[read:]] == list(range(model.layers))
+    assert len(said) > 1 or passes[read][0] == missing + count
 
 
-def test_relay_repairs_words_behind_the_reading_where_only_all_layers_show_that_something_is_asked(
-    monkeypatch: Any,
-) -> None:
-    answers = iter([True, False])
-    monkeypatch.setattr(relay, "goes_on", lambda *_: next(answers))
+def test_what_relay_repairs_by_words_is_what_one_pass_leaves(monkeypatch: Any) -> None:
+    monkeypatch.setattr(relay, "goes_on", lambda *_: False)
     model = tiny()
-    prompt, cache = assemble(model, model.rotary, SYSTEM, captured(model, "system"), QUESTION)
-    work = Work(model, prompt, cache)
-    steps = work.repair(Relay(lead=1.0), 0.3)
-    for _ in range(model.layers):
-        next(steps)
-    assert not (work.changed & prompt.repairable).any()
-    for _ in steps:
-        pass
-    light = drained(SELECTORS["trail"].scores(Work(model, prompt, cache)))  # type: ignore[attr-defined]
-    by_words = top(light.masked_fill(~prompt.repairable, -torch.inf), int(0.3 * prompt.reused + 0.5))
-    assert (work.changed & prompt.repairable).nonzero()[:, 0].tolist() == by_words.tolist()
+    logits, work = repaired(model, "isolated", SELECTORS["relay"], 0.4)
+    prompt, cache = assemble(model, model.rotary, SYSTEM, captured(model, "isolated"), QUESTION)
+    rows = work.changed.nonzero()[:, 0]
+    once = Pass(model, prompt.ids, cache, rows).run()
+    torch.testing.assert_close(logits, model.logits(once.hidden[-len(logits) :]), rtol=1e-4, atol=1e-4)
+    for mine, theirs in zip(work.cache, cache, strict=True):
+        torch.testing.assert_close(mine.keys, theirs.keys, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(mine.values, theirs.values, rtol=1e-5, atol=1e-5)
 
 
-def test_relay_prefers_what_has_not_been_seen() -> None:
-    """Of the places that the question looks at alike, the first ones of a chunk are repaired."""
+def test_relay_prefers_what_has_not_been_seen(monkeypatch: Any) -> None:
+    """Of the places that text which goes on looks at alike, the first ones of a chunk are repaired."""
+    monkeypatch.setattr(relay, "goes_on", lambda *_: True)
     model = tiny()
-    _, work = repaired(model, "system", Relay(lead=0.0, light=0.0), 0.3)
+    _, work = repaired(model, "system", Relay(light=0.0), 0.3)
     _, flat = repaired(model, "system", SELECTORS["question"], 0.3)
     share = unseen(work.prompt)
     chosen, by_attention = (one.changed & one.prompt.repairable for one in (work, flat))

@@ -44,8 +44,6 @@ class Pass:
     ----------
     rows : Tensor
         Sorted positions still active; fewer at the end where ``narrow`` dropped some.
-    begun : Tensor, optional
-        Hidden states of ``rows`` where the pass begins, if that is not at their embeddings.
     hidden : Tensor
         Hidden states of ``rows`` behind the layers passed so far.
     token_layers : int
@@ -61,20 +59,19 @@ class Pass:
     narrow: Narrow | None = None
     watch: Watch | None = None
     wait_layer: Callable[[int], None] | None = None
-    begun: Tensor | None = None
     token_layers: int = 0
     kv_only: bool = False
 
     def __post_init__(self) -> None:
-        self.hidden = self.model.embed(self.ids[self.rows]) if self.begun is None else self.begun
+        self.hidden = self.model.embed(self.ids[self.rows])
 
-    def steps(self, layers: range | None = None) -> Iterator[int]:
-        """Repair one layer after the other, these or all; yields each layer when its rows are written.
+    def steps(self) -> Iterator[int]:
+        """Repair one layer after the other; yields each layer when its rows are written.
 
         `wait_layer` is called before a layer's cached rows are read and returns once they have come; what it raises
         ends the pass, with the layers from there on untouched.
         """
-        for layer in range(self.model.layers) if layers is None else layers:
+        for layer in range(self.model.layers):
             if self.wait_layer is not None:
                 self.wait_layer(layer)
             self._layer(layer)

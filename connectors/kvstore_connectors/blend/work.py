@@ -97,24 +97,12 @@ class Work:
         else:
             yield from selector.repair(self, count)
 
-    def steps(
-        self,
-        rows: Tensor,
-        *,
-        narrow: Narrow | None = None,
-        watch: Watch | None = None,
-        layers: range | None = None,
-        hidden: Tensor | None = None,
-    ) -> Iterator[int]:
-        """One pass over these rows, through these layers or all; yields once a layer.
-
-        It begins at the rows' embeddings, or with their hidden states, if it goes on where others ended.
-        """
-        one = Pass(self.model, self.prompt.ids, self.cache, rows, narrow, watch, self._wait, hidden)
-        one.kv_only = self._kv_only
+    def steps(self, rows: Tensor, *, narrow: Narrow | None = None, watch: Watch | None = None) -> Iterator[int]:
+        """One pass over these rows; yields once a layer. Who needs no more of it may leave it there."""
+        one = Pass(self.model, self.prompt.ids, self.cache, rows, narrow, watch, self._wait, kv_only=self._kv_only)
         self.changed[rows] = True
         before = 0
-        for layer in one.steps(layers):
+        for layer in one.steps():
             self.token_layers += one.token_layers - before
             before = one.token_layers
             self.rows, self.hidden = one.rows, one.hidden
@@ -124,10 +112,10 @@ class Work:
         """These rows and the missing ones, sorted."""
         return torch.cat([rows, self.prompt.missing]).unique()
 
-    def with_later(self, rows: Tensor, changed: Tensor) -> Tensor:
-        """These rows and the missing ones behind the first of the changed, sorted: those before see no change."""
+    def with_later(self, rows: Tensor) -> Tensor:
+        """These rows and the missing ones behind the first of them, sorted: those before see no change."""
         missing = self.prompt.missing
-        return torch.cat([rows, missing[missing > changed.min()]]).unique()
+        return torch.cat([rows, missing[missing > rows.min()]]).unique()
 
     def all_rows(self) -> Tensor:
         """The missing rows and all that may need repair, sorted."""

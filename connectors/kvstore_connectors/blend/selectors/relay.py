@@ -13,18 +13,18 @@ The three are multiplied. Who asks something looks for it in all chunks, and the
 as far as they lead, the rest by the product. Text that goes on looks at what is right before it: where the last chunk
 has most of the attention, all goes by the product.
 
-Which of the two it is shows in the middle layers, as a rule. There the question stops, and what goes by words catches
-up with it; so most of the work is done while layers are still loading, and the question reads the rest with these
-repaired. If only all layers show that something is asked, all is repaired behind them.
+Which of the two it is shows in the middle layers, as a rule. Where something is asked and words take the whole budget,
+reading ends there, and one pass repairs all; else it goes on to the last layer.
 
 A fact of which one half is repaired can be worse than one of which nothing is, so a token asked for also counts by
-those around. Reading costs the question's tokens once more, and nothing else.
+those around. Reading costs the question's tokens once more, or half of that, and nothing else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -51,14 +51,11 @@ class Relay:
 
     Parameters
     ----------
-    lead : float
-        Part of the budget that goes by words alone where something is asked, as far as they lead.
     light : float
         How much more a token counts that the words light up fully, against one they do not lead to.
     """
 
     name: str = "relay"
-    lead: float = 1.0
     light: float = 10.0
 
     @property
@@ -67,33 +64,30 @@ class Relay:
         return True
 
     def repair(self, work: Work, count: int) -> Iterator[int]:
-        prompt, layers = work.prompt, work.model.layers
-        lower, upper = range(layers // 2), range(layers // 2, layers)
+        prompt, half = work.prompt, work.model.layers // 2
         sinks = false_sinks(prompt).nonzero()[:, 0][:count]
         left = prompt.repairable.clone()
         left[sinks] = False
         count -= len(sinks)
 
-        rows, reading = work.with_missing(sinks), Reading(work, "value")
-        yield from work.steps(rows, watch=reading, layers=lower)
-        hidden = work.hidden
+        reading = Reading(work, "value")
+        steps = work.steps(work.with_missing(sinks), watch=reading)
+        yield from islice(steps, half)
         light = yield from Trail().scores(work)  # on the host, while a device still reads
-        words = top(light.masked_fill(~left, -torch.inf), int(self.lead * count + 0.5))
-        early = len(words) > 0 and not goes_on(prompt, reading.scores(lower[len(lower) * 2 // 3 :]))
-        if early:
-            yield from work.steps(words, layers=lower)
-            rows, hidden = together(rows, hidden, words, work.hidden)
-        yield from work.steps(rows, hidden=hidden, watch=reading, layers=upper)
+        words = top(light.masked_fill(~left, -torch.inf), count)
+        if len(words) == count and not goes_on(prompt, reading.scores(range(half * 2 // 3, half))):
+            yield from work.steps(work.with_missing(torch.cat([sinks, words])))
+            return
+        yield from steps
 
         looked = reading.scores()
-        asked = early or not goes_on(prompt, looked)
+        asked = not goes_on(prompt, looked)
         words = words if asked else words[:0]
         left[words] = False
         needed = self._needed(prompt, light, looked, asked)
-        found = top(needed.masked_fill(~left, -torch.inf), count - len(words))
-        changed = torch.cat([words, found])
-        if len(changed):
-            yield from work.steps(work.with_later(found if early else changed, changed))
+        rows = torch.cat([words, top(needed.masked_fill(~left, -torch.inf), count - len(words))])
+        if len(rows):
+            yield from work.steps(work.with_later(rows))
 
     def _needed(self, prompt: Prompt, light: Tensor, looked: Tensor, asked: bool) -> Tensor:
         """How much each position asks for repair."""
@@ -107,12 +101,6 @@ def goes_on(prompt: Prompt, looked: Tensor) -> bool:
     """Whether the question is text that goes on: most of what it looks at in the chunks is in the last one."""
     last = prompt.spans[-1]
     return bool(looked[last.start : last.stop].sum() > looked[prompt.spans[0].start : last.stop].sum() / 2)
-
-
-def together(rows: Tensor, hidden: Tensor, others: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
-    """Two sets of rows as one, sorted, with their hidden states."""
-    both, order = torch.cat([rows, others]).sort()
-    return both, torch.cat([hidden, theirs])[order]
 
 
 def false_sinks(prompt: Prompt) -> Tensor:
