@@ -8,27 +8,23 @@ a mask, since nothing is multiplied that is hidden, and no table of weights is w
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from kvstore_connectors.blend.attention import attend_fused, runs
+from kvstore_connectors.vllm.blend_tried import tried
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-log = logging.getLogger("kvstore")
 
 PAGE = 32
 """Keys in a page: of less, vLLM's kernel is a slower one."""
 
 KEPT_BYTES = 64 << 20
 """Memory for a layer's pages that is kept for shorter prompts."""
-
-TOLERANCE = 0.02
-"""Distance to attention under a mask, relative, that two kernels in bfloat16 may have; a wrong mask is far above."""
 
 
 @dataclass(frozen=True)
@@ -134,30 +130,18 @@ class PagedAttention:
 def paged_attention(
     heads: int, kv_heads: int, dim: int, dtype: torch.dtype, device: torch.device
 ) -> PagedAttention | None:
-    """vLLM's CPU attention for this shape; None where it is not to be had, or not right.
-
-    It is tried on scattered queries first: versions differ in what they take.
-    """
+    """vLLM's CPU attention for this shape, tried on scattered queries; None where it is not to be had, or not right."""
     if device.type != "cpu":
         return None
-    try:
-        made = PagedAttention(heads, kv_heads, dim, dtype)
-        away = _distance(made, heads, kv_heads, dim, dtype)
-    except Exception as error:  # whatever it is, there is attention under a mask
-        log.info("blending: vLLM's attention takes no scattered queries here (%s).", error)
-        return None
-    if not away < TOLERANCE:
-        log.warning("blending: vLLM's attention is %.3f away from attention under a mask; not used.", away)
-        return None
-    return made
+    shape = heads, kv_heads, dim, dtype
+    return tried("vLLM's attention on the CPU", partial(PagedAttention, *shape), partial(_scattered, *shape))
 
 
-def _distance(paged: PagedAttention, heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> float:
-    """How far it is from attention under a mask, on positions with runs and gaps over several pages."""
+def _scattered(heads: int, kv_heads: int, dim: int, dtype: torch.dtype, paged: PagedAttention) -> tuple[Tensor, Tensor]:
+    """Attention on positions with runs and gaps over several pages, by it and under a mask."""
     seeded = torch.Generator().manual_seed(1)
     at = torch.cat([torch.arange(40), torch.arange(45, 150, 7), torch.arange(160, 230), torch.tensor([300])])
     keys, values = (torch.randn(320, kv_heads, dim, generator=seeded).to(dtype) for _ in range(2))
     queries = torch.randn(len(at), heads, dim, generator=seeded).to(dtype)
-    found = paged(queries, keys, values, at, dim**-0.5).float()
-    right = attend_fused(queries, keys, values, at, dim**-0.5).float()
-    return float((found - right).norm() / right.norm())
+    found = paged(queries, keys, values, at, dim**-0.5)
+    return found, attend_fused(queries, keys, values, at, dim**-0.5)
