@@ -14,7 +14,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -42,7 +42,7 @@ from kvstore_gpu import (
     slerp,
 )
 from kvstore_gpu.cache import PagedCache
-from kvstore_gpu.jobs import HostPart, Part
+from kvstore_gpu.jobs import HostPart, Launch, Part
 from kvstore_gpu.staging import Staging
 
 LAYERS, HEADS, DIM, BLOCK = 32, 8, 128, 256
@@ -213,7 +213,7 @@ def in_device_memory(memory: tuple[str, float], layout: str) -> None:
     )
 
 
-def hosted_part(slab: np.ndarray, at: int, size: int, pages: list[int]) -> HostPart:
+def hosted_part(slab: np.ndarray, at: int, size: int, pages: Sequence[int]) -> HostPart:
     """A block in a registered mapping, in the pieces that a copy may span."""
     runs = host.reach(slab[at : at + size], torch.device("cuda", 0))
     return HostPart([torch.from_numpy(run) for run in runs], pages)
@@ -237,11 +237,11 @@ def across_pcie(into: tuple[str, float], out: tuple[str, float]) -> None:
 
         def load(cache=cache, hosted=hosted, pages=pages, staging=staging) -> None:
             with behind(stream):
-                staging.load(hosted, lambda ps, s: paged.scatter(cache, ps, pages, stream=s), stream)
+                staging.load(hosted, lambda ps, s: paged.scattering(cache, ps, pages, stream=s), stream)
 
         def store(cache=cache, hosted=hosted, pages=pages, staging=staging) -> None:
             with behind(stream):
-                _, arrived = staging.store(hosted, lambda ps, s: paged.gather(cache, ps, pages, stream=s), stream)
+                _, arrived = staging.store(hosted, lambda ps, s: paged.gathering(cache, ps, pages, stream=s), stream)
                 stream.wait_event(arrived)
 
         def across(op: Any, cap: int | None, cache=cache, parts=parts, pages=pages) -> Call:
@@ -266,9 +266,13 @@ def compressed(
     room = -(-size // 256) * 256
     made = [hosted_part(slab, i * room, size, part.pages) for i, part in enumerate(parts)]
     at = torch.arange(BLOCK, device="cuda").repeat(len(made))
+    bad = torch.zeros(len(made), dtype=torch.int32, device="cuda")
 
-    def land(ps: Any, s: torch.cuda.Stream) -> None:
-        kv4.unpack(cache, ps, spec, coder, places, turning, at[: BLOCK * len(ps)], stream=s)
+    def land(ps: Any, s: torch.cuda.Stream) -> Launch:
+        return kv4.unpacking(cache, ps, spec, coder, places, turning, at, stream=s)
+
+    def take(ps: Any, s: torch.cuda.Stream) -> Launch:
+        return kv4.packing(cache, ps, spec, coder, places, turning, at, bad, stream=s)
 
     def load() -> None:
         with behind(stream):
@@ -276,9 +280,7 @@ def compressed(
 
     def store() -> None:
         with behind(stream):
-            _, arrived = staging.store(
-                made, lambda ps, s: kv4.pack(cache, ps, spec, coder, places, turning, stream=s), stream
-            )
+            _, arrived = staging.store(made, take, stream)
             stream.wait_event(arrived)
 
     raw = cache.block_nbytes(BLOCK // cache.page_tokens)

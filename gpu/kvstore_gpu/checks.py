@@ -35,10 +35,8 @@ def tensor(
     InvalidParams
         If anything does not fit. `align`: bytes that the address is a multiple of, on CUDA devices.
     """
-    have = tuple(value.shape)
-    if len(have) != len(shape) or have != tuple(
-        n if want is None else want for want, n in zip(shape, have, strict=True)
-    ):
+    have = value.shape
+    if len(have) != len(shape) or any(want not in (None, n) for want, n in zip(shape, have, strict=True)):
         raise refuse(
             name, f"shape {tuple(value.shape)} where {tuple('*' if n is None else n for n in shape)} is needed"
         )

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 
 from kvstore.codecs.base import BlockCoder, BlockSpec, BlockStep, Context
-from kvstore_gpu import checks, host, jobs
+from kvstore_gpu import checks
 from kvstore_gpu.cache import PagedCache
 from kvstore_gpu.checks import FLOATS
 from kvstore_gpu.jobs import Part
@@ -46,10 +46,11 @@ def check(cache: PagedCache, parts: Sequence[Part], spec: BlockSpec, coder: Bloc
         raise checks.refuse("spec", f"{spec} is no block of whole pages of this cache")
     sizes = sizes_of(coder, spec)
     planes = len(places)
-    if places.dim() != 2 or places.dtype != torch.int64 or places.shape[1] != spec.layers or planes > len(sizes):
+    fits = places.dim() == 2 and places.dtype == torch.int64 and places.shape[1] == spec.layers
+    if not fits or not 0 < planes <= len(sizes):
         raise checks.refuse("places", f"{tuple(places.shape)} of {places.dtype}: [plane, layer] of int64 are needed")
-    end = int((places + sizes[:planes]).max()) if places.numel() else 0
-    if places.numel() and (int(places.min()) < 0 or bool((places % 4).any())):
+    end = int((places + sizes[:planes]).max())
+    if int(places.min()) < 0 or bool((places % 4).any()):
         raise checks.refuse("places", "a part begins before the block, or not at a multiple of 4")
     block_pages = spec.tokens // cache.page_tokens
     for part in parts:
@@ -57,12 +58,6 @@ def check(cache: PagedCache, parts: Sequence[Part], spec: BlockSpec, coder: Bloc
         cache.check_ids(part.pages, "pages")
         if part.block.numel() < end or not 0 <= part.first <= block_pages - len(part.pages):
             raise checks.refuse("block", f"{part.block.numel()} bytes, {len(part.pages)} pages from {part.first} on")
-
-
-def table(cache: PagedCache, parts: Sequence[Part], stream: torch.cuda.Stream | None) -> torch.Tensor:
-    """The jobs of some parts, on the device."""
-    made = jobs.table(parts, host.addresses([part.block for part in parts], cache.device))
-    return jobs.upload(made, cache.device, stream)
 
 
 def decode(

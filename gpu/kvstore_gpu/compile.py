@@ -175,16 +175,14 @@ class _Queue:
         self.ptr = pointer
 
 
+_NUMBERS = {bool: np.int32, int: np.int32, float: np.float32, type(None): lambda _: np.uint64(0)}
+
+
 def _argument(value: Any) -> Any:
-    if value is None:
-        return np.uint64(0)
     if isinstance(value, torch.Tensor):
         return np.uint64(value.data_ptr())
-    if isinstance(value, bool | int):
-        return np.int32(value)
-    if isinstance(value, float):
-        return np.float32(value)
-    return value
+    number = _NUMBERS.get(type(value))
+    return value if number is None else number(value)
 
 
 @cache

@@ -7,6 +7,7 @@ device: what lies in host memory was checked when it came there.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,7 +27,7 @@ from kvstore.errors import ConfigError
 from kvstore.rope import Rotary
 from kvstore_gpu import coded, fp8, kv4
 from kvstore_gpu.cache import PagedCache
-from kvstore_gpu.jobs import Part
+from kvstore_gpu.jobs import Launch, Part, chained
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,9 @@ class Frames:
     """
 
     def __init__(self, cache: PagedCache, chain: Chain, tokens: int, context: Context) -> None:
-        if not has_kernels(chain):
+        if not has_kernels(chain) or not isinstance(chain.coder, KV4 | FP8):
             raise ConfigError(f"there are no kernels for {chain}.", "Known are `fp8` and `prerope|kv4`.")
-        self.chain = chain
+        self.chain, self._coder = chain, chain.coder
         self._cache = cache
         self._context = context
         self._references = tuple(step.reference(context) for step in chain.steps)
@@ -100,37 +101,53 @@ class Frames:
 
     # -- on the device -------------------------------------------------------------------------------------------------
 
-    def pack(self, parts: Sequence[Part], stream: torch.cuda.Stream | None) -> torch.Tensor:
-        """Encode pages into blocks, all but their headers; each part has all pages of its block, and its position.
+    def packing(self, parts: Sequence[Part], bad: torch.Tensor, stream: torch.cuda.Stream | None) -> Launch:
+        """Make ready to encode pages into blocks, all but their headers.
 
-        Returns
-        -------
-        Tensor, int32, [part], on the cache's device
-            Not 0 where values cannot be said by the code: the block is not to be kept.
+        Parameters
+        ----------
+        parts : sequence of Part
+            Each has all pages of its block, and its position.
+        bad : Tensor, int32, [part], on the cache's device
+            Zeros; will not be 0 where a block has values that the code cannot say: it is not to be kept.
+        stream : torch.cuda.Stream or None
         """
-        bad = []
+        runs, begin, coder = [], 0, self._coder
         for form, some in self._alike(parts):
-            if isinstance(self.chain.coder, KV4):
-                at = self._positions(form, some, stream)
-                bad.append(kv4.pack(self._cache, some, form.spec, self.chain.coder, form.places, self._rotary, at,
-                                    stream=stream))  # fmt: skip
-            elif isinstance(self.chain.coder, FP8):
-                one = fp8.pack(self._cache, some, form.spec, self.chain.coder, form.places, stream=stream)
-                with torch.cuda.stream(stream):
-                    bad.append(one.expand(len(some)))
+            flags = bad[begin : begin + len(some)]
+            if isinstance(coder, KV4):
+                at = self._positions(some, stream)
+                one = kv4.packing(self._cache, some, form.spec, coder, form.places, self._rotary, at, flags,
+                                  stream=stream)  # fmt: skip
+            else:
+                one = fp8.packing(self._cache, some, form.spec, coder, form.places, flags, stream=stream)
+            runs.append((len(some), one))
+            begin += len(some)
+        return chained(runs)
+
+    def pack(self, parts: Sequence[Part], stream: torch.cuda.Stream | None) -> torch.Tensor:
+        """Encode pages into blocks at once; the flags of `packing`."""
         with torch.cuda.stream(stream):
-            return torch.cat(bad)
+            bad = torch.zeros(len(parts), dtype=torch.int32, device=self._cache.device)
+        self.packing(parts, bad, stream)(0, len(parts))
+        return bad
+
+    def unpacking(self, parts: Sequence[Part], stream: torch.cuda.Stream | None) -> Launch:
+        """Make ready to decode blocks into pages, keys turned to the positions they were computed at."""
+        runs, coder = [], self._coder
+        for form, some in self._alike(parts):
+            planes = form.places[: self._planes(form, some[0].block.numel())]
+            if isinstance(coder, KV4):
+                at = self._positions(some, stream)
+                one = kv4.unpacking(self._cache, some, form.spec, coder, planes, self._rotary, at, stream=stream)
+            else:
+                one = fp8.unpacking(self._cache, some, form.spec, coder, planes, stream=stream)
+            runs.append((len(some), one))
+        return chained(runs)
 
     def unpack(self, parts: Sequence[Part], stream: torch.cuda.Stream | None) -> None:
-        """Decode blocks into pages, keys turned to the positions they were computed at."""
-        for form, some in self._alike(parts):
-            planes = self._planes(form, some[0].block.numel())
-            if isinstance(self.chain.coder, KV4):
-                at = self._positions(form, some, stream)
-                kv4.unpack(self._cache, some, form.spec, self.chain.coder, form.places[:planes], self._rotary, at,
-                           stream=stream)  # fmt: skip
-            elif isinstance(self.chain.coder, FP8):
-                fp8.unpack(self._cache, some, form.spec, self.chain.coder, form.places, stream=stream)
+        """Decode blocks into pages at once."""
+        self.unpacking(parts, stream)(0, len(parts))
 
     def _alike(self, parts: Sequence[Part]) -> list[tuple[_Form, list[Part]]]:
         """Runs of parts that one launch can take: of one layout, with as many planes."""
@@ -140,7 +157,7 @@ class Frames:
         )
         return [(self._of(int(not first)), list(some)) for (first, _), some in keyed]
 
-    def _positions(self, form: _Form, parts: Sequence[Part], stream: torch.cuda.Stream | None) -> torch.Tensor:
+    def _positions(self, parts: Sequence[Part], stream: torch.cuda.Stream | None) -> torch.Tensor:
         """Positions of the tokens of all parts, on the device."""
         page = self._cache.page_tokens
         starts = np.array([part.position + part.first * page for part in parts])
@@ -162,7 +179,7 @@ class Frames:
     @staticmethod
     def _planes(form: _Form, nbytes: int) -> int:
         """How many whole planes so many bytes hold."""
-        return sum(end <= nbytes for end in form.ends)
+        return bisect_right(form.ends, nbytes)
 
     # -- on the host ---------------------------------------------------------------------------------------------------
 

@@ -63,9 +63,12 @@ def reach(view: np.ndarray, device: torch.device) -> list[np.ndarray]:
     DeviceUnavailable
         If the driver refuses: no more memory can be pinned.
     """
+    begin = view.__array_interface__["data"][0]
+    if _window(begin, view.nbytes) is not None:
+        return [view]
     whole = root(view)
     base = _base(whole)
-    at = view.ctypes.data - base
+    at = begin - base
     pieces = []
     for window in range(at // WINDOW, -(-(at + view.nbytes) // WINDOW)):
         if window not in _known.get(base, ()):
@@ -133,19 +136,24 @@ def _forget(base: int, start: int, device: torch.device) -> None:
                     cuda.cudaHostUnregister(max(base + window * WINDOW, start))
 
 
-def bring(runs: Sequence[Run], begin: int, end: int, to: torch.Tensor, stream: torch.cuda.Stream) -> None:
-    """Copy bytes `begin` to `end` of what several runs hold together to memory of a device; nothing waits for it.
+def copy(to: int, at: int, nbytes: int, stream: torch.cuda.Stream) -> None:
+    """Copy between addresses, either way; nothing waits for it. One of torch's takes five times as long to ask for.
 
-    For many copies: one of torch's takes five times as long to ask for.
+    Who asks keeps the memory until it is over.
     """
     runtime = cupy().cuda.runtime
-    target, queue = to.data_ptr(), stream.cuda_stream
+    runtime.memcpyAsync(to, at, nbytes, runtime.memcpyDefault, stream.cuda_stream)
+
+
+def bring(runs: Sequence[Run], begin: int, end: int, to: torch.Tensor, stream: torch.cuda.Stream) -> None:
+    """Copy bytes `begin` to `end` of what several runs hold together to memory of a device; nothing waits for it."""
+    target = to.data_ptr()
     if to.numel() != end - begin or not to.is_contiguous() or to.dtype != torch.uint8:
         raise checks.refuse("to", f"{tuple(to.shape)} of {to.dtype} for {end - begin} bytes")
     for address, nbytes in runs:
         first, last = max(begin, 0), min(end, nbytes)
         if first < last:
-            runtime.memcpyAsync(target, address + first, last - first, runtime.memcpyDefault, queue)
+            copy(target, address + first, last - first, stream)
             target += last - first
         begin, end = begin - nbytes, end - nbytes
     if end > 0:
@@ -171,11 +179,37 @@ def addresses(blocks: Sequence[torch.Tensor], device: torch.device) -> list[int]
     return out
 
 
+def window(block: torch.Tensor, device: torch.device) -> tuple[int, int] | None:
+    """The registered window that host memory lies in, by its mapping and number; None if it is pinned in another way.
+
+    Raises
+    ------
+    InvalidParams
+        If the device cannot reach it.
+    """
+    found = _window(block.data_ptr(), block.nbytes)
+    if found is None:
+        addresses([block], device)
+    return found
+
+
+def _window(begin: int, nbytes: int) -> tuple[int, int] | None:
+    """The registered window that holds memory, by its mapping and number; None if no single one does."""
+    with _lock:
+        at = bisect_right(_bases, begin)
+        if not at:
+            return None
+        base = _bases[at - 1]  # of the only mapping that it can lie in
+        number = (begin - base) // WINDOW
+        inside = begin + nbytes <= min(_known[base].get(number, 0), base + (number + 1) * WINDOW)
+    return (base, number) if inside else None
+
+
 def _reachable(block: torch.Tensor) -> bool:
     begin, end = block.data_ptr(), block.data_ptr() + block.nbytes
     with _lock:
         at = bisect_right(_bases, begin)
-        base = _bases[at - 1] if at else begin  # of the only mapping that it can lie in
+        base = _bases[at - 1] if at else begin
         windows = _known.get(base, {})
         needed = range((begin - base) // WINDOW, -(-(end - base) // WINDOW))
         if needed and all(window in windows for window in needed) and end <= windows[needed[-1]]:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from kvstore_gpu import checks
+from kvstore_gpu import checks, host
 from kvstore_gpu.cache import PagedCache
+
+Launch = Callable[[int, int], None]
+"""Gives the device the work on some of the parts that were made ready together: from one on, up to another."""
 
 JOB = np.dtype([("block", "<u8"), ("page", "<i4"), ("place", "<i4")])
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """Pages of one block to move.
 
     Attributes
@@ -38,8 +41,7 @@ class Part:
     position: int = 0
 
 
-@dataclass(frozen=True)
-class HostPart:
+class HostPart(NamedTuple):
     """As `Part`, with the block in host memory, perhaps in several pieces.
 
     Attributes
@@ -83,10 +85,52 @@ def table(parts: Sequence[Part], addresses: Sequence[int]) -> np.ndarray:
     return jobs
 
 
+class Listed:
+    """The jobs of parts on the device: brought there once, for launches that take some of the parts each.
+
+    Parameters
+    ----------
+    parts : sequence of Part
+    device : torch.device
+    stream : torch.cuda.Stream or None
+
+    Attributes
+    ----------
+    entries : ndarray
+        All of them, as they are on the host.
+    """
+
+    def __init__(self, parts: Sequence[Part], device: torch.device, stream: torch.cuda.Stream | None) -> None:
+        self.entries = table(parts, host.addresses([part.block for part in parts], device))
+        self._there = upload(self.entries, device, stream)
+        self._before = [0, *accumulate(len(part.pages) for part in parts)]
+
+    def before(self, part: int) -> int:
+        """Pages of the parts before one."""
+        return self._before[part]
+
+    def run(self, first: int, last: int) -> tuple[torch.Tensor, int]:
+        """The jobs of the parts from `first` on up to `last`, and how many they are."""
+        begin, end = self._before[first], self._before[last]
+        return self._there[begin * JOB.itemsize : end * JOB.itemsize], end - begin
+
+
+def chained(runs: Sequence[tuple[int, Launch]]) -> Launch:
+    """One launch of several, each for so many parts, one after the other."""
+
+    def launch(first: int, last: int) -> None:
+        for count, one in runs:
+            if first < count and last > 0:
+                one(max(first, 0), min(last, count))
+            first, last = first - count, last - count
+
+    return launch
+
+
 def upload(jobs: np.ndarray, device: torch.device, stream: torch.cuda.Stream | None) -> torch.Tensor:
     """A table on the device. From pinned memory: a copy from any other would wait for all that is queued."""
     made = torch.from_numpy(jobs.view(np.uint8))
-    if device.type == "cpu":
+    if device.type == "cpu" or not len(made):
         return made
     with torch.cuda.stream(stream):
         return made.pin_memory().to(device, non_blocking=True)

@@ -2,23 +2,34 @@
 
 The copy engine reaches all of PCIe where blocks are large, which kernels that reach across PCIe do not, and it needs no
 multiprocessor; and a kernel that decodes reads its bytes where that is cheap. While a kernel works on one slot the next
-one is copied.
+one is copied. What the kernels need is made ready once for all blocks, while the first ones are copied. Each call of
+the driver takes microseconds of the host, so neighbours in memory are one copy.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from itertools import zip_longest
+from typing import NamedTuple
 
 import torch
 
 from kvstore_gpu import checks, host
-from kvstore_gpu.jobs import HostPart, Part
+from kvstore_gpu.jobs import HostPart, Launch, Part
 
-Work = Callable[[Sequence[Part], torch.cuda.Stream], None]
-"""Work on parts whose blocks lie on the device, on a stream: ``scatter``, ``unpack``, ``gather``, ``pack``."""
+Work = Callable[[Sequence[Part], torch.cuda.Stream], Launch]
+"""Makes work ready for parts whose blocks lie on the device, on a stream: ``scattering``, ``unpacking``, …"""
 
 _ALIGN = 256
+
+
+class _Group(NamedTuple):
+    """Parts, from `first` on up to `last`, that share a slot for a while."""
+
+    slot: int
+    first: int
+    last: int
 
 
 class Staging:
@@ -37,6 +48,7 @@ class Staging:
         self._device = device
         self._copies = torch.cuda.Stream(device)
         self._slots = [torch.empty(slot_nbytes, dtype=torch.uint8, device=device) for _ in range(slots)]
+        self._here = [torch.cuda.Event() for _ in range(slots)]
         self._free = [torch.cuda.Event() for _ in range(slots)]
         self._next = 0
         self._lock = threading.Lock()
@@ -45,23 +57,37 @@ class Staging:
     def load(self, parts: Sequence[HostPart], land: Work, stream: torch.cuda.Stream) -> None:
         """Bring blocks over and hand them to ``land``, in order; when this returns nothing may have run yet.
 
-        What is on ``stream`` already comes before ``land``.
+        What is on ``stream`` already comes before ``land``. After an error ``stream`` waits for what was begun.
 
         Raises
         ------
         InvalidParams
             If a block is larger than a slot, or lies in memory that is not registered.
         """
-        with self._lock:
-            for group in self._groups(parts):
-                index, staged = self._place(group)
-                with torch.cuda.stream(self._copies):
-                    self._copies.wait_event(self._free[index])
-                    for piece, here in _pieces(group, staged):
-                        here.copy_(piece, non_blocking=True)
-                    stream.wait_event(_record())
-                land(staged, stream)
-                self._free[index].record(stream)
+        with self._lock, torch.cuda.device(self._device):
+            staged, groups = self._place(parts)
+            try:
+                ahead = len(self._slots)
+                for group in groups[:1]:
+                    self._bring(group, parts, staged)
+                launch = land(staged, stream)  # what it uploads comes right behind the first blocks, not behind more
+                for group in groups[1:ahead]:
+                    self._bring(group, parts, staged)
+                for group, later in zip_longest(groups, groups[ahead:]):
+                    stream.wait_event(self._here[group.slot])
+                    launch(group.first, group.last)
+                    self._free[group.slot].record(stream)
+                    if later is not None:
+                        self._bring(later, parts, staged)
+            except BaseException:
+                stream.wait_stream(self._copies)
+                raise
+
+    def _bring(self, group: _Group, parts: Sequence[HostPart], staged: Sequence[Part]) -> None:
+        self._copies.wait_event(self._free[group.slot])
+        for there, here, nbytes in self._copied(group, parts, staged):
+            host.copy(here, there, nbytes, self._copies)
+        self._here[group.slot].record(self._copies)
 
     def store(
         self, parts: Sequence[HostPart], take: Work, stream: torch.cuda.Stream
@@ -73,65 +99,63 @@ class Staging:
         (taken, arrived)
             When the cache's pages are no longer needed; when the bytes are in host memory.
         """
-        with self._lock:
-            with torch.cuda.stream(stream):
-                taken = arrived = _record()
-            for group in self._groups(parts):
-                index, staged = self._place(group)
-                stream.wait_event(self._free[index])
-                take(staged, stream)
-                with torch.cuda.stream(stream):
-                    taken = _record()
-                with torch.cuda.stream(self._copies):
-                    self._copies.wait_event(taken)
-                    for piece, here in _pieces(group, staged):
-                        piece.copy_(here, non_blocking=True)
-                    arrived = _record()
-                    self._free[index].record()
+        taken, arrived = torch.cuda.Event(), torch.cuda.Event()
+        with self._lock, torch.cuda.device(self._device):
+            staged, groups = self._place(parts)
+            launch = take(staged, stream)
+            for group in groups:
+                stream.wait_event(self._free[group.slot])
+                launch(group.first, group.last)
+                self._here[group.slot].record(stream)
+                self._copies.wait_event(self._here[group.slot])
+                for there, here, nbytes in self._copied(group, parts, staged):
+                    host.copy(there, here, nbytes, self._copies)
+                self._free[group.slot].record(self._copies)
+            taken.record(stream)
+            arrived.record(self._copies if groups else stream)
         return taken, arrived
 
-    def _groups(self, parts: Sequence[HostPart]) -> Iterator[list[HostPart]]:
-        """Parts as they fit into slots."""
+    def _place(self, parts: Sequence[HostPart]) -> tuple[list[Part], list[_Group]]:
+        """Where each part goes, and which go there together: as many as fit into a slot."""
         limit = len(self._slots[0])
-        group: list[HostPart] = []
-        used = 0
-        for part in parts:
-            size = _room(part)
-            if size > limit:
-                raise checks.refuse("block", f"{part.nbytes} bytes for a slot of {limit}")
-            host.addresses(part.pieces, self._device)
-            if used + size > limit:
-                yield group
-                group, used = [], 0
-            group.append(part)
-            used += size
-        if group:
-            yield group
+        staged: list[Part] = []
+        groups: list[_Group] = []
+        first, used = 0, 0
+        for number, part in enumerate(parts):
+            nbytes = part.nbytes
+            if nbytes > limit:
+                raise checks.refuse("block", f"{nbytes} bytes for a slot of {limit}")
+            if used + nbytes > limit:
+                groups.append(_Group(self._turn(), first, number))
+                first, used = number, 0
+            block = self._slots[self._next][used : used + nbytes]
+            staged.append(Part(block, part.pages, part.first, part.position))
+            used += -(-nbytes // _ALIGN) * _ALIGN
+        if parts:
+            groups.append(_Group(self._turn(), first, len(parts)))
+        return staged, groups
 
-    def _place(self, group: Sequence[HostPart]) -> tuple[int, list[Part]]:
-        """The next slot, and where in it each part goes."""
-        index, self._next = self._next, (self._next + 1) % len(self._slots)
-        out, at = [], 0
-        for part in group:
-            out.append(Part(self._slots[index][at : at + part.nbytes], part.pages, part.first, part.position))
-            at += _room(part)
-        return index, out
+    def _turn(self) -> int:
+        """The slot whose turn it is."""
+        slot, self._next = self._next, (self._next + 1) % len(self._slots)
+        return slot
 
-
-def _pieces(group: Sequence[HostPart], staged: Sequence[Part]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Each piece in host memory, and its bytes in the slot."""
-    for part, here in zip(group, staged, strict=True):
-        at = 0
-        for piece in part.pieces:
-            yield piece, here.block[at : at + piece.numel()]
-            at += piece.numel()
-
-
-def _room(part: HostPart) -> int:
-    return -(-part.nbytes // _ALIGN) * _ALIGN
-
-
-def _record() -> torch.cuda.Event:
-    event = torch.cuda.Event()
-    event.record()
-    return event
+    def _copied(
+        self, group: _Group, parts: Sequence[HostPart], staged: Sequence[Part]
+    ) -> Iterator[tuple[int, int, int]]:
+        """What to copy of a group: address on the host, in the slot, and bytes; neighbours in both are one."""
+        there = here = nbytes = 0
+        window = None
+        for part, block in zip(parts[group.first : group.last], staged[group.first : group.last], strict=True):
+            at = block.block.data_ptr()
+            for piece in part.pieces:
+                begin, size, its = piece.data_ptr(), piece.numel(), host.window(piece, self._device)
+                if window is not None and its == window and (begin, at) == (there + nbytes, here + nbytes):
+                    nbytes += size
+                else:
+                    if nbytes:
+                        yield there, here, nbytes
+                    there, here, nbytes, window = begin, at, size, its
+                at += size
+        if nbytes:
+            yield there, here, nbytes

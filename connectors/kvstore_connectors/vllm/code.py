@@ -7,6 +7,7 @@ every tier and come back in it (`kvstore.encoding`).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -86,6 +87,11 @@ class BlockCode:
         self._units, self._planes = self.chain.extent(self.spec(0), self.context)
         self._references = tuple(step.reference(self.context) for step in self.chain.steps)
         self._name = str(self.chain)
+        self._label = lru_cache(maxsize=4096)(self._make_label)
+
+    def _make_label(self, position: int) -> bytes:
+        """How the header of a block begins; made once for each place, since every block that is loaded is compared."""
+        return head(self.spec(position), self._name, self._references, self._units, self._planes)
 
     def spec(self, position: int) -> BlockSpec:
         """A block whose first token has this position."""
@@ -97,12 +103,11 @@ class BlockCode:
 
     def knows(self, data: Bytes, position: int) -> bool:
         """Whether a stored block is one of this chain and place, by its header, and enough of it is there."""
-        label = head(self.spec(position), self._name, self._references, self._units, self._planes)
         needed = self.chain.coder.required() or self._planes
         return (
             self.form.is_by_engine(data.nbytes)
             and data.nbytes >= self._ends[position > 0][needed - 1]
-            and has_head(data, label, self._units, self._planes)
+            and has_head(data, self._label(position), self._units, self._planes)
         )
 
     def encode(self, raw: Bytes, position: int, into: Bytes) -> None:

@@ -19,7 +19,7 @@ from kvstore_connectors.vllm.pages import Bytes, Pages, Piece
 from kvstore_gpu import host, paged
 from kvstore_gpu.cache import PagedCache
 from kvstore_gpu.frames import Frames, has_kernels
-from kvstore_gpu.jobs import HostPart, Part
+from kvstore_gpu.jobs import HostPart, Launch, Part
 from kvstore_gpu.staging import Staging, Work
 
 if TYPE_CHECKING:
@@ -111,29 +111,38 @@ class DevicePages(Pages):
         """See `Pages.start`."""
         if after is not None:
             self._in.wait_event(after)
+        held: list[HostPart] = []  # until all has been copied
         try:
             for code, some in groupby(pieces, lambda piece: piece.code):
-                if code is None:
-                    self._land(list(some), self._scatter)
-                elif has_kernels(code.chain):
-                    self._land(list(some), self._frames_of(code).unpack)
+                if code is None or has_kernels(code.chain):
+                    land = self._scattering if code is None else self._frames_of(code).unpacking
+                    far = self._land_near(list(some), land)
                 else:
-                    self._loads.load([self._decoded(piece, code) for piece in some], self._scatter, self._in)
+                    land, far = self._scattering, [self._decoded(piece, code) for piece in some]
+                held += far
+                self._loads.load(far, land, self._in)
         except BaseException:
             self._in.synchronize()  # before the daemon's memory may be let go
             raise
         landed = torch.cuda.Event()
         landed.record(self._in)
-        return landed.synchronize
 
-    def _land(self, pieces: Sequence[Piece], land: Work) -> None:
-        """Sort blocks into pages: straight from this device's memory, or brought here first."""
-        near = [piece for piece in pieces if piece.device is not None]
+        def wait() -> None:
+            landed.synchronize()
+            held.clear()
+
+        return wait
+
+    def _land_near(self, pieces: Sequence[Piece], land: Work) -> list[HostPart]:
+        """Sort blocks that lie in this device's memory into pages; the others, which have to be brought here first."""
+        near = [
+            Part(piece.device, self.page_ids(piece.engine_ids), piece.first * self._split, piece.position)
+            for piece in pieces
+            if piece.device is not None
+        ]
         if near:
-            ids = [self.page_ids(piece.engine_ids) for piece in near]
-            first = [piece.first * self._split for piece in near]
-            land([Part(p.device, i, f, p.position) for p, i, f in zip(near, ids, first, strict=True)], self._in)
-        self._loads.load([self.reach(piece) for piece in pieces if piece.device is None], land, self._in)
+            land(near, self._in)(0, len(near))
+        return [self.reach(piece) for piece in pieces if piece.device is None]
 
     def _decoded(self, piece: Piece, code: BlockCode) -> HostPart:
         """A block of a chain that has no kernels, decoded on the CPU."""
@@ -150,16 +159,23 @@ class DevicePages(Pages):
         if after is not None:
             self._out.wait_event(after)
         bad: list[torch.Tensor] = []
-        frames = None if self.code is None else self._frames_of(self.code)
+        if self.code is None:
+            return Taken(*self._saves.store(parts, self._gathering, self._out), bad, len(parts))
+        frames = self._frames_of(self.code)
 
-        def pack(some: Sequence[Part], stream: torch.cuda.Stream) -> None:
-            if frames is not None:
-                flags = frames.pack(some, stream)
+        def packing(some: Sequence[Part], stream: torch.cuda.Stream) -> Launch:
+            with torch.cuda.stream(stream):
+                flags = torch.zeros(len(some), dtype=torch.int32, device=self.device)
+            pack = frames.packing(some, flags, stream)
+
+            def launch(first: int, last: int) -> None:
+                pack(first, last)
                 with torch.cuda.stream(stream):
-                    bad.append(flags.to("cpu", non_blocking=True))
+                    bad.append(flags[first:last].to("cpu", non_blocking=True))
 
-        taken, arrived = self._saves.store(parts, self._gather if frames is None else pack, self._out)
-        return Taken(taken, arrived, bad, len(parts))
+            return launch
+
+        return Taken(*self._saves.store(parts, packing, self._out), bad, len(parts))
 
     def seal(self, room: Sequence[Bytes], position: int) -> None:
         """Finish a block that has arrived: an encoded one gets its header."""
@@ -184,11 +200,11 @@ class DevicePages(Pages):
         pieces = [torch.from_numpy(run) for part in piece.parts for run in host.reach(part, self.device)]
         return HostPart(pieces, self.page_ids(piece.engine_ids), piece.first * self._split, piece.position)
 
-    def _scatter(self, parts: Sequence[Part], stream: torch.cuda.Stream) -> None:
-        paged.scatter(self._cache, parts, self._block_pages, stream=stream)
+    def _scattering(self, parts: Sequence[Part], stream: torch.cuda.Stream) -> Launch:
+        return paged.scattering(self._cache, parts, self._block_pages, stream=stream)
 
-    def _gather(self, parts: Sequence[Part], stream: torch.cuda.Stream) -> None:
-        paged.gather(self._cache, parts, self._block_pages, stream=stream)
+    def _gathering(self, parts: Sequence[Part], stream: torch.cuda.Stream) -> Launch:
+        return paged.gathering(self._cache, parts, self._block_pages, stream=stream)
 
     def mark(self) -> Any:
         """See `Pages.mark`."""

@@ -95,7 +95,8 @@ __global__ void pack_heads(
     const int octets = dim / 8, each = tokens * heads * octets;
     const Digits start(threadIdx.x, octets, heads), stride(blockDim.x, octets, heads);
     for (int tile = blockIdx.x; tile < count * layers * 2; tile += gridDim.x) {
-        const Job job = jobs[tile % count];
+        const int index = tile % count;
+        const Job job = jobs[index];
         const int view = first_layer * 2 + tile / count, side = view % 2;
         u8* const scale = reinterpret_cast<u8*>(job.block + parts[view / 2]);
         u8* const codes = scale + i64(2) * block_tokens * heads;
@@ -119,7 +120,7 @@ __global__ void pack_heads(
             const float inverse = power(-exponent);
             const i64 row = (first + token) * heads + head;
             if (octet == 0) scale[row] = u8(exponent + 127);
-            if (largest > LARGEST) *bad = 1;  // also if it is not a number
+            if (largest > LARGEST) bad[index / (block_tokens / tokens)] = 1;  // also if it is not a number
             *reinterpret_cast<Codes*>(codes + row * dim + octet * 8) = to_e4m3(x, inverse);
         }
     }
@@ -134,7 +135,8 @@ __global__ void pack(
     const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
     const int scales = per_head ? heads : 1, octets = dim / 8, each = per_head ? octets : heads * octets;
     for (int tile = blockIdx.x; tile < count * layers * 2; tile += gridDim.x) {
-        const Job job = jobs[tile % count];
+        const int index = tile % count;
+        const Job job = jobs[index];
         const int view = first_layer * 2 + tile / count, side = view % 2;
         char* const part = reinterpret_cast<char*>(job.block + parts[view / 2]);
         u8* const scale = reinterpret_cast<u8*>(part);
@@ -156,7 +158,7 @@ __global__ void pack(
             const int exponent = exponent_of(largest);
             const float inverse = power(-exponent);
             if (lane == 0) scale[(first + token) * scales + head0] = u8(exponent + 127);
-            if (largest > LARGEST) *bad = 1;  // also if it is not a number
+            if (largest > LARGEST) bad[index / (block_tokens / tokens)] = 1;  // also if it is not a number
             for (int at = lane; at < each; at += 32) {
                 const int head = head0 + at / octets;
                 load<T, 8>(reinterpret_cast<const T*>(page + i64(token) * token_stride + i64(head) * head_stride) + at % octets * 8, x);

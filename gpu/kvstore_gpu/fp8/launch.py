@@ -15,7 +15,7 @@ from kvstore_gpu.cache import PagedCache
 from kvstore_gpu.checks import FLOATS
 from kvstore_gpu.compile import Source, blocks_for, uses_reference
 from kvstore_gpu.fp8 import reference
-from kvstore_gpu.jobs import Part
+from kvstore_gpu.jobs import Launch, Listed, Part
 
 SOURCE = Source("fp8", [f"{way}<{kind}>" for way in ("unpack", "pack", "pack_heads") for kind in FLOATS.values()])
 
@@ -51,11 +51,27 @@ def unpack(
     InvalidParams
         If something does not fit.
     """
+    unpacking(cache, parts, spec, coder, places, layers=layers, stream=stream, max_blocks=max_blocks)(0, len(parts))
+
+
+def unpacking(
+    cache: PagedCache,
+    parts: Sequence[Part],
+    spec: BlockSpec,
+    coder: FP8,
+    places: torch.Tensor,
+    *,
+    layers: range | None = None,
+    stream: torch.cuda.Stream | None = None,
+    max_blocks: int | None = None,
+) -> Launch:
+    """`unpack` in two steps: what is checked and uploaded once, and the launches, each for some of the parts."""
     chosen = _check(cache, parts, spec, coder, places, layers)
     if uses_reference(cache.device):
-        reference.decode(cache, parts, spec, (), coder, places, chosen, Context())
-    else:
-        _run("unpack", cache, parts, spec, coder, places, chosen, stream, max_blocks, None)
+        return lambda first, last: reference.decode(
+            cache, parts[first:last], spec, (), coder, places, chosen, Context()
+        )
+    return _ready("unpack", cache, parts, spec, coder, places, chosen, stream, max_blocks, None)
 
 
 def pack(
@@ -72,21 +88,36 @@ def pack(
 
     Returns
     -------
-    Tensor, int32, [1], on the cache's device
-        Not 0 if there are values that fp8 with a scale cannot say: the blocks are not to be kept.
+    Tensor, int32, [part], on the cache's device
+        Not 0 where a block has values that fp8 with a scale cannot say: it is not to be kept.
     """
+    with torch.cuda.stream(stream):
+        bad = torch.zeros(len(parts), dtype=torch.int32, device=cache.device)
+    packing(cache, parts, spec, coder, places, bad, stream=stream, max_blocks=max_blocks)(0, len(parts))
+    return bad
+
+
+def packing(
+    cache: PagedCache,
+    parts: Sequence[Part],
+    spec: BlockSpec,
+    coder: FP8,
+    places: torch.Tensor,
+    bad: torch.Tensor,
+    *,
+    stream: torch.cuda.Stream | None = None,
+    max_blocks: int | None = None,
+) -> Launch:
+    """`pack` in two steps, as `unpacking`, with flags of the caller's (zeros, int32 ``[part]``)."""
     chosen = _check(cache, parts, spec, coder, places, None)
     if any(len(part.pages) * cache.page_tokens != spec.tokens for part in parts):
         raise checks.refuse("parts", "a block is encoded as a whole")
+    checks.tensor(bad, "bad", shape=(len(parts),), dtypes=(torch.int32,), device=cache.device)
     if uses_reference(cache.device):
-        reference.encode(cache, parts, spec, (), coder, places, Context())
-        return torch.zeros(1, dtype=torch.int32)
-    with torch.cuda.stream(stream):
-        bad = torch.zeros(1, dtype=torch.int32, device=cache.device)
+        return lambda first, last: reference.encode(cache, parts[first:last], spec, (), coder, places, Context())
     lanes = cache.dim // 8
     way = "pack_heads" if coder.scale == "head" and lanes <= 32 and lanes & (lanes - 1) == 0 else "pack"
-    _run(way, cache, parts, spec, coder, places, chosen, stream, max_blocks, bad)
-    return bad
+    return _ready(way, cache, parts, spec, coder, places, chosen, stream, max_blocks, bad)
 
 
 def _check(
@@ -101,7 +132,7 @@ def _check(
     return chosen
 
 
-def _run(
+def _ready(
     way: str,
     cache: PagedCache,
     parts: Sequence[Part],
@@ -112,18 +143,23 @@ def _run(
     stream: Any,
     max_blocks: int | None,
     bad: torch.Tensor | None,
-) -> None:
-    count = sum(len(part.pages) for part in parts)
-    if not count or not layers:
-        return
-    if count * len(layers) * 2 >> 31:
+) -> Launch:
+    if sum(len(part.pages) for part in parts) * len(layers) * 2 >> 31:
         raise checks.refuse("parts", "too many pages to be counted in 31 bits")
+    listed = Listed(parts, cache.device, stream)
     page, token, head, _ = (stride * cache.sample.element_size() for stride in cache.sample.stride())
     there = jobs.constant(places.contiguous().numpy().tobytes(), cache.device)
     args = (
-        coded.table(cache, parts, stream), count, cache.bases, there,
-        layers.start, len(layers), np.int64(page), token, head, cache.page_tokens, cache.heads, cache.dim, spec.tokens,
-        coder.scale == "head", *([] if bad is None else [bad]),
+        cache.bases, there, layers.start, len(layers), np.int64(page), token, head, cache.page_tokens, cache.heads,
+        cache.dim, spec.tokens, coder.scale == "head",
     )  # fmt: skip
-    grid = blocks_for(count * len(layers) * 2, cache.device, max_blocks)
-    SOURCE.launch(f"{way}<{FLOATS[cache.dtype]}>", grid, args, cache.device, stream=stream)
+
+    def launch(first: int, last: int) -> None:
+        table, count = listed.run(first, last)
+        if count and layers:
+            flags = () if bad is None else (bad[first:],)
+            grid = blocks_for(count * len(layers) * 2, cache.device, max_blocks)
+            SOURCE.launch(f"{way}<{FLOATS[cache.dtype]}>", grid, (table, count, *args, *flags), cache.device,
+                          stream=stream)  # fmt: skip
+
+    return launch

@@ -17,7 +17,7 @@ from kvstore_gpu.cache import PagedCache
 from kvstore_gpu.checks import FLOATS
 from kvstore_gpu.compile import PLANES, Source, blocks_for, uses_reference
 from kvstore_gpu.hadamard.launch import block_of
-from kvstore_gpu.jobs import Part
+from kvstore_gpu.jobs import Launch, Listed, Part
 from kvstore_gpu.kv4 import reference
 from kvstore_gpu.rope.launch import skip_mask, table
 
@@ -69,25 +69,50 @@ def unpack(
     InvalidParams
         If something does not fit.
     """
+    unpacking(cache, parts, spec, coder, places, rotary, positions, layers=layers, stream=stream,
+              max_blocks=max_blocks)(0, len(parts))  # fmt: skip
+
+
+def unpacking(
+    cache: PagedCache,
+    parts: Sequence[Part],
+    spec: BlockSpec,
+    coder: KV4,
+    places: torch.Tensor,
+    rotary: Rotary,
+    positions: torch.Tensor,
+    *,
+    layers: range | None = None,
+    stream: torch.cuda.Stream | None = None,
+    max_blocks: int | None = None,
+) -> Launch:
+    """`unpack` in two steps: what is checked, uploaded and made once, and the launches, each for some of the parts."""
     chosen = _check(cache, parts, spec, coder, places, rotary, layers)
     tokens = sum(len(part.pages) for part in parts) * cache.page_tokens
     checks.tensor(positions, "positions", shape=(tokens,), dtypes=(torch.int64,), device=cache.device)
     if not tokens or not chosen:
-        return
+        return lambda first, last: None
     if uses_reference(cache.device):
-        _decode(cache, parts, spec, coder, places, rotary, positions, chosen)
-        return
+        return _decoding(cache, parts, spec, coder, places, rotary, positions, chosen)
     rotated = block_of(cache.dim)
-    count, common = _common(cache, parts, places, stream)
+    listed = Listed(parts, cache.device, stream)
     cos, sin = table(rotary, positions, stream)
-    args = (*common[:3], common[3], chosen.start, len(chosen), cache.layers, *_strides(cache),
+    args = (cache.bases, _places(cache, places), chosen.start, len(chosen), cache.layers, *_strides(cache),
             _shape(cache, spec, coder, len(places), rotary))  # fmt: skip
     skipped = skip_mask(cache, rotary.skipped_layers)
-    grid = blocks_for(count * len(chosen), cache.device, max_blocks)
     kind, style = FLOATS[cache.dtype], str(rotary.interleaved).lower()
-    SOURCE.launch(f"unpack_keys<{kind}, {style}>", grid, (*args, cos, sin, skipped), cache.device,
-                  threads=_KEY_THREADS, stream=stream)  # fmt: skip
-    SOURCE.launch(f"unpack_values<{kind}>", grid, (*args, rotated), cache.device, stream=stream)
+
+    def launch(first: int, last: int) -> None:
+        there, count = listed.run(first, last)
+        if not count:
+            return
+        row = listed.before(first) * cache.page_tokens
+        grid = blocks_for(count * len(chosen), cache.device, max_blocks)
+        SOURCE.launch(f"unpack_keys<{kind}, {style}>", grid, (there, count, *args, cos[row:], sin[row:], skipped),
+                      cache.device, threads=_KEY_THREADS, stream=stream)  # fmt: skip
+        SOURCE.launch(f"unpack_values<{kind}>", grid, (there, count, *args, rotated), cache.device, stream=stream)
+
+    return launch
 
 
 def pack(
@@ -116,39 +141,63 @@ def pack(
     InvalidParams
         If something does not fit.
     """
-    _check(cache, parts, spec, coder, places, rotary, None)
-    if len(places) != len(coder.planes(spec.of(1), 0, Context())):
-        raise checks.refuse("places", f"{len(places)} planes: all are needed")
-    if any(len(part.pages) * cache.page_tokens != spec.tokens for part in parts):
-        raise checks.refuse("parts", "a block is encoded as a whole")
-    if positions is not None:
-        checks.tensor(positions, "positions", shape=(spec.tokens * len(parts),), dtypes=(torch.int64,),
-                      device=cache.device)  # fmt: skip
-    if uses_reference(cache.device):
-        _encode(cache, parts, spec, coder, places, rotary, positions)
-        return torch.zeros(len(parts), dtype=torch.int32)
-    if cache.dim & (cache.dim - 1) or not 8 <= cache.dim <= 256:
-        raise checks.refuse("dim", f"{cache.dim}: a power of two from 8 to 256 is needed to encode")
     with torch.cuda.stream(stream):
         bad = torch.zeros(len(parts), dtype=torch.int32, device=cache.device)
         if positions is None:
             there = torch.arange(spec.position, spec.position + spec.tokens, device=cache.device)
             positions = there.repeat(len(parts))
+    packing(cache, parts, spec, coder, places, rotary, positions, bad, stream=stream,
+            max_blocks=max_blocks)(0, len(parts))  # fmt: skip
+    return bad
+
+
+def packing(
+    cache: PagedCache,
+    parts: Sequence[Part],
+    spec: BlockSpec,
+    coder: KV4,
+    places: torch.Tensor,
+    rotary: Rotary,
+    positions: torch.Tensor,
+    bad: torch.Tensor,
+    *,
+    stream: torch.cuda.Stream | None = None,
+    max_blocks: int | None = None,
+) -> Launch:
+    """`pack` in two steps, as `unpacking`, with flags of the caller's (zeros, int32 ``[part]``)."""
+    _check(cache, parts, spec, coder, places, rotary, None)
+    if len(places) != len(coder.planes(spec.of(1), 0, Context())):
+        raise checks.refuse("places", f"{len(places)} planes: all are needed")
+    if any(len(part.pages) * cache.page_tokens != spec.tokens for part in parts):
+        raise checks.refuse("parts", "a block is encoded as a whole")
+    checks.tensor(positions, "positions", shape=(spec.tokens * len(parts),), dtypes=(torch.int64,), device=cache.device)
+    checks.tensor(bad, "bad", shape=(len(parts),), dtypes=(torch.int32,), device=cache.device)
+    if uses_reference(cache.device):
+        starts = positions[:: spec.tokens].tolist()
+        return lambda first, last: _encode(cache, parts[first:last], spec, coder, places, rotary, starts[first:last])
+    if cache.dim & (cache.dim - 1) or not 8 <= cache.dim <= 256:
+        raise checks.refuse("dim", f"{cache.dim}: a power of two from 8 to 256 is needed to encode")
     if not parts or not spec.tokens:
-        return bad
-    _, common = _common(cache, parts, places, stream)
+        return lambda first, last: None
+    listed = Listed(parts, cache.device, stream)
     cos, sin = table(rotary, positions, stream)
-    shape = _shape(cache, spec, coder, len(places), rotary)
-    args = (common[0], len(parts), *common[2:], cache.layers, *_strides(cache), shape)
+    args = (cache.bases, _places(cache, places), cache.layers, *_strides(cache),
+            _shape(cache, spec, coder, len(places), rotary))  # fmt: skip
     skipped = skip_mask(cache, rotary.skipped_layers)
     kind, style = FLOATS[cache.dtype], str(rotary.interleaved).lower()
     groups = max(-(-(spec.tokens - coder.kept(spec)) // coder.group), 1)
-    grid = blocks_for(len(parts) * cache.layers * groups, cache.device, max_blocks)
-    SOURCE.launch(f"pack_keys<{kind}, {style}>", grid, (*args, cos, sin, skipped, bad), cache.device,
-                  threads=_KEY_THREADS, stream=stream)  # fmt: skip
-    grid = blocks_for(len(parts) * cache.layers * (spec.tokens // cache.page_tokens), cache.device, max_blocks)
-    SOURCE.launch(f"pack_values<{kind}, {block_of(cache.dim)}>", grid, (*args, bad), cache.device, stream=stream)
-    return bad
+
+    def launch(first: int, last: int) -> None:
+        blocks = last - first
+        common, flags, row = (listed.run(first, last)[0], blocks, *args), bad[first:], spec.tokens * first
+        grid = blocks_for(blocks * cache.layers * groups, cache.device, max_blocks)
+        SOURCE.launch(f"pack_keys<{kind}, {style}>", grid, (*common, cos[row:], sin[row:], skipped, flags),
+                      cache.device, threads=_KEY_THREADS, stream=stream)  # fmt: skip
+        grid = blocks_for(blocks * cache.layers * (spec.tokens // cache.page_tokens), cache.device, max_blocks)
+        SOURCE.launch(f"pack_values<{kind}, {block_of(cache.dim)}>", grid, (*common, flags), cache.device,
+                      stream=stream)  # fmt: skip
+
+    return launch
 
 
 def _check(
@@ -174,12 +223,8 @@ def _check(
     return chosen
 
 
-def _common(
-    cache: PagedCache, parts: Sequence[Part], places: torch.Tensor, stream: torch.cuda.Stream | None
-) -> tuple[int, tuple[torch.Tensor, int, torch.Tensor, torch.Tensor]]:
-    count = sum(len(part.pages) for part in parts)
-    places_there = jobs.constant(places.contiguous().numpy().tobytes(), cache.device)
-    return count, (coded.table(cache, parts, stream), count, cache.bases, places_there)
+def _places(cache: PagedCache, places: torch.Tensor) -> torch.Tensor:
+    return jobs.constant(places.contiguous().numpy().tobytes(), cache.device)
 
 
 def _strides(cache: PagedCache) -> tuple[np.int64, int, int]:
@@ -201,16 +246,15 @@ def _encode(
     coder: KV4,
     places: torch.Tensor,
     rotary: Rotary,
-    positions: torch.Tensor | None,
+    starts: Sequence[int],
 ) -> None:
     """The reference, for blocks at several positions."""
-    starts = [spec.position] * len(parts) if positions is None else positions[:: spec.tokens].tolist()
     for part, start in zip(parts, starts, strict=True):
         there = replace(spec, position=start)
         reference.encode(cache, [part], there, (PreRope(),), coder, places, Context(rotary=rotary))
 
 
-def _decode(
+def _decoding(
     cache: PagedCache,
     parts: Sequence[Part],
     spec: BlockSpec,
@@ -219,17 +263,18 @@ def _decode(
     rotary: Rotary,
     positions: torch.Tensor,
     layers: range,
-) -> None:
+) -> Launch:
     """The reference, for positions that may be others than the block's own."""
-    row = 0
-    for part in parts:
-        tokens = len(part.pages) * cache.page_tokens
-        there = positions[row : row + tokens]
-        row += tokens
-        first = part.first * cache.page_tokens
-        whole = torch.arange(spec.tokens) + spec.position
-        whole[first : first + tokens] = there
-        reference.decode(cache, [part], spec, (_To(rotary, whole),), coder, places, layers, Context())
+    theirs = positions.split([len(part.pages) * cache.page_tokens for part in parts])
+
+    def launch(first: int, last: int) -> None:
+        for part, there in zip(parts[first:last], theirs[first:last], strict=True):
+            begin = part.first * cache.page_tokens
+            whole = torch.arange(spec.tokens) + spec.position
+            whole[begin : begin + len(there)] = there
+            reference.decode(cache, [part], spec, (_To(rotary, whole),), coder, places, layers, Context())
+
+    return launch
 
 
 class _To(PreRope):

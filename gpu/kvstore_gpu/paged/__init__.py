@@ -10,6 +10,6 @@ Bound
     memory of the device, both sides on it; PCIe, one side in host memory.
 """
 
-from kvstore_gpu.paged.launch import gather, scatter
+from kvstore_gpu.paged.launch import gather, gathering, scatter, scattering
 
-__all__ = ["gather", "scatter"]
+__all__ = ["gather", "gathering", "scatter", "scattering"]

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from kvstore_gpu import checks, host, jobs
+from kvstore_gpu import checks, jobs
 from kvstore_gpu.cache import PagedCache
 from kvstore_gpu.compile import THREADS, Source, blocks_for, uses_reference
-from kvstore_gpu.jobs import Part
+from kvstore_gpu.jobs import Launch, Listed, Part
 from kvstore_gpu.paged import reference
 
 UNITS = (16, 8, 4, 2, 1)
@@ -47,7 +47,7 @@ def gather(
     InvalidParams
         If a page is not there, a block has another size, or memory is out of the device's reach.
     """
-    _copy(False, cache, parts, block_pages, layers, stream, max_blocks)
+    _ready(False, cache, parts, block_pages, layers, stream, max_blocks)(0, len(parts))
 
 
 def scatter(
@@ -60,10 +60,24 @@ def scatter(
     max_blocks: int | None = None,
 ) -> None:
     """Copy blocks into pages of the cache; parameters and errors as of `gather`. No page may be named twice."""
-    _copy(True, cache, parts, block_pages, layers, stream, max_blocks)
+    _ready(True, cache, parts, block_pages, layers, stream, max_blocks)(0, len(parts))
 
 
-def _copy(
+def gathering(
+    cache: PagedCache, parts: Sequence[Part], block_pages: int, *, stream: torch.cuda.Stream | None = None
+) -> Launch:
+    """`gather` in two steps: what is checked and uploaded once, and the launches, each for some of the parts."""
+    return _ready(False, cache, parts, block_pages, None, stream, None)
+
+
+def scattering(
+    cache: PagedCache, parts: Sequence[Part], block_pages: int, *, stream: torch.cuda.Stream | None = None
+) -> Launch:
+    """`scatter` in two steps, as `gathering`."""
+    return _ready(True, cache, parts, block_pages, None, stream, None)
+
+
+def _ready(
     to_pages: bool,
     cache: PagedCache,
     parts: Sequence[Part],
@@ -71,28 +85,30 @@ def _copy(
     layers: range | None,
     stream: torch.cuda.Stream | None,
     max_blocks: int | None,
-) -> None:
+) -> Launch:
     jobs.check(cache, parts, block_pages)
     views = _views(cache, layers)
     if uses_reference(cache.device):
-        (reference.scatter if to_pages else reference.gather)(cache, parts, block_pages, views)
-        return
-    parts = [part for part in parts if part.pages]
-    if not parts or not views:
-        return
-    table = jobs.table(parts, host.addresses([part.block for part in parts], cache.device))
+        copy = reference.scatter if to_pages else reference.gather
+        return lambda first, last: copy(cache, parts[first:last], block_pages, views)
+    listed = Listed(parts, cache.device, stream)
     rows, page = cache.rows, cache.page_nbytes
-    unit = next(u for u in UNITS if u <= rows.unit and not (table["block"] % np.uint64(u)).any())
+    unit = next(u for u in UNITS if u <= rows.unit and not (listed.entries["block"] % np.uint64(u)).any())
     units = page // unit
     args = (
-        jobs.upload(table, cache.device, stream), len(table), cache.bases, views.start, len(views),
-        np.int64(page), np.int64(page * block_pages), np.int64(rows.page_stride), rows.outer_stride,
-        rows.inner, rows.inner_stride, rows.row // unit, units,
+        cache.bases, views.start, len(views), np.int64(page), np.int64(page * block_pages), np.int64(rows.page_stride),
+        rows.outer_stride, rows.inner, rows.inner_stride, rows.row // unit, units,
     )  # fmt: skip
     threads = min(THREADS, max(32, -(-units // 32) * 32))
-    grid = blocks_for(len(table) * len(views), cache.device, max_blocks)
     name = f"copy_pages<{str(to_pages).lower()}, unit{unit}>"
-    SOURCE.launch(name, grid, args, cache.device, threads=threads, stream=stream)
+
+    def launch(first: int, last: int) -> None:
+        table, count = listed.run(first, last)
+        if count and views:
+            grid = blocks_for(count * len(views), cache.device, max_blocks)
+            SOURCE.launch(name, grid, (table, count, *args), cache.device, threads=threads, stream=stream)
+
+    return launch
 
 
 def _views(cache: PagedCache, layers: range | None) -> range:

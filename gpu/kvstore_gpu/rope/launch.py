@@ -135,5 +135,6 @@ def table(
     """Cosines and sines as `Rotary.table` makes them, without waiting for the device."""
     with torch.cuda.stream(stream):
         rates = jobs.constant(np.array(rotary.frequencies).tobytes(), positions.device).view(torch.float64)
-        angles = positions.to(torch.float64)[:, None] * rates
-        return angles.cos().float(), angles.sin().float()
+        angles = positions[:, None] * rates  # in float64
+        cos, sin = (torch.empty(angles.shape, dtype=torch.float32, device=angles.device) for _ in range(2))
+        return torch.cos(angles, out=cos), torch.sin(angles, out=sin)
