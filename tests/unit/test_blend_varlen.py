@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +9,7 @@ from hypothesis import strategies as st
 
 from kvstore_connectors.blend import varlen as module
 from kvstore_connectors.blend.attention import attend, column_sums, scores
-from kvstore_connectors.blend.varlen import PAGE, Plan, Sequences, attend_by_runs, looked_at_by_kernel
+from kvstore_connectors.blend.varlen import PAGE, Ending, Plan, attend_by_runs, looked_at_by_kernel
 from kvstore_connectors.vllm.blend_varlen import reading_kernel
 
 HEADS, KV_HEADS, DIM, SCALE = 4, 2, 8, 0.35
@@ -72,10 +71,11 @@ def test_blocks_are_bounded_and_cover_all_queries() -> None:
     assert int(plan.within.begins[-1]) == len(at) == plan.alone + int(plan.before.begins[-1])
 
 
-def test_a_prompt_from_its_first_token_on_needs_one_call() -> None:
-    plan = Plan.of(torch.arange(60))
+@pytest.mark.parametrize(("first", "count"), [(0, 60), (0, 1), (2900, 64), (31, 2000)])
+def test_one_run_needs_one_call(first: int, count: int) -> None:
+    plan = Plan.of(torch.arange(first, first + count))
     assert plan.before is None
-    assert plan.alone == 60
+    assert (plan.alone, plan.within.longest, plan.within.most_keys) == (count, count, first + count)
 
 
 @pytest.mark.parametrize(("tokens", "asked"), [(700, 40), (16, 16), (513, 1)])
@@ -84,7 +84,7 @@ def test_where_the_last_queries_look(tokens: int, asked: int) -> None:
     queries = torch.randn(asked, HEADS + 2 * KV_HEADS, 64).bfloat16()[:, :HEADS]  # as an engine's projection gives them
     keys = torch.randn(room, KV_HEADS, 64).bfloat16()
     keys[tokens:] = torch.nan  # memory behind the prompt is nobody's
-    end = Sequences.of(np.array([0, asked]), np.array([0]), np.array([tokens]), torch.device("cpu"))
+    end = Ending.of(asked, tokens, torch.device("cpu"))
     found = looked_at_by_kernel(paged, queries, keys, end, 0.125)
     right = column_sums(queries, keys[:tokens], 0.125)
     assert found.shape == (KV_HEADS, tokens)

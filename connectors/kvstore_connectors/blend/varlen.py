@@ -107,6 +107,8 @@ class Plan:
     def of(positions: Tensor) -> Plan:
         """For rising positions, at least one; waits for the device they are on."""
         at, device = positions.cpu().numpy(), positions.device
+        if at[-1] - at[0] + 1 == len(at):  # one run sees all before it as the end of an ordinary sequence does
+            return Plan(None, len(at), Sequences.of(np.array([0, len(at)]), np.array([0]), at[-1:] + 1, device))
         blocks = _blocks(at)
         start = at[blocks] // PAGE * PAGE  # where the range of each block begins
         breaks = np.flatnonzero(np.diff(at) != 1) + 1
@@ -122,6 +124,27 @@ class Plan:
         return Plan(Sequences.of(begins, np.zeros_like(far), start[far], device), alone, within)
 
 
+@dataclass(frozen=True)
+class Ending:
+    """The last positions of a prompt as one sequence: those of the question.
+
+    Attributes
+    ----------
+    sequence : Sequences
+        One, of these queries, over all keys up to the last.
+    positions : Tensor, int32, [query]
+    """
+
+    sequence: Sequences
+    positions: Tensor
+
+    @staticmethod
+    def of(queries: int, tokens: int, device: torch.device) -> Ending:
+        """Of so many queries, the last of a prompt of so many tokens."""
+        sequence = Sequences.of(np.array([0, queries]), np.array([0]), np.array([tokens]), device)
+        return Ending(sequence, torch.arange(tokens - queries, tokens, dtype=torch.int32, device=device))
+
+
 def _blocks(at: np.ndarray) -> np.ndarray:
     """First query of each block."""
     first, out = 0, []
@@ -132,7 +155,7 @@ def _blocks(at: np.ndarray) -> np.ndarray:
     return np.array(out)
 
 
-def looked_at_by_kernel(varlen: Varlen, queries: Tensor, keys: Tensor, end: Sequences, scale: float) -> Tensor:
+def looked_at_by_kernel(varlen: Varlen, queries: Tensor, keys: Tensor, end: Ending, scale: float) -> Tensor:
     """As `attention.column_sums`, by an engine's attention, for its log-sum-exp, and a kernel that sums columns.
 
     Parameters
@@ -142,13 +165,12 @@ def looked_at_by_kernel(varlen: Varlen, queries: Tensor, keys: Tensor, end: Sequ
         ``[n, heads, dim]`` of the last positions.
     keys : Tensor
         ``[keys, kv_heads, dim]``, dense, a multiple of `PAGE` of them; of the queries' type, bfloat16 or float16.
-    end : Sequences
-        One, of these queries.
+    end : Ending
     """
-    tokens, pages = end.most_keys, keys.view(-1, PAGE, *keys.shape[1:])
-    _, mass = varlen(queries, pages, pages, end, scale, causal=True)
-    at = torch.arange(tokens - len(queries), tokens, dtype=torch.int32, device=keys.device)
-    return column_sums(queries.contiguous(), at, mass.t().contiguous(), pages, end.pages[0], tokens, scale)
+    pages = keys.view(-1, PAGE, *keys.shape[1:])
+    _, mass = varlen(queries, pages, pages, end.sequence, scale, causal=True)
+    where = (mass.t().contiguous(), pages, end.sequence.pages[0], end.sequence.most_keys)
+    return column_sums(queries.contiguous(), end.positions, *where, scale)
 
 
 def attend_by_runs(varlen: Varlen, queries: Tensor, keys: Tensor, values: Tensor, plan: Plan, scale: float) -> Tensor:

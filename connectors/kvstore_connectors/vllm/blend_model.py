@@ -9,12 +9,11 @@ import sys
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
 
 from kvstore.errors import ConfigError
 from kvstore_connectors.blend.attention import attend, column_sums
-from kvstore_connectors.blend.varlen import PAGE, Plan, Sequences, attend_by_runs, looked_at_by_kernel
+from kvstore_connectors.blend.varlen import PAGE, Ending, Plan, attend_by_runs, looked_at_by_kernel
 from kvstore_connectors.vllm.blend_paged import paged_attention
 from kvstore_connectors.vllm.blend_varlen import flash_varlen, reading_kernel
 
@@ -76,7 +75,7 @@ class EngineModel:
         self._varlen, self._paged = flash_varlen(*kind), paged_attention(*kind)
         self._reading = reading_kernel(self._varlen, *kind)
         self._plan: tuple[Tensor, Plan] | None = None
-        self._end: Sequences | None = None
+        self._end: tuple[tuple[int, int], Ending] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -126,10 +125,9 @@ class EngineModel:
         """See `Model.looked_at`; on a device by kernels, where these can be had."""
         if self._reading is None or len(keys) % PAGE or keys.dtype != queries.dtype:
             return column_sums(queries, keys[:tokens], self.scale)
-        if self._end is None or (self._end.longest, self._end.most_keys) != (len(queries), tokens):
-            one = np.array([0]), np.array([tokens])
-            self._end = Sequences.of(np.array([0, len(queries)]), *one, keys.device)
-        return looked_at_by_kernel(self._reading, queries, keys, self._end, self.scale)
+        if self._end is None or self._end[0] != (len(queries), tokens):  # of one prompt in all layers
+            self._end = (len(queries), tokens), Ending.of(len(queries), tokens, keys.device)
+        return looked_at_by_kernel(self._reading, queries, keys, self._end[1], self.scale)
 
     def post(self, layer: int, hidden: Tensor, attended: Tensor) -> Tensor:
         """See `Model.post`."""

@@ -5,11 +5,10 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from kvstore_connectors.blend.attention import attend_fused, column_sums
-from kvstore_connectors.blend.varlen import PAGE, Plan, Sequences, Varlen, attend_by_runs, looked_at_by_kernel
+from kvstore_connectors.blend.varlen import PAGE, Ending, Plan, Sequences, Varlen, attend_by_runs, looked_at_by_kernel
 from kvstore_connectors.vllm.blend_tried import tried
 from kvstore_gpu.queries import DIMS
 
@@ -89,5 +88,5 @@ def _looked_at(
     queries = torch.randn((40, heads + 2 * kv_heads, dim), device=device, generator=made).to(dtype)[:, :heads]
     keys = torch.randn(50 * PAGE, kv_heads, dim, device=device, generator=made).to(dtype)
     tokens = len(keys) - PAGE // 2
-    end = Sequences.of(np.array([0, len(queries)]), np.array([0]), np.array([tokens]), device)
+    end = Ending.of(len(queries), tokens, device)
     return looked_at_by_kernel(varlen, queries, keys, end, dim**-0.5), column_sums(queries, keys[:tokens], dim**-0.5)
