@@ -19,6 +19,10 @@ def refuse(name: str, cause: str) -> InvalidParams:
     return InvalidParams(f"{name}: {cause}.", REMEDY)
 
 
+def _fits(want: int | None, size: int) -> bool:
+    return want is None or want == size
+
+
 def tensor(
     value: torch.Tensor,
     name: str,
@@ -36,19 +40,21 @@ def tensor(
         If anything does not fit. `align`: bytes that the address is a multiple of, on CUDA devices.
     """
     have = value.shape
-    if len(have) != len(shape) or any(want not in (None, n) for want, n in zip(shape, have, strict=True)):
+    if len(have) != len(shape) or not all(map(_fits, shape, have)):
         raise refuse(
             name, f"shape {tuple(value.shape)} where {tuple('*' if n is None else n for n in shape)} is needed"
         )
     if value.dtype not in dtypes:
         raise refuse(name, f"{value.dtype} is not among {', '.join(map(str, dtypes))}")
-    if device is not None and value.device != device:
-        raise refuse(name, f"it lies on {value.device}, the others on {device}")
+    where = value.device
+    if device is not None and where != device:
+        raise refuse(name, f"it lies on {where}, the others on {device}")
     if not value.is_contiguous():
         raise refuse(name, f"strides {tuple(value.stride())} are not those of a dense tensor")
-    if value.device.type not in ("cpu", "cuda"):
-        raise refuse(name, f"devices of type {value.device.type} are not known")
-    if value.device.type == "cuda" and value.data_ptr() % align:
+    kind = where.type
+    if kind not in ("cpu", "cuda"):
+        raise refuse(name, f"devices of type {kind} are not known")
+    if kind == "cuda" and value.data_ptr() % align:
         raise refuse(name, f"its address is not a multiple of {align} bytes")
     return value
 

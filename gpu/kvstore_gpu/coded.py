@@ -53,9 +53,9 @@ def check(cache: PagedCache, parts: Sequence[Part], spec: BlockSpec, coder: Bloc
     if int(places.min()) < 0 or bool((places % 4).any()):
         raise checks.refuse("places", "a part begins before the block, or not at a multiple of 4")
     block_pages = spec.tokens // cache.page_tokens
+    cache.check_ids([page for part in parts for page in part.pages], "pages")
     for part in parts:
         checks.tensor(part.block, "block", shape=(None,), dtypes=(torch.uint8,), align=16)
-        cache.check_ids(part.pages, "pages")
         if part.block.numel() < end or not 0 <= part.first <= block_pages - len(part.pages):
             raise checks.refuse("block", f"{part.block.numel()} bytes, {len(part.pages)} pages from {part.first} on")
 

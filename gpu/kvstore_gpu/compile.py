@@ -179,10 +179,10 @@ _NUMBERS = {bool: np.int32, int: np.int32, float: np.float32, type(None): lambda
 
 
 def _argument(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return np.uint64(value.data_ptr())
     number = _NUMBERS.get(type(value))
-    return value if number is None else number(value)
+    if number is not None:
+        return number(value)
+    return value if isinstance(value, np.generic) else np.uint64(value.data_ptr())
 
 
 @cache

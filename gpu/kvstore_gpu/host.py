@@ -64,17 +64,16 @@ def reach(view: np.ndarray, device: torch.device) -> list[np.ndarray]:
         If the driver refuses: no more memory can be pinned.
     """
     begin = view.__array_interface__["data"][0]
-    if _window(begin, view.nbytes) is not None:
-        return [view]
-    whole = root(view)
-    base = _base(whole)
+    base, windows = _windows(begin, view.nbytes)
+    if not windows:
+        whole = root(view)
+        base = _base(whole)
+        windows = range((begin - base) // WINDOW, -(-(begin - base + view.nbytes) // WINDOW))
+        for window in windows:
+            if window not in _known.get(base, ()):
+                _register(whole, window, device)
     at = begin - base
-    pieces = []
-    for window in range(at // WINDOW, -(-(at + view.nbytes) // WINDOW)):
-        if window not in _known.get(base, ()):
-            _register(whole, window, device)
-        pieces.append(view[max(window * WINDOW - at, 0) : (window + 1) * WINDOW - at])
-    return pieces
+    return [view[max(window * WINDOW - at, 0) : (window + 1) * WINDOW - at] for window in windows]
 
 
 def ahead(whole: np.ndarray, device: torch.device) -> Iterator[None]:
@@ -187,31 +186,26 @@ def window(block: torch.Tensor, device: torch.device) -> tuple[int, int] | None:
     InvalidParams
         If the device cannot reach it.
     """
-    found = _window(block.data_ptr(), block.nbytes)
-    if found is None:
-        addresses([block], device)
-    return found
+    base, needed = _windows(block.data_ptr(), block.nbytes)
+    if len(needed) == 1:
+        return base, needed[0]
+    addresses([block], device)
+    return None
 
 
-def _window(begin: int, nbytes: int) -> tuple[int, int] | None:
-    """The registered window that holds memory, by its mapping and number; None if no single one does."""
-    with _lock:
-        at = bisect_right(_bases, begin)
-        if not at:
-            return None
-        base = _bases[at - 1]  # of the only mapping that it can lie in
-        number = (begin - base) // WINDOW
-        inside = begin + nbytes <= min(_known[base].get(number, 0), base + (number + 1) * WINDOW)
-    return (base, number) if inside else None
-
-
-def _reachable(block: torch.Tensor) -> bool:
-    begin, end = block.data_ptr(), block.data_ptr() + block.nbytes
+def _windows(begin: int, nbytes: int) -> tuple[int, range]:
+    """The only mapping that memory can lie in, and the windows that hold it; none unless all of them are registered."""
+    end = begin + nbytes
     with _lock:
         at = bisect_right(_bases, begin)
         base = _bases[at - 1] if at else begin
         windows = _known.get(base, {})
         needed = range((begin - base) // WINDOW, -(-(end - base) // WINDOW))
-        if needed and all(window in windows for window in needed) and end <= windows[needed[-1]]:
-            return True
-    return block.is_pinned()
+        for number in needed:
+            if number not in windows:
+                return base, range(0)
+        return base, needed if needed and end <= windows[needed[-1]] else range(0)
+
+
+def _reachable(block: torch.Tensor) -> bool:
+    return bool(_windows(block.data_ptr(), block.nbytes)[1]) or block.is_pinned()

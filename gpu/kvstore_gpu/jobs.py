@@ -64,11 +64,11 @@ class HostPart(NamedTuple):
 def check(cache: PagedCache, parts: Sequence[Part], block_pages: int) -> None:
     """Refuse parts that do not fit the cache."""
     nbytes = cache.block_nbytes(block_pages)
+    cache.check_ids([page for part in parts for page in part.pages], "pages")
     for part in parts:
         block = part.block
         if block.dtype != torch.uint8 or block.shape != (nbytes,) or not block.is_contiguous():
             raise checks.refuse("block", f"{tuple(block.shape)} of {block.dtype}: {nbytes} bytes are needed")
-        cache.check_ids(part.pages, "pages")
         if not 0 <= part.first <= block_pages - len(part.pages):
             raise checks.refuse("first", f"{len(part.pages)} pages from {part.first} on in a block of {block_pages}")
 
