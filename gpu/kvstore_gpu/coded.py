@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
 
 from kvstore.codecs.base import BlockCoder, BlockSpec, BlockStep, Context
+from kvstore.errors import CannotEncode
 from kvstore_gpu import checks
 from kvstore_gpu.cache import PagedCache
 from kvstore_gpu.checks import FLOATS
@@ -94,16 +95,42 @@ def encode(
     coder: BlockCoder,
     places: torch.Tensor,
     context: Context,
-) -> None:
-    """The reference of every pack: through the codec itself."""
-    one = spec.of(1)
+    fits: Callable[[torch.Tensor], bool] = lambda unit: True,
+) -> list[bool]:
+    """The reference of every pack: through the codec itself.
+
+    Returns
+    -------
+    list of bool
+        Of each part, whether the codec can say all of its values, and ``fits`` has nothing against any layer of them.
+    """
+    good = []
     for part in parts:
-        data = part.block.numpy()
-        for layer in range(spec.layers):
-            sides = [cache.views[layer][side][list(part.pages)].float() for side in range(2)]
-            unit = torch.stack(sides).view(one.shape)
-            for step in steps:
-                unit = step.forward(unit, one, layer, context)
-            sizes = coder.planes(one, layer, context)
-            planes = [data[at : at + size] for at, size in zip(places[:, layer].tolist(), sizes, strict=False)]
-            coder.encode(unit, one, layer, planes, context)
+        try:
+            good.append(_encode(cache, part, spec, steps, coder, places, context, fits))
+        except CannotEncode:
+            good.append(False)
+    return good
+
+
+def _encode(
+    cache: PagedCache,
+    part: Part,
+    spec: BlockSpec,
+    steps: Sequence[BlockStep],
+    coder: BlockCoder,
+    places: torch.Tensor,
+    context: Context,
+    fits: Callable[[torch.Tensor], bool],
+) -> bool:
+    one, data, good = spec.of(1), part.block.numpy(), True
+    for layer in range(spec.layers):
+        sides = [cache.views[layer][side][list(part.pages)].float() for side in range(2)]
+        unit = torch.stack(sides).view(one.shape)
+        for step in steps:
+            unit = step.forward(unit, one, layer, context)
+        good = good and fits(unit)
+        sizes = coder.planes(one, layer, context)
+        planes = [data[at : at + size] for at, size in zip(places[:, layer].tolist(), sizes, strict=False)]
+        coder.encode(unit, one, layer, planes, context)
+    return good

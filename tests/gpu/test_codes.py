@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import gpu_kit as kit
+import numpy as np
 import pytest
 import torch
 
+from kvstore.codecs import parse
 from kvstore.codecs.base import Context
 from kvstore.codecs.fp8 import FP8
 from kvstore.codecs.kv4 import KV4
 from kvstore.codecs.prerope import PreRope
-from kvstore.errors import InvalidParams
+from kvstore.errors import CannotEncode, InvalidParams
 from kvstore.rope import rotary
 from kvstore_gpu import coded, fp8, hadamard, kv4
-from kvstore_gpu.compile import uses_reference
 from kvstore_gpu.jobs import Part
 
 TOKENS, PAGES = 16, 8
@@ -44,8 +45,6 @@ def encoded(cache, coder, spec, steps, context):
 
 
 def test_fp8_says_what_it_cannot_say(device) -> None:
-    if uses_reference(torch.device(device)):
-        pytest.skip("the codec itself raises")
     coder = FP8()
     for value in (float("nan"), float("inf"), 3.2e38):
         cache = kit.cache(device=device)
@@ -172,18 +171,78 @@ def test_kv4_encodes_the_bytes_of_the_codec(layout, variant, k, v, position, dev
 
 @pytest.mark.parametrize("value", [1e6, float("nan"), float("inf")])
 @pytest.mark.parametrize("side", [0, 1])
-def test_kv4_says_which_blocks_float16_cannot_say(value, side, device) -> None:
-    if uses_reference(torch.device(device)):
-        pytest.skip("the codec itself raises")
+@pytest.mark.parametrize("page", [8, 9])
+def test_kv4_says_which_blocks_float16_cannot_say(value, side, page, device) -> None:
+    """A sink (page 8 is the first one) is kept as it is, if it is a number."""
     cache = kit.cache(device=device)
-    cache.views[2][side][9, 3, 1, 7] = value
+    cache.views[2][side][page, 3, 1, 7] = value
     coder, turning = KV4(), rotary(ROTARIES["neox"])
     spec = coded.spec_of(cache, 4 * TOKENS)
     places = coded.offsets(coder, spec)
     blocks = [kit.poisoned(coded.nbytes(coder, spec), device) for _ in range(3)]
     pages = ([0, 1, 2, 3], [8, 9, 10, 11], [4, 5, 6, 7])
     parts = [Part(b, p) for b, p in zip(blocks, pages, strict=True)]
-    assert kv4.pack(cache, parts, spec, coder, places, turning).tolist() == [0, 1, 0]
+    fine = page == 8 and value == 1e6
+    assert kv4.pack(cache, parts, spec, coder, places, turning).tolist() == [0, int(not fine), 0]
+
+
+def codec_takes(cache, chain, spec, pages, context) -> bool:
+    sides = [torch.stack([side[pages].reshape(spec.shape[2:]) for side in layer]) for layer in cache.views]
+    try:
+        chain.encode(torch.stack(sides).cpu(), spec, np.zeros(chain.bound(spec, context), np.uint8), context)
+    except CannotEncode:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("layout", ["nhd", "side by side"])
+@pytest.mark.parametrize("scale", ["head", "token"])
+def test_fp8_takes_of_float16_what_the_codec_takes(layout, scale, device) -> None:
+    """From 63,488 on a code is decoded to 65,536."""
+    chain, coder, context = parse(f"fp8(scale={scale})"), FP8(scale), Context()
+    values = [57344.0, 57376.0, 63456.0, 63488.0, -63488.0, -63456.0, 65504.0, 4000.0]
+    cache = kit.cache(layout, dtype=torch.float16, device=device)
+    for page, value in enumerate(values):
+        cache.views[1][page % 2][page, 3, 2, 5] = value
+    spec = coded.spec_of(cache, TOKENS)
+    blocks = [kit.poisoned(coded.nbytes(coder, spec), device) for _ in values]
+    parts = [Part(block, [page]) for page, block in enumerate(blocks)]
+    bad = fp8.pack(cache, parts, spec, coder, coded.offsets(coder, spec)).tolist()
+    assert bad == [0, 0, 0, 1, 1, 0, 1, 0]
+    assert [not flag for flag in bad] == [
+        codec_takes(cache, chain, spec, [page], context) for page in range(len(values))
+    ]
+
+
+@pytest.mark.parametrize("variant", ROTARIES)
+@pytest.mark.parametrize("position", [0, 4096])
+@pytest.mark.parametrize("side", [0, 1])
+def test_kv4_takes_of_float16_only_what_stays_a_number_however_few_planes_there_are(
+    variant, position, side, device
+) -> None:
+    """And nothing that the codec does not take; far from the end of the type it takes all."""
+    chain, coder, context = parse("prerope|kv4"), KV4(), Context(rotary=rotary(ROTARIES[variant]))
+    rows = [(64.0, 1, 0), (4096.0, 1, 0), (6000.0, 1, 1), (40000.0, 1, 0), (60000.0, 1, 1), (60000.0, 0, 1),
+            (65504.0, 0, 0), (65504.0, 1, 0)]  # fmt: skip
+    cache = kit.cache(dtype=torch.float16, device=device)
+    for page, (value, token, whole) in enumerate(rows):
+        cache.views[1][side][page, 8 * token : 8 * token + (16 if whole else 1), 2, slice(None) if whole else 5] = value
+    spec = coded.spec_of(cache, TOKENS, position)
+    places = coded.offsets(coder, spec)
+    blocks = [kit.poisoned(coded.nbytes(coder, spec), device) for _ in rows]
+    parts = [Part(block, [page]) for page, block in enumerate(blocks)]
+    bad = kv4.pack(cache, parts, spec, coder, places, context.rotary).tolist()
+    assert bad[:2] == [0, 0]
+    back = kit.cache(dtype=torch.float16, device=device)
+    at = torch.arange(TOKENS, device=device) + position
+    for page, part in enumerate(parts):
+        if bad[page]:
+            continue
+        assert codec_takes(cache, chain, spec, [page], context)
+        for known in range(1, len(places) + 1):
+            kv4.unpack(back, [part], spec, coder, places[:known], context.rotary, at)
+            assert all(bool(torch.isfinite(view[page]).all()) for layer in back.views for view in layer)
+    assert bad[6:] == ([1, 1] if side == 0 or position else [0, 1])
 
 
 def test_coded_blocks_that_do_not_fit_are_refused(device) -> None:

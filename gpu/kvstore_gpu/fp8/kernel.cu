@@ -5,7 +5,10 @@ __device__ __forceinline__ float power(int exponent) { return __uint_as_float(u3
 
 // Magnitudes are compared as bits: floats without a sign have the order of integers, and what is not a number is above.
 __device__ __forceinline__ u32 magnitude(float x) { return __float_as_uint(x) & 0x7fffffffu; }
-constexpr u32 LARGEST = (127u + 119 + 8) << 23 | 0x600000u;  // 448 x 2^119
+
+// Above this a scale can not be said; and of float16 from 248 x 2^8 on a code is 256 x 2^8, which is beyond its end.
+template <typename T> __device__ __forceinline__ u32 limit() { return (127u + 119 + 8) << 23 | 0x600000u; }  // 448 x 2^119
+template <> __device__ __forceinline__ u32 limit<f16>() { return ((127u + 15) << 23 | 0x780000u) - 1; }
 
 // Exponent of the least power of two above the largest magnitude over 448; that of nothing is 0. 448 is 2^8 times 1.75: a
 // mantissa from that on counts as one power more.
@@ -120,7 +123,7 @@ __global__ void pack_heads(
             const float inverse = power(-exponent);
             const i64 row = (first + token) * heads + head;
             if (octet == 0) scale[row] = u8(exponent + 127);
-            if (largest > LARGEST) bad[index / (block_tokens / tokens)] = 1;  // also if it is not a number
+            if (largest > limit<T>()) bad[index / (block_tokens / tokens)] = 1;  // also if it is not a number
             *reinterpret_cast<Codes*>(codes + row * dim + octet * 8) = to_e4m3(x, inverse);
         }
     }
@@ -158,7 +161,7 @@ __global__ void pack(
             const int exponent = exponent_of(largest);
             const float inverse = power(-exponent);
             if (lane == 0) scale[(first + token) * scales + head0] = u8(exponent + 127);
-            if (largest > LARGEST) bad[index / (block_tokens / tokens)] = 1;  // also if it is not a number
+            if (largest > limit<T>()) bad[index / (block_tokens / tokens)] = 1;  // also if it is not a number
             for (int at = lane; at < each; at += 32) {
                 const int head = head0 + at / octets;
                 load<T, 8>(reinterpret_cast<const T*>(page + i64(token) * token_stride + i64(head) * head_stride) + at % octets * 8, x);

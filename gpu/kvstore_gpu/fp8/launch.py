@@ -114,10 +114,23 @@ def packing(
         raise checks.refuse("parts", "a block is encoded as a whole")
     checks.tensor(bad, "bad", shape=(len(parts),), dtypes=(torch.int32,), device=cache.device)
     if uses_reference(cache.device):
-        return lambda first, last: reference.encode(cache, parts[first:last], spec, (), coder, places, Context())
+        return _encoding(cache, parts, spec, coder, places, bad)
     lanes = cache.dim // 8
     way = "pack_heads" if coder.scale == "head" and lanes <= 32 and lanes & (lanes - 1) == 0 else "pack"
     return _ready(way, cache, parts, spec, coder, places, chosen, stream, max_blocks, bad)
+
+
+def _encoding(
+    cache: PagedCache, parts: Sequence[Part], spec: BlockSpec, coder: FP8, places: torch.Tensor, bad: torch.Tensor
+) -> Launch:
+    """The reference."""
+
+    def launch(first: int, last: int) -> None:
+        good = reference.encode(cache, parts[first:last], spec, (), coder, places, Context(),
+                                lambda unit: reference.fits(unit, cache.dtype))  # fmt: skip
+        bad[first:last] = ~torch.tensor(good, dtype=torch.bool)
+
+    return launch
 
 
 def _check(

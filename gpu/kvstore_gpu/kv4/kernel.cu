@@ -111,17 +111,26 @@ __global__ void unpack_values(
 // Low and scale of a group as float16, and what makes codes of numbers.
 struct Range {
     u16 low, scale;
-    float base, inverse;
+    float base, inverse, magnitude;
 
     __device__ __forceinline__ Range(float least, float most, int bits) {
         low = half_down(least);
         base = half_value(low);
+        magnitude = max_nan(-least, most);
         scale = half_up(__fdiv_rn(__fsub_rn(most, base), float((1 << bits) - 1)));
         inverse = half_value(scale) > 0 ? __frcp_rn(half_value(scale)) : 0.0f;
     }
-    // Whether float16 can say them; it cannot if anything is not a number.
-    __device__ __forceinline__ bool fine() const { return (low & 0x7c00) != 0x7c00 && (scale & 0x7c00) != 0x7c00; }
+    // Whether float16 can say them, and they are not too large; they are if anything is not a number.
+    __device__ __forceinline__ bool fine(float limit) const {
+        return (low & 0x7c00) != 0x7c00 && (scale & 0x7c00) != 0x7c00 && magnitude <= limit;
+    }
 };
+
+// How large keys before their turn may be, so that nothing that is decoded from them, by however few planes, reaches the
+// end of their type: a turn makes a key larger by up to sqrt(2). Values before the rotation back: a quarter of that, since
+// it makes one larger by up to sqrt(32).
+template <typename T> __device__ __forceinline__ float limit() { return __uint_as_float(254u << 23); }  // 2^127
+template <> __device__ __forceinline__ float limit<f16>() { return 32768.0f; }
 
 // Low is not above any number, and the scale not too small: codes need no bounds.
 __device__ __forceinline__ u32 code_of(float x, float base, float inverse) {
@@ -182,6 +191,7 @@ __global__ void __launch_bounds__(PACKING, 4) pack_keys(
                         for (int i = 0; i < 8; i++) {
                             from_float(sink[channel + i], x[i]);
                             if (two) from_float(sink[partner + i], y[i]);
+                            if (!(max_nan(fabsf(x[i]), fabsf(y[i])) <= limit<T>())) bad[block] = 1;
                         }
                     });
 #pragma unroll
@@ -215,7 +225,7 @@ __global__ void __launch_bounds__(PACKING, 4) pack_keys(
                 const_cast<u16*>(part.k_scale)[to] = range.scale;
                 base_of[other * CHOSEN + i].bits = range.base;
                 inverse_of[other * CHOSEN + i].bits = range.inverse;
-                if (!range.fine()) bad[block] = 1;
+                if (!range.fine(limit<T>())) bad[block] = 1;
             }
             __syncthreads();
             if (turn >= turns) continue;
@@ -265,7 +275,10 @@ __global__ void pack_values(
             if (at < each && in_block < s.sinks) {
                 T* const sink = const_cast<T*>(part.sinks) + (i64(s.sinks + in_block) * s.heads + head) * s.dim + piece * SIZE;
 #pragma unroll
-                for (int i = 0; i < SIZE; i++) from_float(sink[i], x[i]);
+                for (int i = 0; i < SIZE; i++) {
+                    from_float(sink[i], x[i]);
+                    if (!(fabsf(x[i]) < INFINITY_)) bad[index / block_pages] = 1;
+                }
             }
             hadamard(x, 1);
             float least = INFINITY_, most = -INFINITY_;
@@ -280,7 +293,7 @@ __global__ void pack_values(
             }
             if (at >= each || in_block < s.sinks) continue;
             const Range range(least, most, s.v_bits);
-            if (!range.fine()) bad[index / block_pages] = 1;
+            if (!range.fine(limit<T>() / 4)) bad[index / block_pages] = 1;
             if (piece == 0) {
                 const_cast<u16*>(part.v_low)[vector] = range.low;
                 const_cast<u16*>(part.v_scale)[vector] = range.scale;

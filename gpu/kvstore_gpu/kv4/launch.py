@@ -134,7 +134,8 @@ def pack(
     Returns
     -------
     Tensor, int32, [part], on the cache's device
-        Not 0 where a block has values that float16 cannot say: it is not to be kept.
+        Not 0 where a block has values that float16 cannot say, or that would be beyond the end of their type once they
+        are decoded: it is not to be kept.
 
     Raises
     ------
@@ -173,8 +174,7 @@ def packing(
     checks.tensor(positions, "positions", shape=(spec.tokens * len(parts),), dtypes=(torch.int64,), device=cache.device)
     checks.tensor(bad, "bad", shape=(len(parts),), dtypes=(torch.int32,), device=cache.device)
     if uses_reference(cache.device):
-        starts = positions[:: spec.tokens].tolist()
-        return lambda first, last: _encode(cache, parts[first:last], spec, coder, places, rotary, starts[first:last])
+        return _encoding(cache, parts, spec, coder, places, rotary, positions, bad)
     if cache.dim & (cache.dim - 1) or not 8 <= cache.dim <= 256:
         raise checks.refuse("dim", f"{cache.dim}: a power of two from 8 to 256 is needed to encode")
     if not parts or not spec.tokens:
@@ -239,19 +239,29 @@ def _shape(cache: PagedCache, spec: BlockSpec, coder: KV4, planes: int, rotary: 
     return jobs.constant(np.array(numbers, np.int32).tobytes(), cache.device)
 
 
-def _encode(
+def _encoding(
     cache: PagedCache,
     parts: Sequence[Part],
     spec: BlockSpec,
     coder: KV4,
     places: torch.Tensor,
     rotary: Rotary,
-    starts: Sequence[int],
-) -> None:
+    positions: torch.Tensor,
+    bad: torch.Tensor,
+) -> Launch:
     """The reference, for blocks at several positions."""
-    for part, start in zip(parts, starts, strict=True):
-        there = replace(spec, position=start)
-        reference.encode(cache, [part], there, (PreRope(),), coder, places, Context(rotary=rotary))
+    starts, kept = positions[:: spec.tokens].tolist(), coder.kept(spec)
+
+    def fits(unit: torch.Tensor) -> bool:
+        return reference.fits(unit, kept, cache.dtype)
+
+    def launch(first: int, last: int) -> None:
+        for index in range(first, last):
+            there, context = replace(spec, position=starts[index]), Context(rotary=rotary)
+            good = reference.encode(cache, parts[index : index + 1], there, (PreRope(),), coder, places, context, fits)
+            bad[index] = not all(good)
+
+    return launch
 
 
 def _decoding(
