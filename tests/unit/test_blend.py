@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 from collections.abc import Callable, Iterator
@@ -192,6 +193,22 @@ def test_text_goes_on_where_the_last_chunk_is_looked_at() -> None:
         assert goes_on(prompt, looked) is (span is prompt.spans[-1])
 
 
+@pytest.mark.parametrize("lengths", [(4, 4), (6, 6, 6), (6, 6, 6, 6, 6, 6), (20, 5), (5, 20)])
+def test_a_question_that_looks_at_all_alike_is_no_text_that_goes_on(lengths: tuple[int, ...]) -> None:
+    stops = list(itertools.accumulate(lengths))
+    spans = tuple(Span(stop - n, stop, Capture.SYSTEM) for n, stop in zip(lengths, stops, strict=True))
+    ids = torch.arange(stops[-1] + 3)
+    prompt = Prompt(ids, spans, 0, ids)
+    assert not goes_on(prompt, torch.ones(len(ids)))
+    assert goes_on(prompt, torch.cat([torch.full((stops[-2],), 1e-3), torch.ones(len(ids) - stops[-2])]))
+    assert goes_on(prompt, torch.zeros(len(ids)))
+
+
+def test_a_single_chunk_is_all_that_can_be_looked_at() -> None:
+    ids = torch.arange(12)
+    assert goes_on(Prompt(ids, (Span(2, 9, Capture.ISOLATED),), 0, ids), torch.rand(12))
+
+
 def by_words(prompt: Prompt, count: int) -> Tensor:
     """What `trail` would repair."""
     model = tiny()
@@ -202,7 +219,7 @@ def by_words(prompt: Prompt, count: int) -> Tensor:
 
 @pytest.mark.parametrize("said", [(False,), (True, False), (True, True)])
 def test_relay_goes_by_words_where_something_is_asked(said: tuple[bool, ...], monkeypatch: Any) -> None:
-    """Seen in the middle one pass repairs all; seen in the end, or not at all, the reading went through all layers."""
+    """Seen in the middle, reading ends there; seen later, or not at all, it ends at three quarters of the layers."""
     answers = iter(said)
     monkeypatch.setattr(relay, "goes_on", lambda *_: next(answers))
     model, passes = tiny(), []
@@ -220,10 +237,9 @@ def test_relay_goes_by_words_where_something_is_asked(said: tuple[bool, ...], mo
     chosen = (work.changed & prompt.repairable).nonzero()[:, 0]
     assert len(chosen) == count
     assert (chosen.tolist() == by_words(prompt, count).tolist()) is not said[-1]
-    missing, read = len(prompt.missing), model.layers // 2 if len(said) == 1 else model.layers
+    missing, read = len(prompt.missing), model.layers // 2 if len(said) == 1 else model.layers * 3 // 4
     assert passes[:read] == [(missing, layer) for layer in range(read)]
-    assert [layer for _, layer in passes[read:]] == list(range(model.layers))
-    assert len(said) > 1 or passes[read][0] == missing + count
+    assert passes[read:] == [(missing + count, layer) for layer in range(model.layers)]
 
 
 def test_what_relay_repairs_by_words_is_what_one_pass_leaves(monkeypatch: Any) -> None:

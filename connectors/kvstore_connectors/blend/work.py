@@ -112,11 +112,6 @@ class Work:
         """These rows and the missing ones, sorted."""
         return torch.cat([rows, self.prompt.missing]).unique()
 
-    def with_later(self, rows: Tensor) -> Tensor:
-        """These rows and the missing ones behind the first of them, sorted: those before see no change."""
-        missing = self.prompt.missing
-        return torch.cat([rows, missing[missing > rows.min()]]).unique()
-
     def all_rows(self) -> Tensor:
         """The missing rows and all that may need repair, sorted."""
         return self.with_missing(self.prompt.repairable.nonzero()[:, 0])
