@@ -25,7 +25,7 @@ from kvstore_connectors.blend.selectors import relay
 from kvstore_connectors.blend.selectors.focused import Focused, focused
 from kvstore_connectors.blend.selectors.planner import SELECTORS
 from kvstore_connectors.blend.selectors.question import read_question
-from kvstore_connectors.blend.selectors.relay import Relay, false_sinks, goes_on
+from kvstore_connectors.blend.selectors.relay import Relay, by_words, false_sinks
 from kvstore_connectors.blend.selectors.unseen import unseen
 
 BASE: dict[str, Any] = {
@@ -190,26 +190,31 @@ def test_text_goes_on_where_the_last_chunk_is_looked_at() -> None:
     for span in prompt.spans:
         looked = torch.full((len(prompt.ids),), 1e-3)
         looked[span.start + 3] = 1
-        assert goes_on(prompt, looked) is (span is prompt.spans[-1])
+        assert by_words(prompt, looked) == (span is not prompt.spans[-1])
 
 
 @pytest.mark.parametrize("lengths", [(4, 4), (6, 6, 6), (6, 6, 6, 6, 6, 6), (20, 5), (5, 20)])
-def test_a_question_that_looks_at_all_alike_is_no_text_that_goes_on(lengths: tuple[int, ...]) -> None:
+def test_what_is_looked_at_counts_by_how_long_it_is(lengths: tuple[int, ...]) -> None:
     stops = list(itertools.accumulate(lengths))
     spans = tuple(Span(stop - n, stop, Capture.SYSTEM) for n, stop in zip(lengths, stops, strict=True))
     ids = torch.arange(stops[-1] + 3)
-    prompt = Prompt(ids, spans, 0, ids)
-    assert not goes_on(prompt, torch.ones(len(ids)))
-    assert goes_on(prompt, torch.cat([torch.full((stops[-2],), 1e-3), torch.ones(len(ids) - stops[-2])]))
-    assert goes_on(prompt, torch.zeros(len(ids)))
+    prompt, before, last = Prompt(ids, spans, 0, ids), stops[-2], lengths[-1]
+
+    def beyond(share: float) -> Tensor:
+        part = last / stops[-1]
+        each = (1 - part) * (1 - share) / before, (part + share * (1 - part)) / last
+        return torch.cat([torch.full((before,), each[0]), torch.full((last,), each[1]), torch.ones(3)])
+
+    assert [by_words(prompt, beyond(share)) for share in (0.0, 0.3, 0.36, 0.42, 1.0)] == [1, 1, 0.5, 0, 0]
+    assert by_words(prompt, torch.zeros(len(ids))) == 0
 
 
 def test_a_single_chunk_is_all_that_can_be_looked_at() -> None:
     ids = torch.arange(12)
-    assert goes_on(Prompt(ids, (Span(2, 9, Capture.ISOLATED),), 0, ids), torch.rand(12))
+    assert by_words(Prompt(ids, (Span(2, 9, Capture.ISOLATED),), 0, ids), torch.rand(12)) == 0
 
 
-def by_words(prompt: Prompt, count: int) -> Tensor:
+def followed(prompt: Prompt, count: int) -> Tensor:
     """What `trail` would repair."""
     model = tiny()
     again, cache = assemble(model, model.rotary, SYSTEM, captured(model, "system"), QUESTION)
@@ -217,11 +222,11 @@ def by_words(prompt: Prompt, count: int) -> Tensor:
     return top(light.masked_fill(~prompt.repairable, -torch.inf), count)
 
 
-@pytest.mark.parametrize("said", [(False,), (True, False), (True, True)])
-def test_relay_goes_by_words_where_something_is_asked(said: tuple[bool, ...], monkeypatch: Any) -> None:
+@pytest.mark.parametrize("said", [(1.0,), (0.5, 1.0), (0.0, 0.5), (0.0, 0.0)])
+def test_relay_goes_by_words_where_something_is_asked(said: tuple[float, ...], monkeypatch: Any) -> None:
     """Seen in the middle, reading ends there; seen later, or not at all, it ends at three quarters of the layers."""
     answers = iter(said)
-    monkeypatch.setattr(relay, "goes_on", lambda *_: next(answers))
+    monkeypatch.setattr(relay, "by_words", lambda *_: next(answers))
     model, passes = tiny(), []
     prompt, cache = assemble(model, model.rotary, SYSTEM, captured(model, "system"), QUESTION)
 
@@ -236,14 +241,15 @@ def test_relay_goes_by_words_where_something_is_asked(said: tuple[bool, ...], mo
         pass
     chosen = (work.changed & prompt.repairable).nonzero()[:, 0]
     assert len(chosen) == count
-    assert (chosen.tolist() == by_words(prompt, count).tolist()) is not said[-1]
+    assert set(followed(prompt, int(said[-1] * count)).tolist()) <= set(chosen.tolist())
+    assert (chosen.tolist() == followed(prompt, count).tolist()) is (said[-1] == 1)
     missing, read = len(prompt.missing), model.layers // 2 if len(said) == 1 else model.layers * 3 // 4
     assert passes[:read] == [(missing, layer) for layer in range(read)]
     assert passes[read:] == [(missing + count, layer) for layer in range(model.layers)]
 
 
 def test_what_relay_repairs_by_words_is_what_one_pass_leaves(monkeypatch: Any) -> None:
-    monkeypatch.setattr(relay, "goes_on", lambda *_: False)
+    monkeypatch.setattr(relay, "by_words", lambda *_: 1.0)
     model = tiny()
     logits, work = repaired(model, "isolated", SELECTORS["relay"], 0.4)
     prompt, cache = assemble(model, model.rotary, SYSTEM, captured(model, "isolated"), QUESTION)
@@ -257,7 +263,7 @@ def test_what_relay_repairs_by_words_is_what_one_pass_leaves(monkeypatch: Any) -
 
 def test_relay_prefers_what_has_not_been_seen(monkeypatch: Any) -> None:
     """Of the places that text which goes on looks at alike, the first ones of a chunk are repaired."""
-    monkeypatch.setattr(relay, "goes_on", lambda *_: True)
+    monkeypatch.setattr(relay, "by_words", lambda *_: 0.0)
     model = tiny()
     _, work = repaired(model, "system", Relay(light=0.0), 0.3)
     _, flat = repaired(model, "system", SELECTORS["question"], 0.3)

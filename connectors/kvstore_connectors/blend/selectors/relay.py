@@ -11,7 +11,8 @@ Three hints, none of which computes anything over the chunks, are put together.
 
 The three are multiplied. Who asks something looks for it in all chunks, and then the budget goes by words alone
 as far as they lead, the rest by the product. Text that goes on looks at what is right before it: where the last chunk
-has much more of the attention than its part of the text, all goes by the product.
+has much more of the attention than its part of the text, all goes by the product. In between each gets half: of either,
+half costs much less than nothing.
 
 Which of the two it is shows in the middle layers, as a rule. Where something is asked and words take the whole budget,
 reading ends there; else it goes on to three quarters of the layers, which tell as much as all. One pass then repairs
@@ -45,8 +46,9 @@ if TYPE_CHECKING:
 NEAR = 3
 """Tokens on either side that count as those around."""
 
-MUCH = 0.35
-"""Of the attention that the last chunk would not have by its part of the text: where it has more, text goes on."""
+ASKED, GOES_ON = 1 / 3, 0.4
+"""Of the attention that the last chunk would not have by its part of the text: up to there something is asked, and from
+there on text goes on."""
 
 
 @dataclass(frozen=True)
@@ -80,13 +82,13 @@ class Relay:
         steps = work.steps(work.with_missing(sinks), watch=reading)
         words = top(light.masked_fill(~left, -torch.inf), count)
         yield from islice(steps, half)
-        if len(words) < count or goes_on(prompt, reading.scores(range(half * 2 // 3, half))):
+        if len(words) < count or by_words(prompt, reading.scores(range(half * 2 // 3, half))) < 1:
             yield from islice(steps, most - half)
             looked = reading.scores()
-            asked = not goes_on(prompt, looked)
-            words = words if asked else words[:0]
+            part = by_words(prompt, looked)
+            words = top(light.masked_fill(~left, -torch.inf), int(part * count))
             left[words] = False
-            needed = self._needed(prompt, light, looked, asked)
+            needed = self._needed(prompt, light, looked, part == 1)
             words = torch.cat([words, top(needed.masked_fill(~left, -torch.inf), count - len(words))])
         yield from work.steps(work.with_missing(torch.cat([sinks, words])))
 
@@ -98,12 +100,18 @@ class Relay:
         return needed
 
 
-def goes_on(prompt: Prompt, looked: Tensor) -> bool:
-    """Whether the question is text that goes on: it looks at the last chunk much more than at others of its length."""
+def by_words(prompt: Prompt, looked: Tensor) -> float:
+    """Part of the budget that goes by words: all where the question asks, nothing where it is text that goes on.
+
+    Told by how much more it looks at the last chunk than at others of its length: 0 for no more, 1 for at nothing else.
+    """
     last, first = prompt.spans[-1], prompt.spans[0].start
     part = (last.stop - last.start) / sum(span.stop - span.start for span in prompt.spans)
     share = float(looked[last.start : last.stop].sum() / looked[first : last.stop].sum())
-    return not share < part + MUCH * (1 - part)  # where nothing is looked at, too
+    beyond = (share - part) / (1 - part) if part < 1 else 1.0
+    if beyond <= ASKED:
+        return 1.0
+    return 0.5 if beyond < GOES_ON else 0.0  # where nothing is looked at at all, too
 
 
 def false_sinks(prompt: Prompt) -> Tensor:
