@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-_RUN = "import json, sys; from kvstore import config, daemon; daemon.run(config.load(json.loads(sys.argv[1]), env={}))"
+_RUN = "import json, sys; from kvstore import config as c, process as p; p.run(c.load(json.loads(sys.argv[1]), env={}))"
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:

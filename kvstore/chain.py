@@ -18,7 +18,8 @@ from kvstore.estimates import TierEstimate
 from kvstore.eviction.cost import weight
 from kvstore.prefetch import PrefetchQueue
 from kvstore.tiers.base import Sized, Tier
-from kvstore.tiers.host import HostBlock, HostTier, encode_header
+from kvstore.tiers.host import HostTier
+from kvstore.tiers.host_block import HostBlock, encode_header
 from kvstore.types import (
     BlockId,
     Dropped,

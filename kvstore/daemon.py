@@ -1,39 +1,28 @@
-"""Wiring and life of the daemon: build the tiers, listen, say so, drain on a signal, leave nothing behind."""
+"""Wiring and life of the daemon: build the tiers, listen, drain at the end, leave nothing behind."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import ctypes
-import importlib.util
-import json
 import logging
 import os
-import resource
-import signal
 import socket
-import sys
 import time
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable
 from typing import TYPE_CHECKING, Any
 
-import uvloop
-
-from kvstore import __version__, machine
 from kvstore.chain import TierChain
 from kvstore.config import Loaded, split_address
 from kvstore.encoding import Encoding
-from kvstore.errors import ConfigError, DeviceUnavailable, KVStoreError
+from kvstore.errors import ConfigError, DeviceUnavailable
 from kvstore.eviction import make_policy
 from kvstore.gpu_desk import GpuDesk, off_state, open_tier
-from kvstore.namespaces import describe_namespace, read_description
+from kvstore.lower_tiers import check_codecs, lower_tiers
+from kvstore.namespaces import describe_namespace, only_exact, read_description
 from kvstore.obs.snapshot import snapshot
-from kvstore.service import Service, only_exact
+from kvstore.service import Service
 from kvstore.sockets import SocketDir
-from kvstore.tiers.base import Tier
 from kvstore.tiers.host import HostTier
 from kvstore.types import Namespace, Scope, TierCode
-from kvstore.units import format_size
 from kvstore.where import Where
 from kvstore.wire.fds import FdServer
 from kvstore.wire.server import Listener
@@ -44,12 +33,10 @@ if TYPE_CHECKING:
     from kvstore.obs.trace import Tracing
     from kvstore.profile import Profiles
     from kvstore.remote_events import EventExchange
-    from kvstore.settings import Codecs
 
 log = logging.getLogger("kvstore.daemon")
 
 _HOUSEKEEPING_S = 1.0
-_PR_SET_DUMPABLE = 4
 
 
 class Daemon:
@@ -59,6 +46,11 @@ class Daemon:
     ----------
     loaded : Loaded
         Settings and their origins.
+
+    Attributes
+    ----------
+    gpu_off : str
+        Why there is no GPU tier although one was asked for; empty if there is, or none was.
     """
 
     def __init__(self, loaded: Loaded) -> None:
@@ -78,7 +70,7 @@ class Daemon:
         self._fds: FdServer | None = None
         self._tracing: Tracing | None = None
         self._profiles: Profiles | None = None
-        self._gpu_off = ""
+        self.gpu_off = ""
 
     # -- start ---------------------------------------------------------------------------------------------------------
 
@@ -102,7 +94,8 @@ class Daemon:
             self._profiles = await asyncio.to_thread(Profiles, s.codecs.profiles)
         asked = {TierCode.DISK: s.disk.admission, TierCode.REDIS: s.redis.admission}
         twice = [code for code, admission in asked.items() if admission == "second"]
-        self.chain = TierChain(host, self._lower_tiers(), parallel=2 * s.disk.threads, twice=twice)
+        below = lower_tiers(self.loaded, self._fields, self._profiles)
+        self.chain = TierChain(host, below, parallel=2 * s.disk.threads, twice=twice)
         for tier in self.chain.below:
             await tier.start()
         self.service = Service(
@@ -133,32 +126,6 @@ class Daemon:
         self._spawn(self.service.chunks.rebuild())
         self.ready = True
 
-    def _lower_tiers(self) -> list[Tier]:
-        from kvstore.tiers.throttle import Throttled
-        from kvstore.tiers.wrappers import Breaker
-
-        s = self._settings
-        tiers: list[Tier] = []
-        if s.disk.bytes:
-            from kvstore.tiers.disk import DiskTier
-
-            # The automatic budget is a share of free space; what is ours already counts with the same share.
-            share = machine.DISK_SHARE if "auto" in self.loaded.origins["disk.bytes"] else 0.0
-            disk = DiskTier(
-                s.disk.path,
-                s.disk.bytes,
-                threads=s.disk.threads,
-                policy=s.disk.policy,
-                found_share=share,
-                pin_share=s.limits.pin_percent / 100,
-            )
-            shielded = Breaker(disk, deadline_s=s.disk.deadline_s)
-            bound = s.disk.max_bandwidth
-            tiers.append(self._ladder(Throttled(shielded, bound) if bound else shielded, s.codecs.disk))
-        if s.redis.url:
-            tiers.append(self._ladder(Breaker(self._redis_tier(), deadline_s=4 * s.redis.timeout_s), s.codecs.redis))
-        return tiers
-
     async def _gpu_tier(self, host: HostTier) -> GpuDesk | None:
         """The GPU tier, if it is asked for and can be had; if not, log, banner and snapshot say why."""
         if not self._settings.gpu.bytes:
@@ -166,16 +133,9 @@ class Daemon:
         try:
             return await asyncio.to_thread(open_tier, self._settings.gpu, host)
         except DeviceUnavailable as error:
-            self._gpu_off = error.cause
+            self.gpu_off = error.cause
             log.warning("the GPU tier is off: %s %s", error.cause, error.remedy)
             return None
-
-    def _ladder(self, tier: Tier, exact: str) -> Tier:
-        """A tier that keeps blocks encoded as their namespace allows."""
-        from kvstore.ladder import Ladder
-
-        threads = self._settings.codecs.threads
-        return Ladder(tier, self._fields, exact=exact, profiles=self._profiles, threads=threads)
 
     def _fields(self, scope: Scope) -> Namespace | None:
         return self.service.namespaces.fields(scope)
@@ -183,23 +143,6 @@ class Daemon:
     def _refuse_fidelity(self, namespace: Namespace) -> str:
         """Why a namespace may not have the fidelity it asks for; empty if it may."""
         return only_exact(namespace) if self._profiles is None else self._profiles.check(namespace)
-
-    def _redis_tier(self) -> Tier:
-        from kvstore.remote.link import read_key
-        from kvstore.tiers.redis import RedisTier
-
-        s = self._settings.redis
-        return RedisTier(
-            s.url.reveal(),
-            s.bytes,
-            prefix=s.prefix,
-            cluster=s.cluster,
-            connections=s.connections,
-            ttl_s=s.ttl_s,
-            timeout_s=s.timeout_s,
-            key=b"" if s.key_file is None else read_key(s.key_file),
-            own_domain=f"uid-{os.getuid()}",
-        )
 
     def _restore_namespaces(self) -> None:
         """Know the names of what is on disk, and leave a description there of what is new."""
@@ -341,8 +284,8 @@ class Daemon:
         shown: dict[str, Any] = (
             snapshot(self.service, self.traffic, self.started, self.ready) | shared | {"profiles": profiles}
         )
-        if self._gpu_off:
-            shown["tiers"]["gpu"] = off_state(self._gpu_off)
+        if self.gpu_off:
+            shown["tiers"]["gpu"] = off_state(self.gpu_off)
         return shown
 
     def readiness(self) -> tuple[bool, str]:
@@ -361,6 +304,11 @@ class Daemon:
     def settings(self) -> list[tuple[str, str, str]]:
         """Settings with their origin, secrets masked."""
         return [(row.key, row.value, row.origin) for row in self.loaded.rows()]
+
+    @property
+    def url(self) -> str:
+        """Where the status page is; empty if it is off."""
+        return "" if self._http is None else self._http.url
 
     # -- end -----------------------------------------------------------------------------------------------------------
 
@@ -401,142 +349,3 @@ class Daemon:
         if hasattr(self, "_sockets"):
             self._sockets.close()
         return left
-
-    def banner(self) -> str:
-        """Where it listens and what it may use."""
-        s = self._settings
-        arena = self.chain.host.arena
-        pages = "huge pages" if arena.huge else "4 KiB pages"
-        lines = [
-            f"kvstore {__version__} is ready ({time.monotonic() - self.started:.2f} s)",
-            f"  socket   {s.listen.socket}",
-        ]
-        if s.listen.tcp:
-            lines.append(f"  tcp      {s.listen.tcp}  (with a token)")
-        lines.append(f"  memory   up to {format_size(s.host.bytes)} in shared memory ({pages})")
-        if (gpu := self.service.gpu) is not None:
-            lines.append(f"  gpu      {format_size(gpu.tier.pool.capacity)} of {gpu.name}, for copies of hot blocks")
-        elif self._gpu_off:
-            lines.append(f"  gpu      off: {self._gpu_off}")
-        for tier in self.chain.below:
-            state, usage = tier.describe_state(), tier.usage()
-            size, found = format_size(usage.capacity), f"{usage.blocks} blocks found"
-            lines.append(f"  {tier.name:<8} up to {size} {place_of(state)}, {found}")
-        if not self.chain.below:
-            full = "auto" in self.loaded.origins["disk.bytes"]
-            why = f" (no free space around {self._settings.disk.path})" if full else ""
-            lines.append(f"  disk     off: what memory cannot hold is forgotten{why}")
-        lines.append(f"  status   {self._http.url if self._http else 'off'}")
-        lines.append('  vLLM     --kv-transfer-config \'{"kv_connector":"KVStoreConnector","kv_role":"kv_both",')
-        lines.append('             "kv_load_failure_policy":"recompute"}\'')
-        lines.append("Ctrl-C to stop.")
-        return "\n".join(lines)
-
-
-def place_of(state: Mapping[str, Any]) -> str:
-    """Where a tier keeps its blocks, in words."""
-    if "path" in state:
-        how = "direct I/O" if state.get("direct_io", True) else f"buffered I/O: {state.get('direct_io_reason')}"
-        return f"in {state['path']} ({how})"
-    return "for all its daemons" if state.get("connected") else f"not reached yet ({state.get('last_error')})"
-
-
-def check_codecs(asked: Codecs) -> None:
-    """Codecs need torch, which small images leave out; blocks that stay raw need nothing."""
-    wanted = [name for name in ("disk", "redis") if getattr(asked, name) != "raw"]
-    wanted += ["profiles"] if asked.profiles is not None else []
-    if wanted and importlib.util.find_spec("torch") is None:
-        raise ConfigError(
-            f"codecs.{wanted[0]}: codecs need torch, which is not installed here.",
-            "`pip install torch`, or keep blocks raw and name no profiles.",
-        )
-
-
-async def _main(loaded: Loaded) -> int:
-    daemon = Daemon(loaded)
-    loop = asyncio.get_running_loop()
-    try:
-        await daemon.start()
-    except BaseException:
-        await daemon.close()
-        raise
-    signals = 0
-
-    def interrupted() -> None:
-        nonlocal signals
-        signals += 1
-        if signals > 1:
-            os._exit(130)  # asked twice: now, with whatever is left unwritten
-        daemon.stop()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, interrupted)
-    _say(daemon.banner())
-    _notify_systemd("READY=1")
-    await daemon.wait()
-    _notify_systemd("STOPPING=1")
-    queued = daemon.chain.dirty_blocks
-    _say(f"\nStopping: writing {queued} blocks to disk." if queued else "\nStopping.")
-    left = await daemon.close()
-    _say(f"{left} blocks were not written in time." if left else "Bye.")
-    return 0
-
-
-def _say(text: str) -> None:
-    """Print for whoever looks on; what is not on disk yet must not be lost because nobody does any longer."""
-    try:
-        print(text, flush=True)
-    except (OSError, ValueError):  # a pipe without a reader, a full disk; a letter that the terminal does not have
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), 1)
-
-
-def run(loaded: Loaded) -> int:
-    """Run a daemon until it is told to end; its exit status."""
-    _set_up_logging(loaded)
-    # What is in memory are people's prompts: no core dumps of them.
-    ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
-    # Each slab and each connection takes descriptors; the usual soft limit is for programs that use select().
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    with contextlib.suppress(KeyboardInterrupt):
-        return uvloop.run(_main(loaded))
-    return 130
-
-
-class _JsonFormatter(logging.Formatter):
-    """One JSON object a line."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        error = record.exc_info[1] if record.exc_info else None
-        entry = {
-            "time": self.formatTime(record),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        if isinstance(error, KVStoreError):
-            entry["code"] = error.code
-        if record.exc_info:
-            entry["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(entry)
-
-
-def _set_up_logging(loaded: Loaded) -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    plain = logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s")
-    handler.setFormatter(_JsonFormatter() if loaded.settings.log.json else plain)
-    root = logging.getLogger("kvstore")
-    root.handlers[:] = [handler]
-    root.setLevel(loaded.settings.log.level.upper())
-    root.propagate = False
-
-
-def _notify_systemd(state: str) -> None:
-    """Tell a supervisor of type ``notify`` what we are doing, if there is one."""
-    address = os.environ.get("NOTIFY_SOCKET")
-    if not address:
-        return
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-        sock.connect("\0" + address[1:] if address[0] == "@" else address)
-        sock.sendall(state.encode())

@@ -21,7 +21,8 @@ from kvstore.eviction import make_policy
 from kvstore.gpu_memory import DeviceMemory, DevicePool, DeviceSlab
 from kvstore.leases import Lease
 from kvstore.tiers.gpu import GpuBlock, GpuTier
-from kvstore.tiers.host import HostBlock, HostTier
+from kvstore.tiers.host import HostTier
+from kvstore.tiers.host_block import HostBlock
 from kvstore.types import BlockId, DropReason
 
 if TYPE_CHECKING:

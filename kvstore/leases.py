@@ -12,7 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from kvstore.errors import ForeignHandle, LeaseExpired
-from kvstore.tiers.host import HostBlock, HostTier
+from kvstore.tiers.host import HostTier
+from kvstore.tiers.host_block import HostBlock
 from kvstore.types import BlockHeader, BlockId, Extent, Scope
 from kvstore.wire.messages import Message
 

@@ -98,6 +98,11 @@ def is_exact(namespace: Namespace) -> bool:
     return namespace.fidelity in ("", "exact")
 
 
+def only_exact(namespace: Namespace) -> str:
+    """Why a namespace's fidelity is refused where there are no profiles."""
+    return "" if is_exact(namespace) else "no profile is here: codecs.profiles is not set"
+
+
 def describe_namespace(namespace: Namespace) -> bytes:
     """A namespace as text that a tier keeps beside its blocks, so that a later daemon knows what they are."""
     return msgspec.json.format(msgspec.json.encode(namespace), indent=1)

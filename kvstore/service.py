@@ -7,14 +7,12 @@ between awaits.
 
 from __future__ import annotations
 
-import asyncio
 import hmac
-import logging
 import os
 import secrets
 import time
-from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
@@ -22,7 +20,6 @@ import msgspec
 from kvstore import __version__
 from kvstore.chain import TierChain
 from kvstore.chunks.desk import ChunkDesk
-from kvstore.chunks.index import check_chunk
 from kvstore.desk import Desk
 from kvstore.errors import (
     AccessError,
@@ -31,7 +28,6 @@ from kvstore.errors import (
     ForeignHandle,
     HandshakeRequired,
     InvalidParams,
-    LeaseExpired,
     LimitExceeded,
     ShuttingDown,
     VersionMismatch,
@@ -39,15 +35,14 @@ from kvstore.errors import (
 from kvstore.events import EventLog
 from kvstore.feed import Feed
 from kvstore.gpu_desk import GpuDesk
-from kvstore.leases import Lease, Ledger, Place, Reservation, Session
-from kvstore.namespaces import NamespaceRecord, NamespaceRegistry, is_exact
+from kvstore.leases import Lease, Ledger, Session
+from kvstore.namespaces import NamespaceRecord, NamespaceRegistry, only_exact
 from kvstore.quota_desk import QuotaDesk
-from kvstore.tiers.host import HostBlock
-from kvstore.types import BlockHeader, BlockId, DropReason, Miss, MissReason, Namespace, Scope, Stored, TierCode
+from kvstore.store_desk import Accepts, StoreDesk
+from kvstore.tiers.host_block import HostBlock
+from kvstore.types import BlockId, Miss, MissReason, Namespace, Scope, TierCode
 from kvstore.watcher import Watchers
 from kvstore.wire import messages as m
-
-log = logging.getLogger("kvstore.service")
 
 MAX_HANDLES = 4096
 """Leases, and reservations, that one connection may have open."""
@@ -57,14 +52,6 @@ MAX_LENT = 1 << 18
 
 MAX_HEADER_BYTES = 2 << 20
 """Block headers in one reply; with the extents of as many blocks as a request names it stays within a frame."""
-
-_header = msgspec.msgpack.Decoder(BlockHeader)
-_Offers = deque[tuple[int, m.Offer, BlockHeader]]
-
-
-def only_exact(namespace: Namespace) -> str:
-    """Why a namespace's fidelity is refused where there are no profiles."""
-    return "" if is_exact(namespace) else "no profile is here: codecs.profiles is not set"
 
 
 class Service:
@@ -103,7 +90,7 @@ class Service:
         chunk_bytes: int = 64 << 20,
         chunk_variants: int = 5,
         refuse_fidelity: Callable[[Namespace], str] = only_exact,
-        accepts: Callable[[Namespace, BlockHeader, Sequence[memoryview]], bool] | None = None,
+        accepts: Accepts | None = None,
         gpu: GpuDesk | None = None,
     ) -> None:
         self.chain = chain
@@ -115,6 +102,7 @@ class Service:
         divided |= {tier.name: (tier.order, tier.usage().capacity) for tier in chain.below if tier.order is not None}
         self.quotas = QuotaDesk(divided, self.namespaces)
         self.desk = Desk(self)
+        self.stores = StoreDesk(self.ledger, chain, self.namespaces, self.desk, max_block_bytes, max_ttl_s, accepts)
         self.boot = secrets.token_bytes(16)
         log = EventLog(event_ring)
         self.chunks = ChunkDesk(chain, chunk_bytes, chunk_variants)
@@ -128,7 +116,6 @@ class Service:
         self.hit: Counter[int] = Counter()
         self._token = token
         self._refuse_fidelity = refuse_fidelity
-        self._accepts = accepts
         self._max_block_bytes = max_block_bytes
         self._max_ttl_s = max_ttl_s
         self._verbs: dict[str, Callable[[Session, Any], m.Message | Awaitable[m.Message]]] = {
@@ -298,150 +285,22 @@ class Service:
         act = self.chain.ahead.discard if p.cancel else self.chain.prefetch
         return m.CountReply(sum([act(BlockId(scope, key)) for key in m.split_keys(p.keys)]))
 
-    # -- writing -------------------------------------------------------------------------------------------------------
+    # -- storing -------------------------------------------------------------------------------------------------------
 
     def reserve(self, session: Session, p: m.Reserve) -> m.ReserveReply | Awaitable[m.ReserveReply]:
         """Lend memory for new blocks, evicting; or say of each block why not."""
         if self.draining:
             raise ShuttingDown("the daemon is shutting down.")
-        record = self.namespaces.find(session.domain, p.ns)
         self._limit(session.reservations)
-        todo = deque((i, offer, self._decode_header(i, offer, p.ns)) for i, offer in enumerate(p.blocks))
-        ttl_s = min(p.ttl_s, self._max_ttl_s)
-        reservation = self.ledger.new_reservation(session, ttl_s + p.wait_s)
-        reply = m.ReserveReply(reservation.id, ttl_s, [], [])
-        self._lend_rooms(reservation, record.scope, todo, reply, p.wait_s > 0)
-        if todo:
-            return self._reserve_later(reservation, record.scope, todo, reply, time.monotonic() + p.wait_s)
-        return self._reserved(reservation, reply)
-
-    async def _reserve_later(
-        self, reservation: Reservation, scope: Scope, todo: _Offers, reply: m.ReserveReply, deadline: float
-    ) -> m.ReserveReply:
-        while todo:
-            await self.chain.progress(max(0.0, deadline - time.monotonic()))
-            if reservation.id not in self.ledger.reservations:  # gone with its connection while it waited
-                return m.ReserveReply(reservation.id, 0.0, [], [])
-            self._lend_rooms(reservation, scope, todo, reply, time.monotonic() < deadline)
-        return self._reserved(reservation, reply)
-
-    def _lend_rooms(
-        self, reservation: Reservation, scope: Scope, todo: _Offers, reply: m.ReserveReply, wait: bool
-    ) -> None:
-        """Answer offers in order, and take them out of `todo`. With `wait`, stop at one that may get room later."""
-        while todo:
-            index, offer, header = todo[0]
-            block = BlockId(scope, offer.key)
-            status = self._refusal(block, offer)
-            if status is None:
-                extents = self.host.allocate(scope.domain, offer.nbytes, len(offer.header), scope, new=True)
-                if extents is not None:
-                    self.ledger.reserve(reservation, index, Place(block, header, offer.header, offer.nbytes, extents))
-                    reply.rooms.append(m.Room(index, () if reservation.session.remote else extents))
-                elif wait and self.chain.dirty_blocks:
-                    return
-                else:
-                    status = self.host.why_full(scope, offer.nbytes).value
-            self.desk.offered(scope, offer.key, offer.nbytes)
-            if status is not None:
-                self._refused(block, status)
-                reply.others.append(m.NoRoom(index, status))
-            todo.popleft()
-
-    def _reserved(self, reservation: Reservation, reply: m.ReserveReply) -> m.ReserveReply:
-        if not reply.rooms:
-            self.ledger.end_reservation(reservation)
-        return reply
-
-    def _refused(self, block: BlockId, status: str) -> None:
-        self._count_refused(status)
-        if status not in ("exists", DropReason.IN_FLIGHT):
-            self.desk.departures.refused(block, status)
-
-    def _count_refused(self, status: str) -> None:
-        if status == "exists":
-            self.host.counters.exists += 1
-        else:
-            self.host.counters.drop(status)
-
-    def _refusal(self, block: BlockId, offer: m.Offer) -> str | None:
-        if self.host.get(block) is not None or self.chain.find_below(block.scope, block.key) is not None:
-            return "exists"
-        if block in self.ledger.in_flight:
-            return DropReason.IN_FLIGHT.value
-        if offer.nbytes > min(self._max_block_bytes, self.host.arena.capacity):
-            return DropReason.TOO_LARGE.value
-        return None
-
-    def _decode_header(self, index: int, offer: m.Offer, ns: bytes) -> BlockHeader:
-        try:
-            header = _header.decode(offer.header)
-        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-            raise InvalidParams(f"reserve: header of block {index}: {error}.") from None
-        check_chunk(ns, offer.key, header)
-        return header
+        return self.stores.reserve(session, p)
 
     def commit(self, session: Session, p: m.Commit) -> m.CommitReply | Awaitable[m.CommitReply]:
         """Make filled blocks visible. What is acknowledged is readable when the reply is sent."""
-        reservation = self.ledger.reservation(session, p.reservation)
-        if len(set(p.indexes)) != len(p.indexes):
-            raise InvalidParams("commit: an index is named twice.")
-        foreign = [index for index in p.indexes if index not in reservation.places]
-        if foreign:
-            raise ForeignHandle(f"commit: block {foreign[0]} is not part of reservation {p.reservation}.")
-        if reservation.expires < time.monotonic():
-            self.ledger.end_reservation(reservation)
-            for _ in p.indexes:
-                self._count_refused(DropReason.EXPIRED.value)
-            raise LeaseExpired(f"reservation {p.reservation} has expired; nothing was stored.")
-        outcomes: list[m.Outcome] = []
-        writes: list[tuple[int, list[asyncio.Future[Any]]]] = []
-        for index in p.indexes:
-            status, queued = self._commit_one(reservation, index, p.durable)
-            outcomes.append(m.Outcome(index, status))
-            if status == "stored":
-                writes.append((len(outcomes) - 1, queued))
-        self.ledger.end_reservation(reservation)
-        if not p.durable or not writes:
-            return m.CommitReply(outcomes)
-        return self._when_durable(outcomes, writes)
-
-    def _commit_one(self, reservation: Reservation, index: int, durable: bool) -> tuple[str, list[asyncio.Future[Any]]]:
-        remote = reservation.session.remote
-        place = self.ledger.take(reservation, index)
-        if self.host.get(place.block) is not None:
-            self.host.free(place.extents, len(place.header_bytes))
-            return "exists", []
-        if remote and not place.filled:
-            self.host.free(place.extents, len(place.header_bytes))
-            return DropReason.ABORTED.value, []
-        if not self._acceptable(place):
-            self.host.free(place.extents, len(place.header_bytes))
-            self._count_refused(DropReason.UNDECODABLE.value)
-            return DropReason.UNDECODABLE.value, []
-        block = HostBlock(place.block, place.header_bytes, place.header, place.nbytes, place.extents)
-        self.namespaces.count_stored(place.block.scope)
-        return "stored", self.chain.admit(block, durable)
-
-    def _acceptable(self, place: Place) -> bool:
-        if self._accepts is None:
-            return True
-        fields = self.namespaces.fields(place.block.scope)
-        return fields is None or self._accepts(fields, place.header, self.host.arena.views(place.extents))
-
-    async def _when_durable(self, outcomes: list[m.Outcome], writes: list[tuple[int, list[asyncio.Future[Any]]]]):
-        for position, queued in writes:
-            outcome = await self.chain.durable(queued)
-            if not isinstance(outcome, Stored):
-                index = outcomes[position].index
-                outcomes[position] = m.Outcome(index, DropReason.NOT_DURABLE.value)
-        return m.CommitReply(outcomes)
+        return self.stores.commit(session, p)
 
     def abort(self, session: Session, p: m.Abort) -> m.Empty:
         """Give the room of a reservation back; one that has ended already is passed over."""
-        if p.reservation in session.reservations:
-            self.ledger.end_reservation(self.ledger.reservation(session, p.reservation))
-        return m.Empty()
+        return self.stores.abort(session, p)
 
     # -- remote payloads -----------------------------------------------------------------------------------------------
 
@@ -451,8 +310,7 @@ class Service:
 
     def fill(self, session: Session, p: m.Fill) -> m.Message:
         """Reached when the payload has arrived; see `place`."""
-        self.ledger.reservation(session, p.reservation).places[p.index].filled = True
-        return m.Empty()
+        return self.stores.filled(session, p)
 
     def payload(self, session: Session, p: m.Fetch) -> tuple[Lease, list[memoryview]]:
         """Bytes of a leased block, to be sent while the lease lasts."""
@@ -465,10 +323,7 @@ class Service:
     def place(self, session: Session, p: m.Fill) -> list[memoryview]:
         """Where the payload of a `fill` goes."""
         self._admit(session, "fill")
-        reservation = self.ledger.reservation(session, p.reservation)
-        if p.index not in reservation.places:
-            raise ForeignHandle(f"fill: block {p.index} is not part of reservation {p.reservation}.")
-        return self.host.arena.views(reservation.places[p.index].extents)
+        return self.stores.room(session, p)
 
     # -- keeping and forgetting ----------------------------------------------------------------------------------------
 

@@ -24,7 +24,8 @@ from collections.abc import Callable, Iterable
 from kvstore.admission import Doorkeeper
 from kvstore.eviction.cost import weight
 from kvstore.tiers.base import Tier
-from kvstore.tiers.host import HostBlock, HostTier
+from kvstore.tiers.host import HostTier
+from kvstore.tiers.host_block import HostBlock
 from kvstore.turns import Turns
 from kvstore.types import BlockId, Dropped, DropReason, Exists, Stored, StoreOutcome
 

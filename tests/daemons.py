@@ -41,7 +41,7 @@ SMALL = 16 * 1024
 _processes = multiprocessing.get_context("forkserver")
 # What a daemon imports is imported once, in the process that all of them are forked from.
 _processes.set_forkserver_preload(
-    ["pytest", "kvstore.daemon", "kvstore.config", "kvstore.tiers.disk", "kvstore.client"]
+    ["pytest", "kvstore.process", "kvstore.config", "kvstore.tiers.disk", "kvstore.client"]
 )
 
 
@@ -219,7 +219,7 @@ MakeDaemon = Callable[..., DaemonProcess]
 
 def _run(settings: dict[str, str], constants: dict[str, Any], log: str, die_at: str, nth: int) -> None:
     """In the new process: be a daemon."""
-    from kvstore import config, daemon
+    from kvstore import config, daemon, process
 
     ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: no daemon outlives the tests
     with open(log, "ab", buffering=0) as out:
@@ -234,7 +234,7 @@ def _run(settings: dict[str, str], constants: dict[str, Any], log: str, die_at: 
             kill.arm(die_at, nth)
         else:
             _when_ready(daemon.Daemon, lambda: kill.arm(die_at, nth))
-    sys.exit(daemon.run(config.load(settings, env={})))
+    sys.exit(process.run(config.load(settings, env={})))
 
 
 def _account(daemon: Any) -> None:

@@ -103,7 +103,7 @@ def _shown(value: float, unit: str) -> str:
 
 # -- a daemon of our own -----------------------------------------------------------------------------------------------
 
-_RUN = "import json, sys; from kvstore import config, daemon; daemon.run(config.load(json.loads(sys.argv[1]), env={}))"
+_RUN = "import json, sys; from kvstore import config as c, process as p; p.run(c.load(json.loads(sys.argv[1]), env={}))"
 
 
 @contextmanager

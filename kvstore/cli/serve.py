@@ -16,6 +16,6 @@ def serve(*, config: ConfigFile = None, flags: AllFlags = Flags()) -> int:  # no
     where.
     """
     loaded = settings(config, flags)
-    from kvstore import daemon
+    from kvstore import process
 
-    return daemon.run(loaded)
+    return process.run(loaded)

@@ -3,7 +3,8 @@
 A put is: find, reserve space in the budget (which names what leaves for it), one trip to a thread that removes what
 leaves and writes the file, book the result. A get is: find, one trip to a thread that reads into the caller's buffers
 and verifies every byte, book the result. Everything that can go wrong on the way is a value. The parts, in
-`kvstore.disk`: `store` (state and threads), `index` (budget), `blocks` (files), `format` (bytes), `io` (system calls).
+`kvstore.disk`: `store` (state and threads), `index` (budget), `reader` (what is read, and how that can end), `blocks`
+(files), `format` (bytes), `io` (system calls).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from kvstore.disk.directory import FIXED_COST
 from kvstore.disk.format import MAX_HEADER, MAX_PAYLOAD, Shape, is_block_id, scope_path, shape_of
 from kvstore.disk.index import NAMESPACE_COST, Departure
 from kvstore.disk.io import Files
+from kvstore.disk.reader import Reader
 from kvstore.disk.store import Store
 from kvstore.errors import ConfigError, CorruptBlock, StorageError, TierDown
 from kvstore.eviction import make_policy
@@ -34,17 +36,12 @@ from kvstore.types import (
     Gone,
     Hit,
     LoadOutcome,
-    Miss,
-    MissReason,
     Scope,
     Stored,
     StoreOutcome,
     TierCode,
 )
 from kvstore.watcher import Watcher
-
-TOUCH_EVERY_S = 60.0
-"""How often a use of one block is noted in its file's times."""
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
@@ -100,8 +97,7 @@ class DiskTier(Tier):
         self.order = self._order = self._index.order
         self._writing: set[BlockId] = set()
         self._aborted: set[BlockId] = set()
-        self._touched: set[BlockId] = set()
-        self._touched_since = 0.0
+        self._reader = Reader(self._store, self.counters)
 
     # -- life ----------------------------------------------------------------------------------------------------------
 
@@ -128,7 +124,7 @@ class DiskTier(Tier):
 
     def size(self, block: BlockId) -> int | None:
         """Payload bytes of a block that is here, and not too old. No I/O."""
-        shape = self._living(block)
+        shape = self._reader.living(block)
         return None if shape is None else shape.nbytes
 
     def contains(self, scope: Scope, key: bytes) -> bool:
@@ -137,10 +133,6 @@ class DiskTier(Tier):
         if space is None or key not in space.blocks:
             return False
         return not self._order.expiring or self._order.alive(BlockId(scope, key))
-
-    def _living(self, block: BlockId) -> Shape | None:
-        shape = self._index.find(block)
-        return shape if shape is None or not self._order.expiring or self._order.alive(block) else None
 
     def usage(self) -> Usage:
         """Bytes of the budget and blocks held."""
@@ -189,7 +181,7 @@ class DiskTier(Tier):
 
     async def get(self, block: BlockId, into: Sequence[memoryview]) -> LoadOutcome:
         """Read a block into the caller's buffers and verify every byte of its file."""
-        outcome = await self._store.to_the_end(self._get(block, into))
+        outcome = await self._store.to_the_end(self._reader.read(block, into, used=True))
         if isinstance(outcome, Hit):
             self.counters.hits += 1
             self.counters.bytes_read += outcome.nbytes
@@ -199,68 +191,11 @@ class DiskTier(Tier):
 
     async def peek(self, block: BlockId, into: Sequence[memoryview]) -> LoadOutcome:
         """As `get`, but nobody used the block."""
-        return await self._store.to_the_end(self._get(block, into, used=False))
-
-    async def _get(self, block: BlockId, into: Sequence[memoryview], used: bool = True) -> LoadOutcome:
-        store = self._store
-        if not store.ready:
-            return Miss(MissReason.TIER_DOWN)
-        shape = self._living(block)
-        if shape is None:
-            return Miss(MissReason.ABSENT)
-        if sum(view.nbytes for view in into) != shape.nbytes:
-            return Miss(MissReason.LOST)  # it was replaced after the caller had asked for its size
-        began = time.perf_counter()
-        reading = self._index.begin_read(block)
-        try:
-            header = await store.reading(store.blocks.read, block, shape, into, used and self._wants_touch(block))
-        except CorruptBlock:
-            reason = MissReason.CORRUPT
-        except (FileNotFoundError, ForeignFile):
-            reason = MissReason.LOST
-        except OSError:
-            return Miss(MissReason.TIER_DOWN)
-        else:
-            if used:
-                self.counters.read_s += time.perf_counter() - began
-                self._index.touch([block])
-            return Hit(header, shape.nbytes)
-        finally:
-            self._index.end_read(block, reading)
-        if reading.gone:  # dropped while it was read, or found bad by another reader first
-            return Miss(MissReason.LOST)
-        if reason == MissReason.CORRUPT:
-            self.counters.corrupt += 1
-            await store.set_aside(block, shape)
-        else:
-            await store.forget_lost(block)
-        return Miss(reason)
+        return await self._store.to_the_end(self._reader.read(block, into, used=False))
 
     async def header(self, block: BlockId) -> BlockHeader | None:
         """The header of a block that is here and undamaged."""
-        return await self._store.to_the_end(self._header(block))
-
-    async def _header(self, block: BlockId) -> BlockHeader | None:
-        shape = self._living(block) if self._store.ready else None
-        if shape is None:
-            return None
-        reading = self._index.begin_read(block)
-        try:
-            return await self._store.reading(self._store.blocks.header, block, shape)
-        except (CorruptBlock, ForeignFile, OSError):  # whoever reads all of it will see to that
-            return None
-        finally:
-            self._index.end_read(block, reading)
-
-    def _wants_touch(self, block: BlockId) -> bool:
-        """Whether the use should be noted in the file's times."""
-        now = time.monotonic()
-        if now - self._touched_since > TOUCH_EVERY_S:
-            self._touched.clear()
-            self._touched_since = now
-        fresh = block not in self._touched
-        self._touched.add(block)
-        return fresh
+        return await self._store.to_the_end(self._reader.header(block))
 
     # -- put -----------------------------------------------------------------------------------------------------------
 
@@ -293,7 +228,7 @@ class DiskTier(Tier):
             return Dropped(DropReason.TIER_DOWN)
         if not is_block_id(block) or sum(view.nbytes for view in payload) != nbytes:
             raise StorageError(f"disk tier: {block.scope.domain!r}, {nbytes} bytes: not a block it can store.", "")
-        if self._living(block) is not None:
+        if self._reader.living(block) is not None:
             return await self._keep(block, durable)
         if self._index.find(block) is not None:  # too old: the new one takes its place
             await self._drop([block], Gone.EXPIRED)
@@ -330,7 +265,7 @@ class DiskTier(Tier):
 
         Where there is no room for both it is absent for a moment, and new afterwards.
         """
-        old, new = self._living(block), shape_of(block, header, nbytes)
+        old, new = self._reader.living(block), shape_of(block, header, nbytes)
         if old is None or self._index.used + new.cost > self._index.capacity:
             return await super().replace(block, header, payload, nbytes)
         return await self._store.to_the_end(self._replace(block, header, payload, old, new))

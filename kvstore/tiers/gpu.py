@@ -20,7 +20,7 @@ from kvstore.eviction.cost import recompute_cost
 from kvstore.eviction.partitions import Facts, Partitions
 from kvstore.gpu_memory import DevicePool, DeviceSlab
 from kvstore.tiers.base import TierCounters, Usage
-from kvstore.tiers.host import HostBlock
+from kvstore.tiers.host_block import HostBlock
 from kvstore.types import BlockId, Extent, Gone, TierCode
 from kvstore.watcher import Watcher
 

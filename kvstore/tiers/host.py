@@ -10,19 +10,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 
-import msgspec
-
 from kvstore.arena import PAGE_BYTES, Arena
 from kvstore.errors import InternalError
 from kvstore.eviction.base import EvictionPolicy
-from kvstore.eviction.cost import recompute_cost
 from kvstore.eviction.partitions import Facts, Partitions
 from kvstore.tiers.base import TierCounters, Usage
-from kvstore.types import BlockHeader, BlockId, DropReason, Extent, Gone, Scope, TierCode
+from kvstore.tiers.host_block import INDEX_BYTES, HostBlock, footprint_of
+from kvstore.types import BlockId, DropReason, Extent, Gone, Scope, TierCode
 from kvstore.watcher import Watcher
-
-INDEX_BYTES = 1024
-"""What one block costs beside its payload: its entry, its place in the order, its names. Headers come on top."""
 
 DIRTY_SHARE = 0.5
 """While more of the memory than this waits to be written below, new blocks take free memory only: a flood of stores
@@ -30,60 +25,6 @@ would otherwise evict all that can be, which is what is used, and keep what it b
 
 _INDEX_SHARE = 32
 """One part in this many of the budget is set aside for the index."""
-
-
-class HostBlock:
-    """A block in the arena.
-
-    Attributes
-    ----------
-    footprint : int
-        Bytes of arena pages it occupies.
-    refs : int
-        Leases that read it now. It keeps its memory while there are any, even after it was dropped.
-    dirty : int
-        Lower tiers that have yet to be told of it.
-    pin_until : float
-        Monotonic time until which it may not be evicted.
-    since : float
-        Monotonic time at which it came.
-    gone : bool
-        No longer in the index; its memory goes back with the last reference.
-    """
-
-    __slots__ = (
-        "dirty",
-        "extents",
-        "footprint",
-        "gone",
-        "header",
-        "header_bytes",
-        "id",
-        "nbytes",
-        "pin_until",
-        "refs",
-        "since",
-    )
-
-    def __init__(
-        self, block: BlockId, header_bytes: bytes, header: BlockHeader, nbytes: int, extents: tuple[Extent, ...]
-    ):
-        self.id = block
-        self.header = header
-        self.header_bytes = header_bytes
-        self.nbytes = nbytes
-        self.extents = extents
-        self.footprint = _footprint(extents)
-        self.refs = 0
-        self.dirty = 0
-        self.pin_until = 0.0
-        self.since = time.monotonic()
-        self.gone = False
-
-    @property
-    def index_bytes(self) -> int:
-        """Bytes it costs beside its payload."""
-        return INDEX_BYTES + len(self.header_bytes)
 
 
 class HostTier:
@@ -196,7 +137,7 @@ class HostTier:
             self.index_bytes += index_need
             self._lent[extents[0]] = extents, scope
             if scope is not None:
-                self.order.charge(scope, _footprint(extents))
+                self.order.charge(scope, footprint_of(extents))
         return extents
 
     def why_full(self, scope: Scope, nbytes: int) -> DropReason:
@@ -217,7 +158,7 @@ class HostTier:
         """Give back memory that did not become a block."""
         _, scope = self._lent.pop(extents[0])
         if scope is not None:
-            self.order.discharge(scope, _footprint(extents))
+            self.order.discharge(scope, footprint_of(extents))
         self.index_bytes -= INDEX_BYTES + header_bytes
         self.arena.release(extents)
 
@@ -282,7 +223,7 @@ class HostTier:
         index[block.id.key] = block
         if charged is None:
             self.order.charge(block.id.scope, block.footprint)
-        nbytes, cost, parent = _facts_of(block)
+        nbytes, cost, parent = block.facts()
         self.order.insert(block.id, nbytes, cost=cost, parent=parent)
         self.used_bytes += block.footprint
         self._scope_bytes[block.id.scope] = self._scope_bytes.get(block.id.scope, 0) + block.nbytes
@@ -412,7 +353,7 @@ class HostTier:
         }
 
     def _facts(self, item: BlockId) -> Facts:
-        return _facts_of(self._scopes[item.scope][item.key])
+        return self._scopes[item.scope][item.key].facts()
 
     def _every(self) -> Iterable[HostBlock]:
         yield from self.all_blocks()
@@ -440,17 +381,3 @@ class HostTier:
             raise InternalError("host: leased, dirty or busy bytes are miscounted.")
         if self.index_bytes > self.index_capacity:
             raise InternalError("host: the index exceeds its share of the budget.")
-
-
-def _footprint(extents: tuple[Extent, ...]) -> int:
-    return sum([-(-extent.nbytes // PAGE_BYTES) for extent in extents]) * PAGE_BYTES
-
-
-def _facts_of(block: HostBlock) -> Facts:
-    parent = BlockId(block.id.scope, block.header.parent) if block.header.parent else None
-    return block.nbytes, recompute_cost(block.header, block.nbytes), parent
-
-
-def encode_header(header: BlockHeader) -> bytes:
-    """A block header as it travels."""
-    return msgspec.msgpack.encode(header)

@@ -35,7 +35,7 @@ pytestmark = [
 NAMESPACE = Namespace(model="gpu tier", dtype="uint8")
 NBYTES = 3 * 1024 * 1024 + 4096
 KEYS = [hashlib.sha256(f"gpu/{number}".encode()).digest() for number in range(12)]
-RUN = "import json, sys; from kvstore import config, daemon; daemon.run(config.load(json.loads(sys.argv[1]), env={}))"
+RUN = "import json, sys; from kvstore import config as c, process as p; p.run(c.load(json.loads(sys.argv[1]), env={}))"
 
 
 def content(key: bytes, nbytes: int = NBYTES) -> bytes:

@@ -16,7 +16,8 @@ from kvstore.chain import TierChain
 from kvstore.errors import TierDown
 from kvstore.eviction import make_policy
 from kvstore.tiers.base import Finding, Tier, TierCounters, Usage
-from kvstore.tiers.host import HostBlock, HostTier, encode_header
+from kvstore.tiers.host import HostTier
+from kvstore.tiers.host_block import HostBlock, encode_header
 from kvstore.tiers.wrappers import Breaker
 from kvstore.types import (
     BlockHeader,

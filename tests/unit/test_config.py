@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore import machine
+from kvstore.banner import place_of
 from kvstore.config import Loaded, find_file, load
-from kvstore.daemon import check_codecs, place_of
 from kvstore.errors import ConfigError
+from kvstore.lower_tiers import check_codecs
 from kvstore.rules import Secret, is_loopback, show_size, split_address
 from kvstore.settings import GROUPS, RULES, env_names, flag_names, written_as
 from kvstore.units import format_duration, format_size, parse_duration, parse_size

@@ -24,7 +24,8 @@ from kvstore.leases import Ledger, Session
 from kvstore.settings import Gpu
 from kvstore.testing import device as ordinary
 from kvstore.tiers.gpu import GpuBlock, GpuTier
-from kvstore.tiers.host import HostBlock, HostTier
+from kvstore.tiers.host import HostTier
+from kvstore.tiers.host_block import HostBlock
 from kvstore.types import BlockHeader, BlockId, Scope
 from kvstore.watcher import Watchers
 

@@ -14,7 +14,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from kvstore.arena import PAGE_BYTES
 from kvstore.errors import InternalError
 from kvstore.eviction import make_policy
-from kvstore.tiers.host import INDEX_BYTES, HostBlock, HostTier, encode_header
+from kvstore.tiers.host import HostTier
+from kvstore.tiers.host_block import INDEX_BYTES, HostBlock, encode_header
 from kvstore.types import BlockHeader, BlockId, Scope
 
 CAPACITY = 1 << 20

@@ -9,7 +9,7 @@ from test_chain import NBYTES, FakeTier, Gate, House, Houses, block_id, houses, 
 from kvstore.arena import PAGE_BYTES
 from kvstore.chain import AHEAD_SHARE
 from kvstore.prefetch import PrefetchQueue
-from kvstore.tiers.host import HostBlock
+from kvstore.tiers.host_block import HostBlock
 from kvstore.types import BlockHeader, BlockId, Scope
 
 

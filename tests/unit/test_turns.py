@@ -13,7 +13,7 @@ from test_chain import NBYTES, FakeTier, Gate, Houses, block_id, houses, key, pa
 from kvstore.codecs import importance
 from kvstore.copies import MOST, Copies
 from kvstore.eviction.cost import WEIGHTS
-from kvstore.tiers.host import HostBlock, encode_header
+from kvstore.tiers.host_block import HostBlock, encode_header
 from kvstore.turns import Turns
 from kvstore.types import BlockHeader, BlockId, Scope
 
