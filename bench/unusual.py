@@ -2,14 +2,15 @@
 
 Popular documents amid floods of prompts that never come back; a circle of documents larger than the cache, once turned
 round; a working set that is another every 1,200 requests; a prompt sampled many times behind a few examples, then never
-again; trees of thought; chunks of which half go in a circle; and tenants who do all of that at rates that change. Rules
-and columns are those of `replay.py`.
+again; trees of thought; chunks of which half go in a circle; tenants who do all of that at rates that change; texts
+that are changed in the middle; and three continents that sleep by turns. Rules and columns are those of `replay.py`.
 
     python bench/unusual.py --out bench/results/unusual.json
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -135,6 +136,41 @@ def chunk_loops(rng: random.Random) -> list[Request]:
     return requests
 
 
+def edits(rng: random.Random) -> list[Request]:
+    """Projects whose text is in the prompt: most requests go on behind it, some after a change, which is rarely far in
+    front, and everything behind a change is new. Some changes are taken back."""
+    texts = [[(which, i, 0) for i in range(rng.randrange(20, 150))] for which in range(60)]
+    before = [list(text) for text in texts]
+    requests: list[Request] = []
+    for number in range(9000):
+        which = popular(rng, len(texts), 0.5)
+        text = texts[which]
+        if rng.random() < 0.3:
+            if rng.random() < 0.2:
+                texts[which], before[which] = before[which], text
+            else:
+                at = max(1, len(text) - 1 - popular(rng, len(text), 0.5))
+                before[which] = text
+                texts[which] = text[:at] + [(which, i, number) for i in range(at, len(text) + rng.choice((-1, 0, 1)))]
+        requests.append([("sys", 0), *texts[which], *document(("q", number), rng.randrange(1, 6))])
+    return requests
+
+
+def days(rng: random.Random) -> list[Request]:
+    """Three continents, each with documents of its own and awake at another time of a day of 3,000 requests; of each
+    a few documents are replaced every day, and in the night a job reads some of them all."""
+    lengths = [[rng.randrange(3, 50) for _ in range(300)] for _ in range(3)]
+    requests: list[Request] = []
+    for number in range(12_000):
+        day, hour = divmod(number, 3000)
+        awake = [1.02 + math.sin(2 * math.pi * (hour / 3000 + where / 3)) for where in range(3)]
+        where = rng.choices(range(3), awake)[0]
+        which = number % 300 if rng.random() < 0.1 and awake[where] < 0.5 else popular(rng, 300, 0.6)
+        name = where, which, day if which % 10 == 0 else 0
+        requests.append([("sys", 0), ("sys", where), *document(name, lengths[where][which]), ("q", number)])
+    return requests
+
+
 KINDS: dict[str, tuple[Callable[[random.Random], list[Request]], bool]] = {
     "scans": (scans, True),
     "loops": (loops, True),
@@ -143,17 +179,21 @@ KINDS: dict[str, tuple[Callable[[random.Random], list[Request]], bool]] = {
     "tenants": (tenants, True),
     "trees": (trees, True),
     "chunk loops": (chunk_loops, False),
+    "edits": (edits, True),
+    "days": (days, True),
 }
 
 
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--seed", type=int, default=11, help="seed of the traces (default 11)")
+    parser.add_argument("--kinds", nargs="*", default=KINDS, choices=KINDS, help="traces to replay (default all)")
     parser.add_argument("--policies", nargs="*", default=POLICIES, help="policies to replay, the default one first")
     args = parser.parse_args()
     results: dict[str, Any] = {}
     rows: list[tuple[object, ...]] = []
-    for name, (make, chained) in KINDS.items():
+    for name in args.kinds:
+        make, chained = KINDS[name]
         requests = make(random.Random(args.seed))
         distinct = len({block for blocks in requests for block in blocks})
         print(f"{name}: {len(requests)} requests, {distinct} distinct", flush=True)
