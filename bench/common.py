@@ -53,7 +53,7 @@ def running_daemon(settings: Mapping[str, str] | None = None, root: Path | None 
             "log.level": "warning",
             **(settings or {}),
         }
-        command = [sys.executable, "-c", _RUN, json.dumps(flags)]
+        command = [sys.executable, "-P", "-c", _RUN, json.dumps(flags)]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
         try:
             assert process.stdout is not None

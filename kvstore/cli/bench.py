@@ -117,7 +117,8 @@ def _daemon(run: Path, settings: dict[str, str]) -> Iterator[str]:
         "log.level": "error",
         "disk.path": str(run / "disk"),
     } | settings
-    process = subprocess.Popen([sys.executable, "-c", _RUN, json.dumps(flags)], stdout=subprocess.PIPE, text=True)
+    # -P: a folder named kvstore where we were called is not us.
+    process = subprocess.Popen([sys.executable, "-P", "-c", _RUN, json.dumps(flags)], stdout=subprocess.PIPE, text=True)
     try:
         if process.stdout is None or "ready" not in process.stdout.readline():
             raise Unavailable("the daemon of the bench did not start.", "`kvstore doctor` may tell why.")

@@ -572,6 +572,8 @@ def test_bench_measures_beside_limits_and_leaves_nothing(
     monkeypatch.setattr(bench, "TURNS", 2)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
+    (tmp_path / "kvstore").mkdir()  # as a runtime directory has it: it is not the package
+    monkeypatch.chdir(tmp_path)
     code, text, _ = said(capsys, "bench", "--json", "--block", "1MiB")
     assert code == 0
     figures = {figure["name"]: figure for figure in json.loads(text)["figures"]}
