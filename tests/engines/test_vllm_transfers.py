@@ -19,9 +19,9 @@ from kvstore_connectors.base import Breaker, Link, Tally, shielded
 from kvstore_connectors.vllm.identity import Scope
 from kvstore_connectors.vllm.jobs import LoadJob, SaveBlock, SaveJob
 from kvstore_connectors.vllm.layout import PageViews
+from kvstore_connectors.vllm.loader import Loader
 from kvstore_connectors.vllm.pages import HostPages
 from kvstore_connectors.vllm.transfers import Transfers
-from kvstore_connectors.vllm.worker import Loader
 
 # -- loads and saves --------------------------------------------------------------------------------------------------
 

@@ -6,30 +6,24 @@ Nothing here waits for the daemon for longer than a fraction of a millisecond.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Sequence
 from typing import Any
 
 from kvstore.types import Namespace, TierCode
 from kvstore_connectors.base import Tally, report_defect
 from kvstore_connectors.choice import Choice
+from kvstore_connectors.vllm.answers import FIRST_WAIT_S, Answers
 from kvstore_connectors.vllm.blend_jobs import BlendJob
 from kvstore_connectors.vllm.blend_scheduler import Blends
 from kvstore_connectors.vllm.decisions import Decisions
-from kvstore_connectors.vllm.identity import request_namespace, request_scope
+from kvstore_connectors.vllm.identity import request_scope
 from kvstore_connectors.vllm.jobs import ConnectorMeta, LoadJob, Report
-from kvstore_connectors.vllm.lookups import Lookups, Query
+from kvstore_connectors.vllm.lookups import Lookups
 from kvstore_connectors.vllm.saves import Saves
 from kvstore_connectors.vllm.tracked import Tracked
 
-FIRST_WAIT_S = 0.0003
-"""Most lookups are answered within this time, so that a request need not wait for another scheduling round."""
-
 IDLE_WAIT_S = 0.001
 """Pause of a step that has nothing but unanswered lookups; without it the engine's loop would spin."""
-
-ANSWER_LIFE_S = 10.0
-"""An answer older than this is asked for again: a request may wait long for its turn."""
 
 
 class SchedulerSide:
@@ -64,6 +58,7 @@ class SchedulerSide:
         blends: Blends | None = None,
     ) -> None:
         self._lookups = lookups
+        self._answers = Answers(lookups, tally, engine_block, block_tokens, may_load)
         self._blends = blends
         self._tally = tally
         self._decisions = decisions
@@ -73,7 +68,6 @@ class SchedulerSide:
         self._async = async_load
         self._may_load = may_load
         self._may_save = may_save
-        self._ranks: list[Namespace] = []
         self._requests: dict[str, Tracked] = {}
         self._saves = Saves(self._requests, engine_block, block_tokens, blends)
         self._promised: dict[str, tuple[int, int]] = {}
@@ -88,9 +82,9 @@ class SchedulerSide:
 
         Before they are known nothing is looked up.
         """
-        self._ranks = list(namespaces)
+        self._answers.ranks = list(namespaces)
         if self._blends is not None:
-            self._blends.know_ranks(self._ranks)
+            self._blends.know_ranks(self._answers.ranks)
         self._decisions.block_bytes = block_bytes * len(set(namespaces))  # ranks that hold replicas share blocks
 
     # -- what can be loaded --------------------------------------------------------------------------------------------
@@ -100,8 +94,8 @@ class SchedulerSide:
         tracked = self._track(request)
         if self._blends is not None and self._may_load:
             self._blends.arrived(request, tracked.scope)
-        if tracked.query is None and self._wants_lookup(tracked):
-            self._ask(tracked)
+        if tracked.query is None and self._answers.wanted(tracked):
+            self._answers.ask(tracked)
 
     def matched(self, request: Any, n_local: int) -> tuple[int | None, bool]:
         """Tokens that can be loaded beyond the `n_local` that the engine has, and whether that runs beside the batch.
@@ -111,7 +105,7 @@ class SchedulerSide:
         tracked = self._track(request)
         tracked.n_local, tracked.sources, tracked.choice = n_local, [], None
         waited = self._await_search(request.request_id)
-        tiers = self._answer(tracked) if self._wants_lookup(tracked) else []
+        tiers = self._answers.of(tracked) if self._answers.wanted(tracked) else []
         if tiers is None or not waited:
             return None, False
         first = n_local // self._block_tokens
@@ -151,49 +145,6 @@ class SchedulerSide:
         if probe is not None and query is not None:
             self._lookups.bring_up(query, tracked.n_local // self._block_tokens + probe)
         return choice
-
-    def _wants_lookup(self, tracked: Tracked) -> bool:
-        request = tracked.request
-        return (
-            self._may_load
-            and bool(self._ranks)
-            and not tracked.given_up
-            and not getattr(request, "skip_reading_prefix_cache", False)
-            and len(request.block_hashes) >= self._ratio
-        )
-
-    def _answer(self, tracked: Tracked) -> list[TierCode] | None:
-        """Tiers of the request's blocks; empty for a miss, None while unknown."""
-        query, now = tracked.query, time.monotonic()
-        if query is None or len(query.hashes) < self._full_hashes(tracked) or self._outdated(query, now):
-            query = self._ask(tracked)
-            self._lookups.wait(query, FIRST_WAIT_S)
-        if not query.finished:
-            if now < query.deadline:
-                return None
-            if not query.late:
-                query.late = True
-                self._tally.add("lookup_late")
-            return []
-        return query.tiers or []
-
-    @staticmethod
-    def _outdated(query: Query, now: float) -> bool:
-        return query.finished and now - query.asked > ANSWER_LIFE_S
-
-    def _ask(self, tracked: Tracked) -> Query:
-        request = tracked.request
-        hashes = [
-            bytes(request.block_hashes[i]) for i in range(self._ratio - 1, len(request.block_hashes), self._ratio)
-        ]
-        namespaces = [request_namespace(rank, tracked.scope) for rank in self._ranks]
-        tracked.query = self._lookups.submit(namespaces, hashes)
-        self._tally.add("lookups")
-        self._tally.add("asked_tokens", len(hashes) * self._block_tokens)
-        return tracked.query
-
-    def _full_hashes(self, tracked: Tracked) -> int:
-        return len(tracked.request.block_hashes) // self._ratio
 
     # -- what was promised ---------------------------------------------------------------------------------------------
 
@@ -286,7 +237,7 @@ class SchedulerSide:
             else:
                 meta.loads.append(self._load_job(name, tracked, start, count))
         if meta.blends or (meta.loads and not self._async):
-            self._unconfirmed[self._step] = len(self._ranks)
+            self._unconfirmed[self._step] = len(self._answers.ranks)
         try:
             meta.fresh = [*self._saves.follow(output), *self._filled(meta)]
             if self._may_save:
