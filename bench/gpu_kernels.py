@@ -366,7 +366,7 @@ def on_matrices() -> None:
         torch.rand(131072, 64, device="cuda"),
     )
     plain = lambda: torch.einsum("gnr,gdr->gnd", left[chosen.long()], right)  # noqa: E731
-    ours = lambda: lowrank.reconstruct(left, right, chosen, cos, sin)  # noqa: E731
+    ours = lambda: lowrank.reconstruct(left, right, chosen, cos, sin, torch.bfloat16)  # noqa: E731
     work = 2.0 * HEADS * 2048 * DIM * 160
     report("low rank", "2,048 rows, rank 160", work, cores, {"ours": ours, "torch, not turned": plain})
 

@@ -150,23 +150,9 @@ def scores(index: HeadIndex, queries: torch.Tensor, scale: float) -> tuple[torch
     return found[0], found[1]
 
 
-def choose(
-    index: HeadIndex, queries: torch.Tensor, scale: float, thresholds: tuple[float, float]
-) -> tuple[torch.Tensor, int]:
-    """Rows to read for queries ``[head, dim]`` of one token, rising, and how many mean keys were looked at.
-
-    Groups above the first threshold for any head are opened; of their clusters, those above the second are read. The
-    denominator of the second look has the clusters that were opened, and the groups that were not.
-    """
-    logits = queries.float() @ index.group_means.T * scale + index.group_sizes.log()
-    coarse = (logits - logits.logsumexp(-1, keepdim=True) - index.group_sizes.log()).exp().amax(0)
-    opened = coarse > thresholds[0]
-    inside = opened[index.parent].nonzero()[:, 0]
-    fine = queries.float() @ index.means[inside].T * scale
-    weighed = torch.cat([fine + index.sizes[inside].log(), logits[:, ~opened]], 1)
-    chosen = inside[(fine - weighed.logsumexp(-1, keepdim=True)).exp().amax(0) > thresholds[1]]
+def rows_of(index: HeadIndex, chosen: torch.Tensor) -> torch.Tensor:
+    """Rows of the keys and values of chosen clusters (bool ``[cluster]``), rising."""
     starts, sizes = index.starts[chosen].long(), index.sizes[chosen].long()
     ends = sizes.cumsum(0)
-    rows = torch.arange(int(ends[-1]) if len(ends) else 0, device=queries.device)
-    rows += (starts - ends + sizes).repeat_interleave(sizes)
-    return rows, len(index.group_means) + len(inside)
+    rows = torch.arange(int(ends[-1]) if len(ends) else 0, device=chosen.device)
+    return rows + (starts - ends + sizes).repeat_interleave(sizes)

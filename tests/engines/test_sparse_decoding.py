@@ -15,12 +15,13 @@ from test_h2o_decoding import ids, stepwise
 from test_transformers import connected
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from kvstore.codecs.clusters import Squeezed
+from kvstore.codecs import clusters
+from kvstore.codecs.clusters import HeadIndex, Squeezed
 from kvstore.errors import InvalidParams, LeaseExpired
 from kvstore_connectors.transformers import KVStoreCache, leased
 from kvstore_connectors.transformers.leased import LeasedPrompt
 from kvstore_connectors.transformers.shadow import ShadowCache, ShadowKV
-from kvstore_connectors.transformers.squeezed import SqueezedCache
+from kvstore_connectors.transformers.squeezed import Centroids, SqueezedCache
 
 ALL = 1000
 LOSSLESS = {
@@ -81,6 +82,47 @@ def test_a_step_reads_less_than_there_is_and_is_near_full_attention(model: Any, 
         everything = 3 * 2 * 608 * 2 * 16 * 4
         assert 0 < past.touched < 0.8 * everything
     assert float((full.exp() * (full - found)).sum(-1).mean()) < 0.1
+
+
+def looks(index: HeadIndex, queries: torch.Tensor, scale: float, thresholds: tuple[float, float]) -> torch.Tensor:
+    """What one KV head's queries read, as it is defined."""
+    groups = clusters.shares(queries, index.group_means, index.group_sizes, scale).amax(0) > thresholds[0]
+    opened = groups[index.parent]
+    means = torch.cat([index.means[opened], index.group_means[~groups]])
+    sizes = torch.cat([index.sizes[opened], index.group_sizes[~groups]])
+    found = torch.zeros(len(index.means), dtype=torch.bool)
+    found[opened] = clusters.shares(queries, means, sizes, scale).amax(0)[: int(opened.sum())] > thresholds[1]
+    return found
+
+
+def test_heads_of_different_clusters_are_looked_at_together() -> None:
+    generator, scale = torch.Generator().manual_seed(5), 32**-0.5
+    heads = []
+    for tokens, around in ((2000, 40), (700, 9), (1100, 25)):
+        centres = torch.randn(around, 32, generator=generator) * 3
+        keys = centres[torch.randint(0, around, (tokens,), generator=generator)]
+        keys = keys + 0.2 * torch.randn(tokens, 32, generator=generator)
+        heads.append(clusters.build(keys, keys, Squeezed()))
+    assert len({len(one.means) for one in heads}) == len({len(one.group_means) for one in heads}) == 3
+    both, coarse_left_out = Centroids(heads), 0
+    for _ in range(5):
+        query = torch.randn(6, 32, generator=generator) * 3
+        everything = both.choose(query, scale, (-1.0, -1.0))
+        own = [query[2 * head : 2 * head + 2] for head in range(3)]
+        shares = [clusters.scores(one, mine[None], scale) for one, mine in zip(heads, own, strict=True)]
+        coarse, fine = (torch.cat(part) for part in zip(*shares, strict=True))
+        for first in (-1.0, float(coarse.quantile(0.5)) * 1.001):  # beside a share, which the last bit could tell
+            thresholds = first, float(fine.quantile(0.7)) * 1.001
+            chosen = both.choose(query, scale, thresholds)
+            for head, (one, mine) in enumerate(zip(heads, own, strict=True)):
+                count = len(one.means)
+                assert bool(everything[head, :count].all())
+                assert not bool(everything[head, count:].any())
+                assert torch.equal(chosen[head, :count], looks(one, mine, scale, thresholds))
+                assert not bool(chosen[head, count:].any())
+                assert 0 < len(clusters.rows_of(one, chosen[head, :count])) < len(one.keys)
+            coarse_left_out += int((~looks(heads[0], own[0], scale, (first, -1.0))).sum())
+    assert coarse_left_out
 
 
 def test_the_sinks_are_always_read(model: Any) -> None:

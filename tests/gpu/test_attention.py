@@ -81,20 +81,22 @@ def test_masses_of_segments_add_up_to_one(device) -> None:
     assert kit.distance(found, wanted) < 1e-5
 
 
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("rank", [16, 48, 160])
-@pytest.mark.parametrize("interleaved", [False, True])
-def test_keys_from_low_rank_are_turned_to_their_positions(dtype, dim, rank, interleaved, device) -> None:
+@pytest.mark.parametrize("dtype", kit.DTYPES)
+@pytest.mark.parametrize("dim", [64, 128, 80])
+@pytest.mark.parametrize("rank", [16, 41, 160])
+@pytest.mark.parametrize(("interleaved", "share"), [(False, 1.0), (True, 0.5), (False, 0.5), (False, 0.0)])
+def test_keys_from_low_rank_are_turned_to_their_positions(dtype, dim, rank, interleaved, share, device) -> None:
     tokens, heads, rows = 300, 3, 77
-    left, right = (torch.randn(*shape).to(dtype) for shape in ((tokens, rank), (heads, dim, rank)))
+    left, right = (torch.randn(*shape).bfloat16() for shape in ((tokens, rank), (heads, dim, rank)))
     chosen = torch.stack([torch.randperm(tokens)[:rows] for _ in range(heads)]).int()
-    share = 0.5 if interleaved else 1.0
-    turning = rotary({"rope_theta": 10000.0, "head_dim": dim, "partial_rotary_factor": share})
+    turning = rotary({"rope_theta": 10000.0, "head_dim": dim, "partial_rotary_factor": share or 1.0})
     cos, sin = turning.table(torch.arange(tokens) + 5000)
+    if not share:  # a layer without positions
+        cos, sin = cos[:, :0].contiguous(), sin[:, :0].contiguous()
     wanted = exact_keys(left.double(), right.double(), chosen, cos.double(), sin.double(), interleaved)
-    moved = [one.to(device) for one in (left, right, chosen, cos, sin)]
-    found = lowrank.reconstruct(*moved, interleaved=interleaved)
+    moved = [one.to(device) for one in (lowrank.padded(left), lowrank.padded(right), chosen, cos, sin)]
+    found = lowrank.reconstruct(*moved, dtype, interleaved=interleaved)
+    assert found.dtype == dtype
     assert kit.distance(found, wanted) < kit.ROUNDING[dtype]
 
 
@@ -139,9 +141,11 @@ def test_what_does_not_fit_is_refused(device) -> None:
             colsum.column_sums(*good[:place], wrong, *good[place + 1 :])
     with pytest.raises(InvalidParams):
         segments.masses(torch.zeros(2, 3, 4, device=device), torch.zeros(3, 5, device=device))
-    left, right = torch.zeros(9, 24, device=device).half(), torch.zeros(2, 64, 24, device=device).half()
-    table = torch.zeros(9, 32, device=device)
+    left, right = torch.zeros(9, 24, device=device).bfloat16(), torch.zeros(2, 64, 24, device=device).bfloat16()
+    table, chosen = torch.zeros(9, 32, device=device), torch.zeros(2, 3, device=device).int()
     with pytest.raises(InvalidParams):
-        lowrank.reconstruct(left, right, torch.zeros(2, 3, device=device).int(), table, table)
+        lowrank.reconstruct(left, right, chosen, table, table, torch.bfloat16)
+    with pytest.raises(InvalidParams):
+        lowrank.reconstruct(left[:, :16].half(), right[:, :, :16].half(), chosen, table, table, torch.float16)
     with pytest.raises(InvalidParams):
         centroid.scores(left, right, torch.zeros(2, 64, device=device), 1.0)

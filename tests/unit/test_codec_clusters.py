@@ -58,20 +58,18 @@ def test_shares_times_sizes_are_one() -> None:
         torch.testing.assert_close((found * sizes).sum(1), torch.ones(7))
 
 
-def test_without_thresholds_all_is_read_and_with_them_what_matters() -> None:
-    keys, _ = clustered(2000, 40)
-    index = clusters.build(keys, keys, Squeezed())
-    for query in torch.randn(5, 1, DIM, generator=torch.Generator().manual_seed(5)) * 3:
-        rows, looked = clusters.choose(index, query, SCALE, (-1.0, -1.0))
-        assert torch.equal(rows, torch.arange(2000))
-        assert looked == len(index.group_means) + len(index.means)
-        coarse, fine = clusters.scores(index, query[None], SCALE)
-        rows, fewer = clusters.choose(index, query, SCALE, (float(coarse.quantile(0.5)), float(fine.quantile(0.7))))
-        assert 0 < len(rows) < 1000
-        assert fewer < looked
-        weights = (query @ index.keys.T * SCALE).softmax(-1)[0]
-        assert float(torch.isin(weights.topk(20).indices, rows).float().mean()) > 0.95
-        assert float(weights[rows].sum()) > 0.95
+def test_rows_of_clusters_are_where_their_keys_are() -> None:
+    keys, of = clustered(400, 8, spread=0.0)
+    index = clusters.build(keys, keys, Squeezed(clusters=20, groups=5))
+    chosen = torch.zeros(len(index.means), dtype=torch.bool)
+    assert not len(clusters.rows_of(index, chosen))
+    chosen[[0, 2]] = True
+    rows = clusters.rows_of(index, chosen)
+    inside = index.starts.long()[[0, 2]], index.sizes.long()[[0, 2]]
+    assert rows.tolist() == [int(s) + i for s, n in zip(*inside, strict=True) for i in range(int(n))]
+    directions = {int(one) for one in of[index.order[rows]]}
+    assert sorted(index.order[rows].tolist()) == [i for i, one in enumerate(of.tolist()) if one in directions]
+    assert torch.equal(clusters.rows_of(index, ~(chosen & False)), torch.arange(400))
 
 
 @pytest.mark.parametrize("wrong", [{"groups": 60}, {"sparsity": 100}, {"coarse": 80}, {"window": 0}, {"clusters": 0}])

@@ -18,6 +18,7 @@ from kvstore.errors import InvalidParams
 from kvstore.rope import Rotary, rotary
 from kvstore_connectors.transformers.sparse import SparseCache, SparseLayer, attention, nbytes
 from kvstore_connectors.transformers.support import base_model
+from kvstore_gpu.lowrank import padded, reconstruct
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +75,28 @@ class _Here:
         return self._values.gather(1, rows[..., None].expand(-1, -1, self._values.shape[2]))
 
 
+class Angles:
+    """Cosines and sines of a prompt's first tokens, which all layers share."""
+
+    def __init__(self, turn: Rotary) -> None:
+        self.turn = turn
+        self._made: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def of(self, layer: int, tokens: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Float32 ``[token, pair]``; without pairs for a layer without positions."""
+        if layer in self.turn.skipped_layers:
+            return torch.empty(tokens, 0, device=device), torch.empty(tokens, 0, device=device)
+        if self._made is None or len(self._made[0]) != tokens or self._made[0].device != device:
+            self._made = self.turn.table(torch.arange(tokens, device=device))
+        return self._made
+
+
 class ShadowLayer(SparseLayer):
     """Keys as factors and landmarks; see `SparseLayer`."""
 
-    def __init__(self, rule: ShadowKV, turn: Rotary | None, layer: int, stored: Values | None) -> None:
+    def __init__(self, rule: ShadowKV, angles: Angles, layer: int, stored: Values | None) -> None:
         super().__init__()
-        self._rule, self._turn, self._layer, self._stored = rule, turn, layer, stored
+        self._rule, self._angles, self._layer, self._stored = rule, angles, layer, stored
         self.fetched = 0
 
     def index(self, queries: torch.Tensor, scale: float) -> None:
@@ -92,12 +109,13 @@ class ShadowLayer(SparseLayer):
         self._context = context
         if not context:
             return
-        plain = keys.float()
-        if self._turn is not None:
-            plain = self._turn.turn(plain, self._turn.table(torch.arange(context, device=keys.device)), back=True)
+        turn, plain = self._angles.turn, keys.float()
+        self._table = self._angles.of(self._layer, context, keys.device)
+        if self._layer not in turn.skipped_layers:
+            plain = turn.turn(plain, self._table, back=True)
         rank = min(-(-keys[0].numel() * rule.rank // 100), context)
         left, right = lowrank.factors(plain.reshape(context, -1), rank)
-        self._left, self._right = left, right.view(rank, *keys.shape[1:]).transpose(0, 1)  # [kv_head, rank, dim]
+        self._left, self._right = padded(left), padded(right.view(rank, *keys.shape[1:]).permute(1, 2, 0))
         self._marks = lowrank.landmarks(keys, rule.chunk).to(keys.dtype)
         self._dropped = lowrank.outliers(keys, self._marks, min(rule.outliers, len(self._marks)), rule.chunk)
         worst = self._tokens(self._dropped)[..., None].expand(-1, -1, keys.shape[2])
@@ -111,11 +129,8 @@ class ShadowLayer(SparseLayer):
 
     def _keys(self, rows: torch.Tensor) -> torch.Tensor:
         """Rebuilt keys ``[kv_head, n, dim]`` of tokens ``[kv_head, n]``, turned to their positions."""
-        found = self._left[rows].float() @ self._right.float()
-        if self._turn is not None:
-            table = self._turn.table(rows.flatten())
-            found = self._turn.turn_(found.view(-1, 1, found.shape[-1]), table).view(found.shape)
-        return found.to(self.keys.dtype)
+        return reconstruct(self._left, self._right, rows.int(), *self._table, self.keys.dtype,
+                           interleaved=self._angles.turn.interleaved)  # fmt: skip
 
     def _values(self, rows: torch.Tensor) -> torch.Tensor:
         return self._source.rows(self._layer, rows).to(self.values)
@@ -164,14 +179,9 @@ class ShadowCache(SparseCache):
 
     def __init__(self, model: Any, rule: ShadowKV, stored: Values | None = None) -> None:
         config = base_model(model).config
-        turn = rotary(config.to_dict())
-        super().__init__(
-            model,
-            [
-                ShadowLayer(rule, None if layer in turn.skipped_layers else turn, layer, stored)
-                for layer in range(int(config.num_hidden_layers))
-            ],
-        )
+        angles = Angles(rotary(config.to_dict()))
+        count = int(config.num_hidden_layers)
+        super().__init__(model, [ShadowLayer(rule, angles, layer, stored) for layer in range(count)])
 
     @property
     def fetched(self) -> int:

@@ -8,17 +8,50 @@ is left the cluster that holds an answer stands out.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from kvstore.codecs import clusters
 from kvstore.codecs.clusters import HeadIndex, Squeezed
 from kvstore_connectors.transformers.sparse import SparseCache, SparseLayer, attention, nbytes
 from kvstore_connectors.transformers.support import base_model
+from kvstore_gpu import centroid
 
 SINKS = 4
 """First tokens, which are always read."""
+
+
+class Centroids:
+    """Mean keys of all heads of a layer, scored together.
+
+    Parameters
+    ----------
+    heads : sequence of HeadIndex
+        Those with fewer clusters or groups are filled up with ones of no keys.
+    """
+
+    def __init__(self, heads: Sequence[HeadIndex]) -> None:
+        self._sizes = pad_sequence([one.sizes for one in heads], batch_first=True)
+        self._parent = pad_sequence([one.parent for one in heads], batch_first=True)
+        self._groups = pad_sequence([one.group_means for one in heads], batch_first=True)
+        self._group_sizes = pad_sequence([one.group_sizes for one in heads], batch_first=True)
+        self._means = torch.cat([pad_sequence([one.means for one in heads], batch_first=True), self._groups], 1)
+
+    def choose(self, query: torch.Tensor, scale: float, thresholds: tuple[float, float]) -> torch.Tensor:
+        """Clusters to read for the query ``[head, dim]`` of one token: bool ``[kv_head, cluster]``.
+
+        Groups above the first threshold for any head are opened; of their clusters, those above the second are read.
+        The denominator of the second look has the clusters that were opened, and the groups that were not.
+        """
+        query = query.float()
+        opened = centroid.scores(query, self._groups, self._group_sizes, scale) > thresholds[0]
+        inside = opened.gather(1, self._parent)
+        sizes = torch.cat([self._sizes * inside, self._group_sizes * ~opened], 1)
+        scores = centroid.scores(query, self._means, sizes, scale)[:, : inside.shape[1]]
+        return (scores > thresholds[1]) & inside & (self._sizes > 0)
 
 
 class SqueezedLayer(SparseLayer):
@@ -37,6 +70,7 @@ class SqueezedLayer(SparseLayer):
         if not len(keys):
             return
         self.heads = [clusters.build(keys[:, head], values[:, head], self._rule) for head in range(keys.shape[1])]
+        self._centroids = Centroids(self.heads)
         last = queries[-self._rule.window :].unflatten(1, (keys.shape[1], -1))
         self.scores = [clusters.scores(one, last[:, head], scale) for head, one in enumerate(self.heads)]
 
@@ -52,13 +86,15 @@ class SqueezedLayer(SparseLayer):
     def attend(self, query: torch.Tensor, scale: float) -> torch.Tensor:
         """See `SparseLayer.attend`. Each KV head reads as many keys as it needs."""
         self.touched = self.exact_nbytes
+        chosen = self._centroids.choose(query, scale, self.thresholds) if self.heads else None
         found = []
         for head, own in enumerate(query.view(self.keys.shape[1], -1, query.shape[-1])):
             keys, values = self.keys[0, head], self.values[0, head]
-            if self.heads:
+            if chosen is not None:
                 index = self.heads[head]
-                rows, looked = clusters.choose(index, own, scale, self.thresholds)
+                rows = clusters.rows_of(index, chosen[head, : len(index.sizes)])
                 near, far = index.keys[rows], index.values[rows]
+                looked = len(index.means) + len(index.group_means)
                 self.touched += nbytes(near, far) + looked * keys.shape[-1] * keys.element_size()
                 keys, values = torch.cat([near, keys]), torch.cat([far, values])
             found.append(attention(own, keys[None], values[None], scale))

@@ -4,14 +4,14 @@ constexpr int STEP = 64;  // columns of A, rows of B, in shared memory at once
 
 template <typename T, int DIM, bool INTERLEAVED>
 __global__ void __launch_bounds__(WARPS * 32) reconstruct(
-    const T* left, int rank, const T* right, const int* chosen, int count, int tokens, const float* cos,
+    const bf16* left, int rank, const bf16* right, const int* chosen, int count, int tokens, const float* cos,
     const float* sin, int pairs, T* out)
 {
-    alignas(16) __shared__ T tile[DIM * STEP];
+    alignas(16) __shared__ bf16 tile[DIM * STEP];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, head = blockIdx.y;
     int from[2];
     i64 to[2];
-    const T* row[2];
+    const bf16* row[2];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         const int place = blockIdx.x * ROWS + warp * 16 + lane / 4 + i * 8;
@@ -27,10 +27,10 @@ __global__ void __launch_bounds__(WARPS * 32) reconstruct(
         __syncthreads();
         for (int at = threadIdx.x; at < DIM * STEP / 8; at += WARPS * 32) {
             const int n = at / (STEP / 8), column = at % (STEP / 8) * 8;
-            Pack<T, 8> piece = {};
+            Pack<bf16, 8> piece = {};
             if (column < width)
-                piece = *reinterpret_cast<const Pack<T, 8>*>(right + (i64(head) * DIM + n) * rank + start + column);
-            *reinterpret_cast<Pack<T, 8>*>(tile_at<STEP>(tile, n, column)) = piece;
+                piece = *reinterpret_cast<const Pack<bf16, 8>*>(right + (i64(head) * DIM + n) * rank + start + column);
+            *reinterpret_cast<Pack<bf16, 8>*>(tile_at<STEP>(tile, n, column)) = piece;
         }
         __syncthreads();
         for (int k = 0; k < width; k += 16) {
@@ -40,8 +40,8 @@ __global__ void __launch_bounds__(WARPS * 32) reconstruct(
             for (int n = 0; n < DIM / 8; n += 2) {
                 u32 b[4];
                 load_matrices(b, tile_at<STEP>(tile, n * 8 + lane / 16 * 8 + lane % 8, k + lane / 8 % 2 * 8));
-                mma(sums[n], a, b[0], b[1], T());
-                mma(sums[n + 1], a, b[2], b[3], T());
+                mma(sums[n], a, b[0], b[1], bf16());
+                mma(sums[n + 1], a, b[2], b[3], bf16());
             }
         }
     }

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from kvstore_gpu import checks
 from kvstore_gpu.checks import FLOATS
 from kvstore_gpu.compile import TENSOR_CORES, Source, uses_reference
 from kvstore_gpu.lowrank import reference
-from kvstore_gpu.queries import DIMS, HALVES, ROWS, WARPS
+from kvstore_gpu.queries import DIMS, ROWS, WARPS
+
+RANKS = 16
+"""Columns that tensor cores take at once."""
 
 SOURCE = Source(
     "lowrank",
-    [f"reconstruct<{FLOATS[kind]}, {dim}, {style}>" for kind in HALVES for dim in DIMS for style in ("false", "true")],
+    [f"reconstruct<{kind}, {dim}, {style}>" for kind in FLOATS.values() for dim in DIMS for style in ("false", "true")],
     TENSOR_CORES,
 )
+
+
+def padded(factor: torch.Tensor) -> torch.Tensor:
+    """A factor ``[…, rank]`` with columns of zeros up to a rank that `reconstruct` takes; products are the same."""
+    return F.pad(factor, (0, -factor.shape[-1] % RANKS)).contiguous()
 
 
 def reconstruct(
@@ -23,6 +32,7 @@ def reconstruct(
     chosen: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
+    dtype: torch.dtype,
     *,
     interleaved: bool = False,
     stream: torch.cuda.Stream | None = None,
@@ -31,13 +41,14 @@ def reconstruct(
 
     Parameters
     ----------
-    left : Tensor, bfloat16 or float16, [token, rank]
-    right : Tensor, [kv_head, dim, rank]
-        ``dim``: 64 or 128.
+    left : Tensor, bfloat16, [token, rank]
+    right : Tensor, bfloat16, [kv_head, dim, rank]
     chosen : Tensor, int32, [kv_head, row]
         Tokens; rows of those that are not there are left as they come.
     cos, sin : Tensor, float32, [token, pair]
-        Of all tokens; NeoX pairs fill the whole head.
+        Of all tokens.
+    dtype : torch.dtype
+        Of the result: bfloat16, float16 or float32.
     interleaved : bool
 
     Returns
@@ -49,7 +60,7 @@ def reconstruct(
     InvalidParams
         If shapes, types or devices do not fit.
     """
-    checks.tensor(left, "left", shape=(None, None), dtypes=HALVES, align=16)
+    checks.tensor(left, "left", shape=(None, None), dtypes=(torch.bfloat16,), align=16)
     tokens, rank = left.shape
     checks.tensor(right, "right", shape=(None, None, rank), dtypes=(left.dtype,), device=left.device, align=16)
     heads, dim = right.shape[:2]
@@ -57,20 +68,14 @@ def reconstruct(
     for name, table in (("cos", cos), ("sin", sin)):
         checks.tensor(table, name, shape=(tokens, None), dtypes=(torch.float32,), device=left.device)
     pairs = cos.shape[1]
-    if (
-        dim not in DIMS
-        or rank % 16
-        or sin.shape != cos.shape
-        or 2 * pairs > dim
-        or (not interleaved and 2 * pairs != dim)
-    ):
-        raise checks.refuse("right", f"heads of {dim} at rank {rank} with {pairs} pairs")
-    if uses_reference(left.device):
-        return reference.reconstruct(left.float(), right.float(), chosen, cos, sin, interleaved).to(left.dtype)
+    if rank % RANKS or sin.shape != cos.shape or 2 * pairs > dim or dtype not in FLOATS:
+        raise checks.refuse("right", f"heads of {dim} at rank {rank} with {pairs} pairs, as {dtype}")
+    if uses_reference(left.device) or dim not in DIMS or not (interleaved or 2 * pairs in (0, dim)):
+        return reference.reconstruct(left.float(), right.float(), chosen, cos, sin, interleaved).to(dtype)
     count = chosen.shape[1]
-    out = torch.empty((heads, count, dim), dtype=left.dtype, device=left.device)
+    out = torch.empty((heads, count, dim), dtype=dtype, device=left.device)
     if out.numel():
         args = (left, rank, right, chosen, count, tokens, cos, sin, pairs, out)
-        name = f"reconstruct<{FLOATS[left.dtype]}, {dim}, {str(interleaved).lower()}>"
+        name = f"reconstruct<{FLOATS[dtype]}, {dim}, {str(interleaved).lower()}>"
         SOURCE.launch(name, (-(-count // ROWS), heads), args, left.device, threads=WARPS * 32, stream=stream)
     return out
