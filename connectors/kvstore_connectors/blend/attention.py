@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from kvstore_gpu.segments import masses
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -135,7 +137,7 @@ def column_sums(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
 def segment_masses(
     queries: Tensor, keys: Tensor, positions: Tensor, scale: float, segments: Sequence[tuple[int, int]]
 ) -> Tensor:
-    """Mass that each query puts on each half-open range of keys ``[heads, n, segments]``.
+    """Mass that each query puts on each half-open range of keys, a mean over heads: ``[segments, n]``.
 
     Made from log-sum-exp a segment, as split attention kernels have it anyway: exp(LSE_segment - LSE_all). No table of
     attention is kept.
@@ -144,7 +146,7 @@ def segment_masses(
     for rows in _pieces(len(queries), len(keys) * queries.shape[1]):
         table = scores(queries[rows], keys, positions[rows], scale)
         whole = table.logsumexp(-1)
-        found.append(torch.stack([(table[..., a:b].logsumexp(-1) - whole).exp() for a, b in segments], -1))
+        found.append(masses(torch.stack([table[..., a:b].logsumexp(-1) for a, b in segments]), whole))
     return torch.cat(found, 1)
 
 

@@ -53,7 +53,7 @@ def capture(model: Model, ids: Tensor, system: Tensor | None = None, before: Seq
 
     def watch(layer: int, rows: Tensor, queries: Tensor, keys: Tensor) -> None:
         mass = segment_masses(queries[first:], keys, rows[first:], model.scale, [others])
-        external.add_(mass.mean(0)[:, 0] / model.layers)
+        external.add_(mass[0] / model.layers)
 
     _, cache = prefill(model, torch.cat([*lead, ids]), watch=watch if before else None)
     kind = Capture.LIVE if before else Capture.ISOLATED if system is None else Capture.SYSTEM

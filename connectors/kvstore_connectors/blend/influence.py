@@ -85,4 +85,4 @@ class Influences:
         for one in self.chunks:
             mine = slice(*one.span)
             masses = segment_masses(queries[mine], keys, rows[mine], self._model.scale, [*one.before, one.span])
-            one.add(masses.mean(0), self._model.layers)
+            one.add(masses.T, self._model.layers)

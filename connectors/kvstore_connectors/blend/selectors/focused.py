@@ -65,7 +65,7 @@ class Focus:
         """See `recompute.Watch`."""
         asking = rows >= self._prompt.question[0]
         masses = segment_masses(queries[asking], keys, rows[asking], self._model.scale, self._segments)
-        self._mass += self._model.total(masses.sum((0, 1)), "sum")
+        self._mass += self._model.total(masses.sum(1), "sum")
         found = focused(self._mass)
         self._unchanged = self._unchanged + 1 if found == self.chunks else 1
         self.chunks = found
