@@ -23,6 +23,11 @@ Work = Callable[[Sequence[Part], torch.cuda.Stream], Launch]
 
 _ALIGN = 256
 
+GAP = 16 << 10
+"""Most bytes between blocks that one copy brings over together, and no more than a sixteenth of the block before: what
+the last page of a block in shared memory, as the daemon cuts it, may leave empty. The other way nothing is written
+between blocks."""
+
 
 class _Group(NamedTuple):
     """Parts, from `first` on up to `last`, that share a slot for a while."""
@@ -65,7 +70,7 @@ class Staging:
             If a block is larger than a slot, or lies in memory that is not registered.
         """
         with self._lock, torch.cuda.device(self._device):
-            staged, groups = self._place(parts)
+            staged, groups = self._place(parts, GAP)
             try:
                 ahead = len(self._slots)
                 for group in groups[:1]:
@@ -85,7 +90,7 @@ class Staging:
 
     def _bring(self, group: _Group, parts: Sequence[HostPart], staged: Sequence[Part]) -> None:
         self._copies.wait_event(self._free[group.slot])
-        for there, here, nbytes in self._copied(group, parts, staged):
+        for there, here, nbytes in self._copied(group, parts, staged, GAP):
             host.copy(here, there, nbytes, self._copies)
         self._here[group.slot].record(self._copies)
 
@@ -101,36 +106,44 @@ class Staging:
         """
         taken, arrived = torch.cuda.Event(), torch.cuda.Event()
         with self._lock, torch.cuda.device(self._device):
-            staged, groups = self._place(parts)
+            staged, groups = self._place(parts, 0)
             launch = take(staged, stream)
             for group in groups:
                 stream.wait_event(self._free[group.slot])
                 launch(group.first, group.last)
                 self._here[group.slot].record(stream)
                 self._copies.wait_event(self._here[group.slot])
-                for there, here, nbytes in self._copied(group, parts, staged):
+                for there, here, nbytes in self._copied(group, parts, staged, 0):
                     host.copy(there, here, nbytes, self._copies)
                 self._free[group.slot].record(self._copies)
             taken.record(stream)
             arrived.record(self._copies if groups else stream)
         return taken, arrived
 
-    def _place(self, parts: Sequence[HostPart]) -> tuple[list[Part], list[_Group]]:
-        """Where each part goes, and which go there together: as many as fit into a slot."""
+    def _place(self, parts: Sequence[HostPart], gap: int) -> tuple[list[Part], list[_Group]]:
+        """Where each part goes, and which go there together: as many as fit into a slot.
+
+        Neighbours on the host, with at most such a gap between them, are as far apart in a slot.
+        """
         limit = len(self._slots[0])
         staged: list[Part] = []
         groups: list[_Group] = []
-        first, used = 0, 0
+        first = used = end = 0
         for number, part in enumerate(parts):
             nbytes = part.nbytes
             if nbytes > limit:
                 raise checks.refuse("block", f"{nbytes} bytes for a slot of {limit}")
-            if used + nbytes > limit:
+            start = used + part.pieces[0].data_ptr() - end if part.pieces else used
+            near = min(gap, staged[-1].block.numel() // 16) if staged else 0
+            if not 0 <= start - used <= near or start % _ALIGN:
+                start = -(-used // _ALIGN) * _ALIGN
+            if start + nbytes > limit:
                 groups.append(_Group(self._turn(), first, number))
-                first, used = number, 0
-            block = self._slots[self._next][used : used + nbytes]
+                first, start = number, 0
+            block = self._slots[self._next][start : start + nbytes]
             staged.append(Part(block, part.pages, part.first, part.position))
-            used += -(-nbytes // _ALIGN) * _ALIGN
+            used = start + nbytes
+            end = part.pieces[-1].data_ptr() + part.pieces[-1].numel() if part.pieces else 0
         if parts:
             groups.append(_Group(self._turn(), first, len(parts)))
         return staged, groups
@@ -141,17 +154,18 @@ class Staging:
         return slot
 
     def _copied(
-        self, group: _Group, parts: Sequence[HostPart], staged: Sequence[Part]
+        self, group: _Group, parts: Sequence[HostPart], staged: Sequence[Part], gap: int
     ) -> Iterator[tuple[int, int, int]]:
-        """What to copy of a group: address on the host, in the slot, and bytes; neighbours in both are one."""
+        """What to copy of a group: address on the host, in the slot, and bytes; what is near in both is one."""
         there = here = nbytes = 0
         window = None
         for part, block in zip(parts[group.first : group.last], staged[group.first : group.last], strict=True):
             at = block.block.data_ptr()
             for piece in part.pieces:
                 begin, size, its = piece.data_ptr(), piece.numel(), host.window(piece, self._device)
-                if window is not None and its == window and (begin, at) == (there + nbytes, here + nbytes):
-                    nbytes += size
+                near = begin - there == at - here and 0 <= begin - there - nbytes <= gap
+                if window is not None and its == window and near:
+                    nbytes = begin + size - there
                 else:
                     if nbytes:
                         yield there, here, nbytes

@@ -143,7 +143,7 @@ def test_blocks_arrive_whole_and_in_order(seed, sizes, gap, pieces, device) -> N
 
 @pytest.mark.parametrize("seed", range(8))
 def test_blocks_leave_whole_and_pages_are_free_when_it_says_so(seed, device) -> None:
-    whole, views, parts = blocks([4096, 1000, W, 2000, 4096, 4096, 3 * W] * 2)
+    whole, views, parts = blocks([4096, 1000, W, 2000, 4096, 4096, 3 * W] * 2, gap=24)
     wanted = [np.random.default_rng(i).integers(0, 255, view.size, np.uint8) for i, view in enumerate(views)]
     staging, stream = Staging(CPU, 3 * W, 2), device.Stream()
     taken_from: list[int] = []
@@ -168,6 +168,9 @@ def test_blocks_leave_whole_and_pages_are_free_when_it_says_so(seed, device) -> 
     assert taken_from == list(range(len(parts)))
     device.run(last, seed)
     assert all(np.array_equal(view, want) for view, want in zip(views, wanted, strict=True))
+    for view in views:
+        view[:] = 0
+    assert not whole.any(), "nothing is written between blocks"
 
 
 def test_neighbours_are_one_copy(device) -> None:
@@ -178,6 +181,21 @@ def test_neighbours_are_one_copy(device) -> None:
     device.copies.clear()
     staging.load(parts[::2], landing(device, []), stream)
     assert [nbytes for _, nbytes in device.copies] == [views[0].size] * 4
+
+
+def test_blocks_that_leave_a_little_room_in_their_pages_are_one_copy_on_the_way_in(device) -> None:
+    size = W // 4 - 201
+    _, views, parts = blocks([size] * 8, gap=201)
+    staging, stream = Staging(CPU, W, 2), device.Stream()
+    found: list[bytes] = []
+    staging.load(parts, landing(device, found), stream)
+    assert [nbytes for _, nbytes in device.copies] == [W - 201] * 2
+    device.run()
+    assert found == [view.tobytes() for view in views]
+    device.copies.clear()
+    far = [HostPart(parts[i].pieces, [0]) for i in (0, 2, 1, 3)]
+    staging.load(far, landing(device, found), stream)
+    assert [nbytes for _, nbytes in device.copies] == [size] * 4
 
 
 def test_behind_an_error_the_stream_waits_for_copies_that_were_begun(device) -> None:
