@@ -331,10 +331,8 @@ def on_tokens(memory: tuple[str, float]) -> None:
 def placed(memory: tuple[str, float]) -> None:
     """Chunks of 512 tokens to rows of a prompt of 16,384, 4 layers at a time, as a blend loads them."""
     layers, tokens, chunk = 4, 16384, 512
-    prompt = [
-        tuple(torch.empty(tokens, HEADS, DIM, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-        for _ in range(layers)
-    ]
+    sides = [torch.empty(2, tokens, HEADS, DIM, device="cuda", dtype=torch.bfloat16) for _ in range(layers)]
+    prompt = [(both[0], both[1]) for both in sides]
     size = layers * 2 * chunk * HEADS * DIM * 2
     blocks = [
         torch.randn(size // 2, device="cuda", dtype=torch.bfloat16).view(torch.uint8) for _ in range(tokens // chunk)

@@ -16,6 +16,7 @@ from kvstore.errors import DeadlineExceeded, VersionMismatch
 from kvstore.keys import derived_key, namespace_digest
 from kvstore.types import BlockHeader, MissReason
 from kvstore_connectors.base import Breaker, Link, Tally, shielded
+from kvstore_connectors.vllm import transfers
 from kvstore_connectors.vllm.identity import Scope
 from kvstore_connectors.vllm.jobs import LoadJob, SaveBlock, SaveJob
 from kvstore_connectors.vllm.layout import PageViews
@@ -73,6 +74,15 @@ def test_stored_and_loaded(rank: Rank) -> None:
     assert (counts["saved_blocks"], counts["loaded_blocks"]) == (3, 3)
     rank.transfers.save(rank.link, [SaveJob("r", Scope(), [SaveBlock(hashes[0], b"", 0, b"", [0, 1])])])
     assert rank.tally.peek()["save_exists"] == 1
+
+
+def test_the_first_lease_is_short_so_that_copying_begins(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    lease = rank.client.lease
+    monkeypatch.setattr(transfers, "LEASE_BLOCKS", 2)
+    monkeypatch.setattr(rank.client, "lease", lambda keys, **rest: asked.append(len(keys)) or lease(keys, **rest))
+    assert rank.transfers.load(rank.link, rank.job(rank.store(7))) == set()
+    assert asked == [2, 5]
 
 
 @pytest.mark.parametrize("scope", [Scope(lora="a"), Scope(salt="b"), Scope(epoch="c")])

@@ -21,6 +21,9 @@ from kvstore.rope import Rotary
 from kvstore.types import BlockHeader, Namespace
 from kvstore_connectors.vllm.pages import Bytes
 
+MOST_HEAD = 1 << 20
+"""More than the header of any block: 16 bytes a part, and two texts."""
+
 _REMEDY = "`chain` is a key of `kv_connector_extra_config`: `fp8`, or `prerope|kv4(k=4,v=4)`; see docs/codecs.md."
 
 
@@ -55,14 +58,15 @@ class Codes:
 
     def of(self, parts: Sequence[Bytes], position: int) -> BlockCode | None:
         """The code of a leased block, by its header; None if it is no encoded block of this place."""
-        data = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        if self.own is not None and self.own.knows(data, position):
+        nbytes = sum(part.nbytes for part in parts)
+        data = parts[0] if len(parts) == 1 or parts[0].nbytes >= MOST_HEAD else np.concatenate(parts)
+        if self.own is not None and self.own.knows(data, nbytes, position):
             return self.own
         try:
             code = self._code(read(data).chain)
         except (CodecError, CorruptBlock, ConfigError):
             return None
-        return code if code.knows(data, position) else None
+        return code if code.knows(data, nbytes, position) else None
 
 
 class BlockCode:
@@ -101,12 +105,15 @@ class BlockCode:
         """Stored bytes of a block."""
         return self.form.marked(self._ends[position > 0][-1], by_engine=True)
 
-    def knows(self, data: Bytes, position: int) -> bool:
-        """Whether a stored block is one of this chain and place, by its header, and enough of it is there."""
+    def knows(self, data: Bytes, nbytes: int, position: int) -> bool:
+        """Whether a stored block is one of this chain and place, by its header, and enough of it is there.
+
+        ``data`` is at least its header, ``nbytes`` what it has in all.
+        """
         needed = self.chain.coder.required() or self._planes
         return (
-            self.form.is_by_engine(data.nbytes)
-            and data.nbytes >= self._ends[position > 0][needed - 1]
+            self.form.is_by_engine(nbytes)
+            and nbytes >= self._ends[position > 0][needed - 1]
             and has_head(data, self._label(position), self._units, self._planes)
         )
 

@@ -23,7 +23,8 @@ from kvstore_connectors.vllm.jobs import LoadJob, SaveBlock, SaveJob
 from kvstore_connectors.vllm.pages import Bytes, Pages, Piece
 
 LEASE_BLOCKS, LEASE_BYTES = 16, 1 << 30
-"""Blocks leased at a time, or as many as are in so many bytes: bounds what a load pins in the daemon's memory."""
+"""Blocks of the first lease: few, so that copying begins soon. Then as many as are in so many bytes, if that is more:
+bounds what a load pins in the daemon's memory."""
 
 ROUND_S = 0.1
 """Longest wait for blocks on their way up from a lower tier. Then the daemon is asked again, and has to answer."""
@@ -117,7 +118,8 @@ class Transfers:
         deadline: float,
     ) -> _Landing:
         """Lease some blocks from `first` on and have them copied."""
-        wanted = keys[first : first + max(LEASE_BLOCKS, LEASE_BYTES // self._pages.stored_nbytes(job.position + 1))]
+        several = LEASE_BYTES // self._pages.stored_nbytes(job.position + 1) if first else 0
+        wanted = keys[first : first + max(LEASE_BLOCKS, several)]
         wait_s = max(min(ROUND_S, deadline - time.monotonic()), 0.0)
         lease = client.lease(wanted, namespace=namespace, ttl_s=TTL_S, wait_s=wait_s)
         try:
