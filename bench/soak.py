@@ -6,6 +6,7 @@ is killed and replaced every few seconds. The daemon's private memory, descripto
 sessions are read when everybody has left after a warm-up, and again at the end.
 
     python bench/soak.py --seconds 1800 --out bench/results/soak.json
+    python bench/soak.py --small --warm-up 270 --seconds 270 --out bench/results/soak_small.json
 """
 
 from __future__ import annotations
@@ -34,17 +35,15 @@ MIB = 1 << 20
 LARGEST = 3 * MIB
 BLOCKS = 4000
 """Different blocks that the workers use; more than host memory holds, about as much as the disk does."""
+SMALLER = 16
+"""With `--small` blocks are so much smaller, and there are as many times more: what the daemon remembers of blocks and
+questions, which is bounded, fills within minutes instead of half an hour."""
 TOKEN = "soak-token-of-this-bench"
 
 
-def size_of(number: int) -> int:
-    """Payload bytes of a block; always the same for one block."""
-    return 1 + number * 7919 % LARGEST
-
-
-def payload_of(number: int) -> np.ndarray:
-    """Bytes of a block: they tell which block it is, at both ends."""
-    data = np.full(size_of(number), number % 251, dtype=np.uint8)
+def payload_of(number: int, nbytes: int) -> np.ndarray:
+    """Bytes of a block: they tell at their beginning which block it is."""
+    data = np.full(nbytes, number % 251, dtype=np.uint8)
     mark = np.frombuffer(key(number, "soak"), dtype=np.uint8)[: data.size]
     data[: mark.size] = mark
     return data
@@ -53,7 +52,8 @@ def payload_of(number: int) -> np.ndarray:
 class Worker:
     """One client's work until it is told to stop; counts what it saw."""
 
-    def __init__(self, address: str, seed: int) -> None:
+    def __init__(self, address: str, seed: int, smaller: int) -> None:
+        self.blocks, self.largest = BLOCKS * smaller, LARGEST // smaller
         self.rng = random.Random(seed)
         token = TOKEN if ":" in address else None
         namespaces = [Namespace(model="soak", tenant=f"t{i}") for i in range(4)]
@@ -62,10 +62,18 @@ class Worker:
         self.seen: Counter[str] = Counter()
         self.abandoned: list[object] = []
 
+    def size_of(self, number: int) -> int:
+        """Payload bytes of a block; always the same for one block."""
+        return 1 + number * 7919 % self.largest
+
     def step(self) -> None:
         """One action, chosen by chance."""
-        first = self.rng.randrange(BLOCKS) if self.rng.random() < 0.3 else int(self.rng.paretovariate(0.6)) % BLOCKS
-        numbers = [(first + i) % BLOCKS for i in range(self.rng.randrange(1, 9))]
+        first = (
+            self.rng.randrange(self.blocks)
+            if self.rng.random() < 0.3
+            else int(self.rng.paretovariate(0.6)) % self.blocks
+        )
+        numbers = [(first + i) % self.blocks for i in range(self.rng.randrange(1, 9))]
         actions = [self.load] * 8 + [self.store] * 5 + [self.look] * 3 + [self.keep, self.forget, self.abandon]
         self.rng.choice(actions)(numbers)
 
@@ -77,12 +85,12 @@ class Worker:
                 self.seen[f"missed {found.reason.value}"] += 1
                 continue
             self.seen["loaded"] += 1
-            right = np.array_equal(np.frombuffer(found.data, dtype=np.uint8), payload_of(number))
+            right = np.array_equal(np.frombuffer(found.data, dtype=np.uint8), payload_of(number, self.size_of(number)))
             self.seen["wrong"] += not right
 
     def store(self, numbers: list[int]) -> None:
         """Store some blocks; now and then durably."""
-        items = [(key(n, "soak"), payload_of(n), BlockHeader(position=n)) for n in numbers]
+        items = [(key(n, "soak"), payload_of(n, self.size_of(n)), BlockHeader(position=n)) for n in numbers]
         wait_s = self.rng.choice((0.0, 2.0))
         for outcome in self.kv.put_many(items, wait_s=wait_s, durable=self.rng.random() < 0.05):
             self.seen[type(outcome).__name__.lower()] += 1
@@ -106,16 +114,16 @@ class Worker:
         if self.rng.random() < 0.5:
             left = self.kv.lease([key(n, "soak") for n in numbers], wait_s=0.0)
         else:
-            left = self.kv.reserve([(key(BLOCKS + n, "soak"), size_of(n), BlockHeader()) for n in numbers])
+            left = self.kv.reserve([(key(self.blocks + n, "soak"), self.size_of(n), BlockHeader()) for n in numbers])
         self.abandoned.append(left)  # or it would be ended with the object
         if self.rng.random() < 0.5:
             self.abandoned.clear()
             self.kv.close()  # the next call connects again
 
 
-def work(address: str, seed: int, seconds: float) -> None:
+def work(address: str, seed: int, seconds: float, smaller: int) -> None:
     """Be a worker process; prints its counts at the end."""
-    worker = Worker(address, seed)
+    worker = Worker(address, seed, smaller)
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         try:
@@ -147,12 +155,14 @@ def held(kv: KVStoreClient, pid: int) -> dict[str, float]:
     }
 
 
-def everything(addresses: list[str], http: str, pid: int, seconds: float, seed: int) -> dict[str, Any]:
+def everything(
+    addresses: list[str], http: str, pid: int, seconds: float, seed: int, options: list[str]
+) -> dict[str, Any]:
     """Run workers for some time, killing one of them every few seconds, and scrape as a monitor would."""
 
     def start(number: int, left: float) -> subprocess.Popen[str]:
         where = addresses[number % len(addresses)]
-        command = [sys.executable, __file__, "--worker", where, str(number), "--seconds", str(left)]
+        command = [sys.executable, __file__, "--worker", where, str(number), "--seconds", str(left), *options]
         return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
     rng, seen, deadline = random.Random(seed), Counter[str](), time.monotonic() + seconds
@@ -183,14 +193,17 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1800, help="how long it lasts (default 1800)")
     parser.add_argument("--warm-up", type=float, default=120, help="seconds before the baseline (default 120)")
     parser.add_argument("--worker", nargs=2, metavar=("ADDRESS", "SEED"), help="be a worker (used by the bench)")
+    parser.add_argument("--small", action="store_true", help=f"blocks {SMALLER} times smaller, and as many times more")
     args = parser.parse_args()
+    smaller = SMALLER if args.small else 1
     if args.worker:
-        work(args.worker[0], int(args.worker[1]), args.seconds)
+        work(args.worker[0], int(args.worker[1]), args.seconds, smaller)
         return
+    options = ["--small"] if args.small else []
     tcp, http = free_address(), free_address()
     settings = {
-        "host.bytes": str(512 * MIB),
-        "disk.bytes": str(4096 * MIB),
+        "host.bytes": str((128 if args.small else 512) * MIB),
+        "disk.bytes": str((2048 if args.small else 4096) * MIB),
         "listen.tcp": tcp,
         "listen.token": TOKEN,
         "http.address": http,
@@ -200,9 +213,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="kvb-") as place, running_daemon(settings, Path(place)) as address:
         pid, addresses = pid_of(address), [address, address, address, f"tcp://{tcp}"]
         with KVStoreClient(address, namespace=Namespace(model="watch"), timeout_s=60) as kv:
-            everything(addresses, http, pid, args.warm_up, seed=1)
+            everything(addresses, http, pid, args.warm_up, 1, options)
             before = held(kv, pid)
-            during = everything(addresses, http, pid, args.seconds, seed=2)
+            during = everything(addresses, http, pid, args.seconds, 2, options)
             after = held(kv, pid)
     results = {"seconds": args.seconds, "before": before, "after": after, **during}
     rows = [(name, f"{before[name]:.10g}", f"{after[name]:.10g}") for name in before]

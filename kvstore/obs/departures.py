@@ -14,6 +14,7 @@ from kvstore.types import BlockId, Gone, TierCode
 from kvstore.watcher import Watcher
 
 MAX_BLOCKS = 16_384
+_NAMES = {tier: tier.name.lower() for tier in TierCode}
 
 
 class Departure(NamedTuple):
@@ -42,7 +43,7 @@ class Departures(Watcher):
 
     def removed(self, tier: TierCode, block: BlockId, reason: Gone) -> None:
         """Note that a block left a tier."""
-        self._note(block, Departure(tier.name.lower(), reason.value, time.monotonic()))
+        self._note(block, Departure(_NAMES[tier], reason.value, time.monotonic()))
 
     def refused(self, block: BlockId, reason: str) -> None:
         """Note that a block was offered and not taken."""
