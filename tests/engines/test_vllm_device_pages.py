@@ -156,3 +156,22 @@ def test_a_block_with_values_that_its_code_cannot_say_is_told_apart() -> None:
     parts = [pages.reach(Piece([slab[i * pages.nbytes : (i + 1) * pages.nbytes]], 0, one, BLOCK))
              for i, one in enumerate(places(5, 4))]  # fmt: skip
     assert pages.take(parts).wait() == [True, False, True, True, False]
+
+
+@pytest.mark.parametrize("chain", ["fp8", "prerope|kv4"])
+def test_kernels_of_a_chain_run_before_the_first_request_and_change_nothing(
+    chain: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled under a request they would hold up its first token; sinks are other kernels' work than later blocks."""
+    ran = []
+    for name in ("pack", "unpack"):
+        real = getattr(device_pages.Frames, name)
+
+        def seen(self: Any, parts: Any, stream: Any, name: str = name, real: Any = real) -> Any:
+            ran.append((name, parts[0].position))
+            return real(self, parts, stream)
+
+        monkeypatch.setattr(device_pages.Frames, name, seen)
+    _, _, mine, theirs = two(chain)
+    assert ran == [(name, position) for position in (0, BLOCK) for name in ("pack", "unpack")]
+    assert all(torch.equal(one, other) for one, other in zip(mine, theirs, strict=True))

@@ -88,10 +88,15 @@ class DevicePages(Pages):
         self._loads, self._saves = Staging(self.device, slot, SLOTS), Staging(self.device, slot, SLOTS)
         self._warm_up()
 
-    def _warm_up(self) -> None:
-        """Compile the kernels now, not under the first request; page 0 is copied onto itself."""
+    def _warm_up(self, frames: Frames | None = None) -> None:
+        """Compile the kernels now, not under the first request that stores or loads; page 0 is as it was afterwards."""
         block = torch.empty(self.nbytes, dtype=torch.uint8, device=self.device)
         paged.gather(self._cache, [Part(block, [0])], self._block_pages)
+        for position in (0, self.block_tokens) if frames is not None else ():
+            encoded = torch.empty(frames.nbytes(position), dtype=torch.uint8, device=self.device)
+            part = Part(encoded, [0] * self._block_pages, position=position)
+            frames.pack([part], None)
+            frames.unpack([part], None)
         paged.scatter(self._cache, [Part(block, [0])], self._block_pages)
         torch.cuda.current_stream(self.device).synchronize()
 
@@ -99,7 +104,7 @@ class DevicePages(Pages):
         """See `Pages.use`. Raises `ConfigError` if there are no kernels for its chain."""
         super().use(codes)
         if codes.own is not None:
-            self._frames_of(codes.own)
+            self._warm_up(self._frames_of(codes.own))
 
     def _frames_of(self, code: BlockCode) -> Frames:
         if code not in self._frames:
