@@ -92,11 +92,12 @@ class DevicePages(Pages):
         """Compile the kernels now, not under the first request that stores or loads; page 0 is as it was afterwards."""
         block = torch.empty(self.nbytes, dtype=torch.uint8, device=self.device)
         paged.gather(self._cache, [Part(block, [0])], self._block_pages)
-        for position in (0, self.block_tokens) if frames is not None else ():
-            encoded = torch.empty(frames.nbytes(position), dtype=torch.uint8, device=self.device)
-            part = Part(encoded, [0] * self._block_pages, position=position)
-            frames.pack([part], None)
-            frames.unpack([part], None)
+        if frames is not None:
+            for position in (0, self.block_tokens):
+                encoded = torch.empty(frames.nbytes(position), dtype=torch.uint8, device=self.device)
+                part = Part(encoded, [0] * self._block_pages, position=position)
+                frames.pack([part], None)
+                frames.unpack([part], None)
         paged.scatter(self._cache, [Part(block, [0])], self._block_pages)
         torch.cuda.current_stream(self.device).synchronize()
 
