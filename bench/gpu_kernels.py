@@ -177,20 +177,21 @@ def in_device_memory(memory: tuple[str, float], layout: str) -> None:
     coder, spec = FP8("head"), coded.spec_of(cache, BLOCK)
     places = coded.offsets(coder, spec)
     packed = [Part(torch.empty(coded.nbytes(coder, spec), dtype=torch.uint8, device="cuda"), p.pages) for p in parts]
+    bad = torch.zeros(len(parts), dtype=torch.int32, device="cuda")
     both = len(parts) * (nbytes + coded.nbytes(coder, spec))
     report(
         "fp8 pack",
         f"{layout}, 4,096 tokens",
         both,
         memory,
-        {"ours": lambda: fp8.pack(cache, packed, spec, coder, places)},
+        {"ours": lambda: fp8.packing(cache, packed, spec, coder, places, bad)(0, len(packed))},
     )
     report(
         "fp8 unpack",
         f"{layout}, 4,096 tokens",
         both,
         memory,
-        {"ours": lambda: fp8.unpack(cache, packed, spec, coder, places)},
+        {"ours": lambda: fp8.unpacking(cache, packed, spec, coder, places)(0, len(packed))},
     )
     four = KV4()
     spec = coded.spec_of(cache, BLOCK, 256)
@@ -202,14 +203,14 @@ def in_device_memory(memory: tuple[str, float], layout: str) -> None:
         f"{layout}, 4,096 tokens",
         both,
         memory,
-        {"ours": lambda: kv4.pack(cache, small, spec, four, where, turning)},
+        {"ours": lambda: kv4.packing(cache, small, spec, four, where, turning, at, bad)(0, len(small))},
     )
     report(
         "kv4 unpack",
         f"{layout}, 4,096 tokens",
         both,
         memory,
-        {"ours": lambda: kv4.unpack(cache, small, spec, four, where, turning, at)},
+        {"ours": lambda: kv4.unpacking(cache, small, spec, four, where, turning, at)(0, len(small))},
     )
 
 

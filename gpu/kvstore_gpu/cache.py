@@ -115,6 +115,13 @@ class PagedCache:
         unit = next(width for width in (16, 8, 4, 2, 1) if all(n % width == 0 for n in numbers))
         return Rows(page, outer, outer_stride, inner, inner_stride, row, unit)
 
+    def chosen(self, layers: range | None) -> range:
+        """These layers, all if none are named; refused if one of them is not there."""
+        chosen = range(self.layers) if layers is None else layers
+        if len(chosen) and not (chosen.start >= 0 and chosen.stop <= self.layers and chosen.step == 1):
+            raise checks.refuse("layers", f"{chosen} of {self.layers}")
+        return chosen
+
     def check_ids(self, ids: Sequence[int], name: str) -> None:
         """Refuse ids of pages that are not there: a kernel would write wherever they point."""
         if ids and not (min(ids) >= 0 and max(ids) < self.pages):

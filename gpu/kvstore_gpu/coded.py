@@ -95,7 +95,7 @@ def encode(
     coder: BlockCoder,
     places: torch.Tensor,
     context: Context,
-    fits: Callable[[torch.Tensor], bool] = lambda unit: True,
+    fits: Callable[[torch.Tensor], bool],
 ) -> list[bool]:
     """The reference of every pack: through the codec itself.
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
 from kvstore_gpu.cache import PagedCache
+from kvstore_gpu.jobs import Part
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ROUNDING = {torch.bfloat16: 2.5e-3, torch.float16: 3.5e-4, torch.float32: 1e-6}
@@ -84,3 +88,18 @@ def block(nbytes: int, device: str) -> torch.Tensor:
     """Random bytes that are small numbers in every type."""
     numbers = torch.randn(nbytes // 2 + 1, device=device).to(torch.bfloat16)
     return numbers.view(torch.uint8)[:nbytes].clone()
+
+
+def pack(codec: Any, paged: PagedCache, parts: Sequence[Part], spec: Any, coder: Any, places: Any, *turn: Any) -> Any:
+    """Encode all parts at once (`fp8`, or `kv4` by a rotation, at the positions of the spec); the flags."""
+    bad = torch.zeros(len(parts), dtype=torch.int32, device=paged.device)
+    if len(turn) == 1:
+        at = torch.arange(spec.position, spec.position + spec.tokens, device=paged.device)
+        turn = (*turn, at.repeat(len(parts)))
+    codec.packing(paged, parts, spec, coder, places, *turn, bad)(0, len(parts))
+    return bad
+
+
+def unpack(codec: Any, paged: PagedCache, parts: Sequence[Part], *how: Any) -> None:
+    """Decode all parts at once."""
+    codec.unpacking(paged, parts, *how)(0, len(parts))

@@ -40,7 +40,9 @@ def encoded(cache, coder, spec, steps, context):
     """A block that the codec made on the CPU from pages 0 to 7, and where its parts are."""
     places = coded.offsets(coder, spec, start=64)
     data = torch.zeros(64 + coded.nbytes(coder, spec), dtype=torch.uint8)
-    coded.encode(kit.copy_of(cache), [Part(data, list(range(PAGES)))], spec, steps, coder, places, context)
+    coded.encode(
+        kit.copy_of(cache), [Part(data, list(range(PAGES)))], spec, steps, coder, places, context, lambda unit: True
+    )
     return data, places
 
 
@@ -50,9 +52,9 @@ def test_fp8_says_what_it_cannot_say(device) -> None:
         cache = kit.cache(device=device)
         spec = coded.spec_of(cache, TOKENS)
         made = kit.poisoned(coded.nbytes(coder, spec), device)
-        assert fp8.pack(cache, [Part(made, [0])], spec, coder, coded.offsets(coder, spec)).tolist() == [0]
+        assert kit.pack(fp8, cache, [Part(made, [0])], spec, coder, coded.offsets(coder, spec)).tolist() == [0]
         cache.views[1][1][0, 3, 2, 50] = value
-        assert fp8.pack(cache, [Part(made, [0])], spec, coder, coded.offsets(coder, spec)).tolist() == [1]
+        assert kit.pack(fp8, cache, [Part(made, [0])], spec, coder, coded.offsets(coder, spec)).tolist() == [1]
 
 
 @pytest.mark.parametrize("layout", ["nhd", "side by side"])
@@ -65,13 +67,13 @@ def test_fp8_is_the_codec_byte_for_byte_both_ways(layout, scale, heads, dim, dty
     coder, spec = FP8(scale), coded.spec_of(cache, PAGES * TOKENS)
     data, places = encoded(cache, coder, spec, (), Context())
     mine = torch.zeros_like(data).to(device)
-    fp8.pack(cache, [Part(mine, list(range(PAGES)))], spec, coder, places)
+    kit.pack(fp8, cache, [Part(mine, list(range(PAGES)))], spec, coder, places)
     assert torch.equal(mine.cpu(), data)
 
     want = kit.copy_of(back)
     part = Part(data, [12, 0, 7], first=2)
     coded.decode(want, [part], spec, (), coder, places, range(3), Context())
-    fp8.unpack(back, [Part(mine, part.pages, 2)], spec, coder, places)
+    kit.unpack(fp8, back, [Part(mine, part.pages, 2)], spec, coder, places)
     assert kit.same(back, want)
 
 
@@ -87,7 +89,7 @@ def test_every_code_of_fp8_is_decoded_and_ties_go_to_even(device) -> None:
     spec, coder = coded.spec_of(cache, TOKENS), FP8("token")
     places = coded.offsets(coder, spec)
     made = kit.poisoned(coded.nbytes(coder, spec), device)
-    fp8.pack(cache, [Part(made, [0])], spec, coder, places)
+    kit.pack(fp8, cache, [Part(made, [0])], spec, coder, places)
     want = page.cpu().to(torch.float8_e4m3fn).view(torch.uint8).view(-1)
     found = made.cpu()[2 * TOKENS :].view(2, -1)
     assert torch.equal(found[0] & 0x7F, want & 0x7F)
@@ -118,7 +120,7 @@ def test_kv4_decodes_what_the_codec_decodes(layout, variant, dtype, position, k,
         for side in range(2):
             want.views[layer][side][pages] = out[side, first : first + 4]
     at = torch.arange(4 * TOKENS) + position + first * TOKENS
-    kv4.unpack(back, [Part(data.to(device), pages, first)], spec, coder, places[:known], turning, at.to(device))
+    kit.unpack(kv4, back, [Part(data.to(device), pages, first)], spec, coder, places[:known], turning, at.to(device))
     for mine, right in zip(back.views, want.views, strict=True):
         for side in range(2):
             # The codec decodes the values of bfloat16 blocks in bfloat16, rounding more often.
@@ -135,8 +137,8 @@ def test_kv4_decodes_to_other_positions(device) -> None:
     data, places = encoded(cache, coder, spec, (PreRope(),), Context(rotary=turning))
     part = [Part(data.to(device), list(range(8)))]
     at = torch.arange(PAGES * TOKENS, device=device)
-    kv4.unpack(here, part, spec, coder, places, turning, at)
-    kv4.unpack(there, part, spec, coder, places, turning, at + 333)
+    kit.unpack(kv4, here, part, spec, coder, places, turning, at)
+    kit.unpack(kv4, there, part, spec, coder, places, turning, at + 333)
     moved = turning.turn(here.views[1][0][:8].cpu().reshape(-1, 4, 64), turning.table(torch.tensor([333])))
     assert kit.distance(there.views[1][0][:8].reshape(-1, 4, 64), moved) < 1e-5
     assert torch.equal(there.views[1][1][:8], here.views[1][1][:8])
@@ -155,7 +157,7 @@ def test_kv4_encodes_the_bytes_of_the_codec(layout, variant, k, v, position, dev
     spec = coded.spec_of(cache, PAGES * TOKENS, position)
     data, places = encoded(cache, coder, spec, (PreRope(),), context)
     mine = torch.zeros_like(data).to(device)
-    bad = kv4.pack(cache, [Part(mine, list(range(PAGES)))], spec, coder, places, turning)
+    bad = kit.pack(kv4, cache, [Part(mine, list(range(PAGES)))], spec, coder, places, turning)
     assert not bad.cpu().any()
     different = (mine.cpu() ^ data).numpy()
     bits = int(sum(bin(int(byte)).count("1") for byte in different[different != 0]))
@@ -183,7 +185,7 @@ def test_kv4_says_which_blocks_float16_cannot_say(value, side, page, device) -> 
     pages = ([0, 1, 2, 3], [8, 9, 10, 11], [4, 5, 6, 7])
     parts = [Part(b, p) for b, p in zip(blocks, pages, strict=True)]
     fine = page == 8 and value == 1e6
-    assert kv4.pack(cache, parts, spec, coder, places, turning).tolist() == [0, int(not fine), 0]
+    assert kit.pack(kv4, cache, parts, spec, coder, places, turning).tolist() == [0, int(not fine), 0]
 
 
 def codec_takes(cache, chain, spec, pages, context) -> bool:
@@ -207,7 +209,7 @@ def test_fp8_takes_of_float16_what_the_codec_takes(layout, scale, device) -> Non
     spec = coded.spec_of(cache, TOKENS)
     blocks = [kit.poisoned(coded.nbytes(coder, spec), device) for _ in values]
     parts = [Part(block, [page]) for page, block in enumerate(blocks)]
-    bad = fp8.pack(cache, parts, spec, coder, coded.offsets(coder, spec)).tolist()
+    bad = kit.pack(fp8, cache, parts, spec, coder, coded.offsets(coder, spec)).tolist()
     assert bad == [0, 0, 0, 1, 1, 0, 1, 0]
     assert [not flag for flag in bad] == [
         codec_takes(cache, chain, spec, [page], context) for page in range(len(values))
@@ -231,7 +233,7 @@ def test_kv4_takes_of_float16_only_what_stays_a_number_however_few_planes_there_
     places = coded.offsets(coder, spec)
     blocks = [kit.poisoned(coded.nbytes(coder, spec), device) for _ in rows]
     parts = [Part(block, [page]) for page, block in enumerate(blocks)]
-    bad = kv4.pack(cache, parts, spec, coder, places, context.rotary).tolist()
+    bad = kit.pack(kv4, cache, parts, spec, coder, places, context.rotary).tolist()
     assert bad[:2] == [0, 0]
     back = kit.cache(dtype=torch.float16, device=device)
     at = torch.arange(TOKENS, device=device) + position
@@ -240,7 +242,7 @@ def test_kv4_takes_of_float16_only_what_stays_a_number_however_few_planes_there_
             continue
         assert codec_takes(cache, chain, spec, [page], context)
         for known in range(1, len(places) + 1):
-            kv4.unpack(back, [part], spec, coder, places[:known], context.rotary, at)
+            kit.unpack(kv4, back, [part], spec, coder, places[:known], context.rotary, at)
             assert all(bool(torch.isfinite(view[page]).all()) for layer in back.views for view in layer)
     assert bad[6:] == ([1, 1] if side == 0 or position else [0, 1])
 
@@ -276,7 +278,7 @@ def test_coded_blocks_that_do_not_fit_are_refused(device) -> None:
     }
     for change in wrong:
         with pytest.raises(InvalidParams):
-            kv4.unpack(**{**good, **change})
+            kv4.unpacking(**{**good, **change})
 
 
 @pytest.mark.parametrize("dim", [8, 64, 96, 128, 80, 256])

@@ -9,6 +9,6 @@ Bound
     memory of the device; PCIe for what comes from the host.
 """
 
-from kvstore_gpu.fp8.launch import pack, packing, unpack, unpacking
+from kvstore_gpu.fp8.launch import packing, unpacking
 
-__all__ = ["pack", "packing", "unpack", "unpacking"]
+__all__ = ["packing", "unpacking"]

@@ -20,18 +20,17 @@ from kvstore_gpu.jobs import Launch, Listed, Part
 SOURCE = Source("fp8", [f"{way}<{kind}>" for way in ("unpack", "pack", "pack_heads") for kind in FLOATS.values()])
 
 
-def unpack(
+def unpacking(
     cache: PagedCache,
     parts: Sequence[Part],
     spec: BlockSpec,
     coder: FP8,
     places: torch.Tensor,
     *,
-    layers: range | None = None,
     stream: torch.cuda.Stream | None = None,
     max_blocks: int | None = None,
-) -> None:
-    """Decode blocks into pages.
+) -> Launch:
+    """Make ready to decode blocks into pages: all is checked and uploaded, and launched for some parts at a time.
 
     Parameters
     ----------
@@ -43,58 +42,21 @@ def unpack(
     coder : FP8
     places : Tensor, int64, [1, layer], on the CPU
         Where each layer's part begins in a block; a multiple of 8.
-    layers : range, optional
-        Layers to decode; all by default.
+    stream : torch.cuda.Stream, optional
+        Instead of the current one, for what is uploaded and launched.
+    max_blocks : int, optional
+        Most thread blocks, so that a busy engine keeps its multiprocessors.
 
     Raises
     ------
     InvalidParams
         If something does not fit.
     """
-    unpacking(cache, parts, spec, coder, places, layers=layers, stream=stream, max_blocks=max_blocks)(0, len(parts))
-
-
-def unpacking(
-    cache: PagedCache,
-    parts: Sequence[Part],
-    spec: BlockSpec,
-    coder: FP8,
-    places: torch.Tensor,
-    *,
-    layers: range | None = None,
-    stream: torch.cuda.Stream | None = None,
-    max_blocks: int | None = None,
-) -> Launch:
-    """`unpack` in two steps: what is checked and uploaded once, and the launches, each for some of the parts."""
-    chosen = _check(cache, parts, spec, coder, places, layers)
+    _check(cache, parts, spec, coder, places)
     if uses_reference(cache.device):
-        return lambda first, last: reference.decode(
-            cache, parts[first:last], spec, (), coder, places, chosen, Context()
-        )
-    return _ready("unpack", cache, parts, spec, coder, places, chosen, stream, max_blocks, None)
-
-
-def pack(
-    cache: PagedCache,
-    parts: Sequence[Part],
-    spec: BlockSpec,
-    coder: FP8,
-    places: torch.Tensor,
-    *,
-    stream: torch.cuda.Stream | None = None,
-    max_blocks: int | None = None,
-) -> torch.Tensor:
-    """Encode pages into blocks; parameters and errors as of `unpack`. Each part has all pages of its block.
-
-    Returns
-    -------
-    Tensor, int32, [part], on the cache's device
-        Not 0 where a block has values that fp8 with a scale cannot say: it is not to be kept.
-    """
-    with torch.cuda.stream(stream):
-        bad = torch.zeros(len(parts), dtype=torch.int32, device=cache.device)
-    packing(cache, parts, spec, coder, places, bad, stream=stream, max_blocks=max_blocks)(0, len(parts))
-    return bad
+        every = range(cache.layers)
+        return lambda first, last: reference.decode(cache, parts[first:last], spec, (), coder, places, every, Context())
+    return _ready("unpack", cache, parts, spec, coder, places, stream, max_blocks, None)
 
 
 def packing(
@@ -108,8 +70,16 @@ def packing(
     stream: torch.cuda.Stream | None = None,
     max_blocks: int | None = None,
 ) -> Launch:
-    """`pack` in two steps, as `unpacking`, with flags of the caller's (zeros, int32 ``[part]``)."""
-    chosen = _check(cache, parts, spec, coder, places, None)
+    """Make ready to encode pages into blocks; parameters and errors as of `unpacking`, and:
+
+    Parameters
+    ----------
+    parts : sequence of Part
+        Each has all pages of its block.
+    bad : Tensor, int32, [part], on the cache's device
+        Zeros; will not be 0 where a block has values that fp8 with a scale cannot say: it is not to be kept.
+    """
+    _check(cache, parts, spec, coder, places)
     if any(len(part.pages) * cache.page_tokens != spec.tokens for part in parts):
         raise checks.refuse("parts", "a block is encoded as a whole")
     checks.tensor(bad, "bad", shape=(len(parts),), dtypes=(torch.int32,), device=cache.device)
@@ -117,7 +87,7 @@ def packing(
         return _encoding(cache, parts, spec, coder, places, bad)
     lanes = cache.dim // 8
     way = "pack_heads" if coder.scale == "head" and lanes <= 32 and lanes & (lanes - 1) == 0 else "pack"
-    return _ready(way, cache, parts, spec, coder, places, chosen, stream, max_blocks, bad)
+    return _ready(way, cache, parts, spec, coder, places, stream, max_blocks, bad)
 
 
 def _encoding(
@@ -133,16 +103,10 @@ def _encoding(
     return launch
 
 
-def _check(
-    cache: PagedCache, parts: Sequence[Part], spec: BlockSpec, coder: FP8, places: torch.Tensor, layers: range | None
-) -> range:
+def _check(cache: PagedCache, parts: Sequence[Part], spec: BlockSpec, coder: FP8, places: torch.Tensor) -> None:
     coded.check(cache, parts, spec, coder, places)
     if (places % 8).any() or (2 * spec.tokens * (spec.kv_heads if coder.scale == "head" else 1)) % 8:
         raise checks.refuse("places", "a part, or its codes, do not begin at a multiple of 8")
-    chosen = range(cache.layers) if layers is None else layers
-    if len(chosen) and not (chosen.start >= 0 and chosen.stop <= cache.layers and chosen.step == 1):
-        raise checks.refuse("layers", f"{chosen} of {cache.layers}")
-    return chosen
 
 
 def _ready(
@@ -152,26 +116,25 @@ def _ready(
     spec: BlockSpec,
     coder: FP8,
     places: torch.Tensor,
-    layers: range,
     stream: Any,
     max_blocks: int | None,
     bad: torch.Tensor | None,
 ) -> Launch:
-    if sum(len(part.pages) for part in parts) * len(layers) * 2 >> 31:
+    if sum(len(part.pages) for part in parts) * cache.layers * 2 >> 31:
         raise checks.refuse("parts", "too many pages to be counted in 31 bits")
     listed = Listed(parts, cache.device, stream)
     page, token, head, _ = (stride * cache.sample.element_size() for stride in cache.sample.stride())
     there = jobs.constant(places.contiguous().numpy().tobytes(), cache.device)
     args = (
-        cache.bases, there, layers.start, len(layers), np.int64(page), token, head, cache.page_tokens, cache.heads,
+        cache.bases, there, 0, cache.layers, np.int64(page), token, head, cache.page_tokens, cache.heads,
         cache.dim, spec.tokens, coder.scale == "head",
     )  # fmt: skip
 
     def launch(first: int, last: int) -> None:
         table, count = listed.run(first, last)
-        if count and layers:
+        if count:
             flags = () if bad is None else (bad[first:],)
-            grid = blocks_for(count * len(layers) * 2, cache.device, max_blocks)
+            grid = blocks_for(count * cache.layers * 2, cache.device, max_blocks)
             SOURCE.launch(f"{way}<{FLOATS[cache.dtype]}>", grid, (table, count, *args, *flags), cache.device,
                           stream=stream)  # fmt: skip
 

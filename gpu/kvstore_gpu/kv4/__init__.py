@@ -10,6 +10,6 @@ Bound
     memory of the device otherwise.
 """
 
-from kvstore_gpu.kv4.launch import pack, packing, unpack, unpacking
+from kvstore_gpu.kv4.launch import packing, unpacking
 
-__all__ = ["pack", "packing", "unpack", "unpacking"]
+__all__ = ["packing", "unpacking"]

@@ -33,7 +33,7 @@ SOURCE = Source(
 )
 
 
-def unpack(
+def unpacking(
     cache: PagedCache,
     parts: Sequence[Part],
     spec: BlockSpec,
@@ -42,11 +42,12 @@ def unpack(
     rotary: Rotary,
     positions: torch.Tensor,
     *,
-    layers: range | None = None,
     stream: torch.cuda.Stream | None = None,
     max_blocks: int | None = None,
-) -> None:
-    """Decode blocks into pages, keys turned to their positions.
+) -> Launch:
+    """Make ready to decode blocks into pages, keys turned to their positions.
+
+    All is checked, uploaded and made, and can be launched for some parts at a time.
 
     Parameters
     ----------
@@ -61,43 +62,27 @@ def unpack(
     rotary : Rotary
     positions : Tensor, int64, [tokens of all parts]
         Where each token goes; on the cache's device.
-    layers : range, optional
-        Layers to decode; all by default.
+    stream : torch.cuda.Stream, optional
+        Instead of the current one, for what is uploaded and launched.
+    max_blocks : int, optional
+        Most thread blocks, so that a busy engine keeps its multiprocessors.
 
     Raises
     ------
     InvalidParams
         If something does not fit.
     """
-    unpacking(cache, parts, spec, coder, places, rotary, positions, layers=layers, stream=stream,
-              max_blocks=max_blocks)(0, len(parts))  # fmt: skip
-
-
-def unpacking(
-    cache: PagedCache,
-    parts: Sequence[Part],
-    spec: BlockSpec,
-    coder: KV4,
-    places: torch.Tensor,
-    rotary: Rotary,
-    positions: torch.Tensor,
-    *,
-    layers: range | None = None,
-    stream: torch.cuda.Stream | None = None,
-    max_blocks: int | None = None,
-) -> Launch:
-    """`unpack` in two steps: what is checked, uploaded and made once, and the launches, each for some of the parts."""
-    chosen = _check(cache, parts, spec, coder, places, rotary, layers)
+    _check(cache, parts, spec, coder, places, rotary)
     tokens = sum(len(part.pages) for part in parts) * cache.page_tokens
     checks.tensor(positions, "positions", shape=(tokens,), dtypes=(torch.int64,), device=cache.device)
-    if not tokens or not chosen:
+    if not tokens:
         return lambda first, last: None
     if uses_reference(cache.device):
-        return _decoding(cache, parts, spec, coder, places, rotary, positions, chosen)
+        return _decoding(cache, parts, spec, coder, places, rotary, positions)
     rotated = block_of(cache.dim)
     listed = Listed(parts, cache.device, stream)
     cos, sin = table(rotary, positions, stream)
-    args = (cache.bases, _places(cache, places), chosen.start, len(chosen), cache.layers, *_strides(cache),
+    args = (cache.bases, _places(cache, places), 0, cache.layers, cache.layers, *_strides(cache),
             _shape(cache, spec, coder, len(places), rotary))  # fmt: skip
     skipped = skip_mask(cache, rotary.skipped_layers)
     kind, style = FLOATS[cache.dtype], str(rotary.interleaved).lower()
@@ -107,49 +92,12 @@ def unpacking(
         if not count:
             return
         row = listed.before(first) * cache.page_tokens
-        grid = blocks_for(count * len(chosen), cache.device, max_blocks)
+        grid = blocks_for(count * cache.layers, cache.device, max_blocks)
         SOURCE.launch(f"unpack_keys<{kind}, {style}>", grid, (there, count, *args, cos[row:], sin[row:], skipped),
                       cache.device, threads=_KEY_THREADS, stream=stream)  # fmt: skip
         SOURCE.launch(f"unpack_values<{kind}>", grid, (there, count, *args, rotated), cache.device, stream=stream)
 
     return launch
-
-
-def pack(
-    cache: PagedCache,
-    parts: Sequence[Part],
-    spec: BlockSpec,
-    coder: KV4,
-    places: torch.Tensor,
-    rotary: Rotary,
-    positions: torch.Tensor | None = None,
-    *,
-    stream: torch.cuda.Stream | None = None,
-    max_blocks: int | None = None,
-) -> torch.Tensor:
-    """Encode pages into blocks, keys turned back from their positions: those that ``spec`` tells, if none are given.
-
-    Parameters as of `unpack`; each part has all pages of its block, and there are all planes.
-
-    Returns
-    -------
-    Tensor, int32, [part], on the cache's device
-        Not 0 where a block has values that float16 cannot say, or that would be beyond the end of their type once they
-        are decoded: it is not to be kept.
-
-    Raises
-    ------
-    InvalidParams
-        If something does not fit.
-    """
-    with torch.cuda.stream(stream):
-        bad = torch.zeros(len(parts), dtype=torch.int32, device=cache.device)
-        if positions is None:
-            there = torch.arange(spec.position, spec.position + spec.tokens, device=cache.device)
-            positions = there.repeat(len(parts))
-    packing(cache, parts, spec, coder, places, rotary, positions, bad, stream=stream,
-            max_blocks=max_blocks)(0, len(parts))  # fmt: skip
-    return bad
 
 
 def packing(
@@ -165,8 +113,19 @@ def packing(
     stream: torch.cuda.Stream | None = None,
     max_blocks: int | None = None,
 ) -> Launch:
-    """`pack` in two steps, as `unpacking`, with flags of the caller's (zeros, int32 ``[part]``)."""
-    _check(cache, parts, spec, coder, places, rotary, None)
+    """Make ready to encode pages into blocks, keys turned back; parameters and errors as of `unpacking`, and:
+
+    Parameters
+    ----------
+    parts : sequence of Part
+        Each has all pages of its block.
+    places : Tensor
+        Of all planes.
+    bad : Tensor, int32, [part], on the cache's device
+        Zeros; will not be 0 where a block has values that float16 cannot say, or that would be beyond the end of their
+        type once they are decoded: it is not to be kept.
+    """
+    _check(cache, parts, spec, coder, places, rotary)
     if len(places) != len(coder.planes(spec.of(1), 0, Context())):
         raise checks.refuse("places", f"{len(places)} planes: all are needed")
     if any(len(part.pages) * cache.page_tokens != spec.tokens for part in parts):
@@ -207,8 +166,7 @@ def _check(
     coder: KV4,
     places: torch.Tensor,
     rotary: Rotary,
-    layers: range | None,
-) -> range:
+) -> None:
     coded.check(cache, parts, spec, coder, places)
     pairs = len(rotary.frequencies)
     if 2 * pairs > cache.dim or (2 * pairs if rotary.interleaved else pairs) % 8:
@@ -217,10 +175,6 @@ def _check(
         raise checks.refuse("spec", "a block of sinks alone")
     if max(spec.tokens * spec.channels, sum(len(part.pages) for part in parts) * cache.layers) >> 31:
         raise checks.refuse("parts", "too many to be counted in 31 bits")
-    chosen = range(cache.layers) if layers is None else layers
-    if len(chosen) and not (chosen.start >= 0 and chosen.stop <= cache.layers and chosen.step == 1):
-        raise checks.refuse("layers", f"{chosen} of {cache.layers}")
-    return chosen
 
 
 def _places(cache: PagedCache, places: torch.Tensor) -> torch.Tensor:
@@ -272,7 +226,6 @@ def _decoding(
     places: torch.Tensor,
     rotary: Rotary,
     positions: torch.Tensor,
-    layers: range,
 ) -> Launch:
     """The reference, for positions that may be others than the block's own."""
     theirs = positions.split([len(part.pages) * cache.page_tokens for part in parts])
@@ -282,7 +235,7 @@ def _decoding(
             begin = part.first * cache.page_tokens
             whole = torch.arange(spec.tokens) + spec.position
             whole[begin : begin + len(there)] = there
-            reference.decode(cache, [part], spec, (_To(rotary, whole),), coder, places, layers, Context())
+            reference.decode(cache, [part], spec, (_To(rotary, whole),), coder, places, range(cache.layers), Context())
 
     return launch
 

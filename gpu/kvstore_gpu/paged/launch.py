@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from kvstore_gpu import checks, jobs
+from kvstore_gpu import jobs
 from kvstore_gpu.cache import PagedCache
 from kvstore_gpu.compile import THREADS, Source, blocks_for, uses_reference
 from kvstore_gpu.jobs import Launch, Listed, Part
@@ -112,7 +112,5 @@ def _ready(
 
 
 def _views(cache: PagedCache, layers: range | None) -> range:
-    chosen = range(cache.layers) if layers is None else layers
-    if len(chosen) and not (chosen.start >= 0 and chosen.stop <= cache.layers and chosen.step == 1):
-        raise checks.refuse("layers", f"{chosen} of {cache.layers}")
+    chosen = cache.chosen(layers)
     return range(chosen.start * cache.sides, chosen.start * cache.sides + len(chosen) * cache.sides)

@@ -113,9 +113,7 @@ def check_turn(cache: PagedCache, parts: Sequence[Part], turn: Turn, layers: ran
     """Refuse a turn that does not fit; the layers to work on."""
     if cache.sides != 2 or cache.dtype not in FLOATS:
         raise checks.refuse("cache", f"{cache.sides} sides of {cache.dtype}: K and V of floats are needed")
-    chosen = range(cache.layers) if layers is None else layers
-    if len(chosen) and not (chosen.start >= 0 and chosen.stop <= cache.layers and chosen.step == 1):
-        raise checks.refuse("layers", f"{chosen} of {cache.layers}")
+    chosen = cache.chosen(layers)
     tokens = sum(len(part.pages) for part in parts) * cache.page_tokens
     for name, values in (("cos", turn.cos), ("sin", turn.sin)):
         checks.tensor(values, name, shape=(None, None), dtypes=(torch.float32,), device=cache.device, align=16)
