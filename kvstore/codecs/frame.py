@@ -27,7 +27,7 @@ _ENTRY = np.dtype([("nbytes", "<u8"), ("check", "<u8")])
 _CHECK = struct.Struct("<Q")
 _ALIGN = 64
 _NAMES = tuple(DTYPES)
-PIECE = 1 << 19
+PIECE = 1 << 18
 """Bytes that are copied and checked at a time."""
 MAX_TEXT = 4096
 """Longest chain, and longest list of references."""

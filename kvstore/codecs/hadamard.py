@@ -6,8 +6,13 @@ Sylvester's matrix over the square root of its size, block by block: a head is c
 from __future__ import annotations
 
 from functools import lru_cache
+from pathlib import Path
 
 import torch
+
+from kvstore.codecs.scratch import scratch
+
+CPU_INFO = Path("/proc/cpuinfo")
 
 MOST = 32
 """Larger matrices cost more and spread an outlier no better."""
@@ -33,14 +38,31 @@ def rotate(values: torch.Tensor) -> torch.Tensor:
     return (values.reshape(-1, size) @ signs(size)).mul_(size**-0.5).view(values.shape)
 
 
-def sums(codes: torch.Tensor) -> torch.Tensor:
-    """Signed sums of rows of small integers (int8 ``[row, size]``) by Sylvester's matrix, exactly: int32 or float32.
+def sums(codes: torch.Tensor, out: torch.Tensor) -> None:
+    """Signed sums of rows of small integers (int8 ``[row, size]``) by Sylvester's matrix, exactly, into float32."""
+    if len(codes):
+        (summed_as_integers if in_integers() else summed_as_floats)(codes, out)
 
-    In integers, where this build of torch multiplies them, at three times the speed of float32.
+
+def summed_as_integers(codes: torch.Tensor, out: torch.Tensor) -> None:
+    """As int8, summed up in int32."""
+    out.copy_(torch.ops.aten._int_mm(codes, signs(codes.shape[1], torch.int8)))
+
+
+def summed_as_floats(codes: torch.Tensor, out: torch.Tensor) -> None:
+    """As float32, which holds such sums exactly."""
+    torch.mm(scratch("codes", tuple(codes.shape), torch.float32).copy_(codes), signs(codes.shape[1]), out=out)
+
+
+@lru_cache(maxsize=1)
+def in_integers() -> bool:
+    """Whether integers are the faster way here.
+
+    They take a third of the time of float32 on processors with AVX-512 VNNI, up to twenty times as long where there is
+    no instruction for such sums.
     """
-    if _IN_INTEGERS and len(codes):
-        return torch.ops.aten._int_mm(codes, signs(codes.shape[1], torch.int8))
-    return codes.float() @ signs(codes.shape[1])
-
-
-_IN_INTEGERS = hasattr(torch.ops.aten, "_int_mm") and torch.backends.mkldnn.is_available()
+    try:
+        flags = CPU_INFO.read_text().split()
+    except OSError:
+        return False
+    return "avx512_vnni" in flags and hasattr(torch.ops.aten, "_int_mm") and torch.backends.mkldnn.is_available()

@@ -225,7 +225,7 @@ def unrotated(
     size = hadamard.size_of(codes.shape[-1])
     half = 1 << (known - 1)
     found = scratch("turned", tuple(codes.shape), torch.float32)
-    found.view(-1, size).copy_(hadamard.sums(codes.sub_(half).view(torch.int8).view(-1, size)))
+    hadamard.sums(codes.sub_(half).view(torch.int8).view(-1, size), found.view(-1, size))
     scale = scale.float()
     step = scale * float(1 << (bits - known))
     middle = torch.add(low.float(), step, alpha=half).add_(step.sub(scale), alpha=0.5)

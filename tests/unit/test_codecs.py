@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -85,6 +86,42 @@ def test_the_rotation_is_its_own_inverse() -> None:
         values = torch.randn(7, dim)
         torch.testing.assert_close(hadamard.rotate(hadamard.rotate(values)), values)
         torch.testing.assert_close(hadamard.rotate(values).norm(dim=1), values.norm(dim=1))
+
+
+@pytest.mark.parametrize("size", [1, 2, 8, 32])
+@pytest.mark.parametrize("rows", [0, 1, 5, 3000])
+def test_sums_are_the_same_by_integers_and_by_floats(rows: int, size: int) -> None:
+    codes = torch.from_numpy(np.random.default_rng(rows).integers(-128, 128, (rows, size), np.int8))
+    expected = codes.long() @ hadamard.signs(size, torch.int64)
+    ways = [hadamard.sums, hadamard.summed_as_floats]
+    if rows and torch.backends.mkldnn.is_available():
+        ways.append(hadamard.summed_as_integers)
+    for way in ways:
+        found = torch.full((rows, size), torch.nan)
+        way(codes, found)
+        assert torch.equal(found.long(), expected), way
+
+
+@pytest.mark.parametrize(
+    ("info", "integers"),
+    [
+        ("flags\t\t: fpu avx2 avx512f avx512_vnni amx_int8\n", torch.backends.mkldnn.is_available()),
+        ("flags\t\t: fpu avx2 fma avx512f\n", False),
+        ("Features\t: fp asimd asimddp i8mm\n", False),
+        (None, False),
+    ],
+)
+def test_sums_are_made_by_what_the_processor_does_fast(
+    info: str | None, integers: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if info is not None:
+        (tmp_path / "cpuinfo").write_text(info)
+    monkeypatch.setattr(hadamard, "CPU_INFO", tmp_path / "cpuinfo")
+    hadamard.in_integers.cache_clear()
+    try:
+        assert hadamard.in_integers() == integers
+    finally:
+        hadamard.in_integers.cache_clear()
 
 
 # -- kv4, mikv --------------------------------------------------------------------------------------------------------
