@@ -1,11 +1,13 @@
 """First token of prompts made of chunks, on a GPU: blended in vLLM against full prefill, and where the time goes.
 
-The shape of Llama-3-8B with dummy weights. Chunks of random tokens are captured behind a system prompt, as a server
-would; then prompts of all of them in an order of their own are asked, in turns computed in full and blended with 15 %
-of the reused tokens computed again. Random weights say nothing of quality: the verdict that opens the gate here is made
-up, and docs/chunks.md has what was measured on models.
+The shape of Llama-3-8B with dummy weights. Chunks are captured behind a system prompt, as a server would; then prompts
+of all of them in an order of their own are asked, in turns computed in full and blended with 15 % of the reused tokens
+computed again. Tokens are the words of files (``--text``), numbered as vocabularies do it, common ones first; without,
+they are random, which no prompt is: equal words lead nowhere, and what is computed again stands alone everywhere.
+Random weights say nothing of quality: the verdict that opens the gate here is made up, and docs/chunks.md has what was
+measured on models.
 
-    python bench/gpu_blend.py --out bench/results/h200/blend.json
+    python bench/gpu_blend.py --text docs kvstore --out bench/results/h200/blend.json
 """
 
 from __future__ import annotations
@@ -14,9 +16,13 @@ import argparse
 import json
 import os
 import random
+import re
 import sys
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,6 +32,12 @@ from gpu_vllm import ENVIRONMENT, LLAMA3_8B, SEED, drop_prefix_cache, prompt, wa
 SHARE = 0.15
 CHUNK, SYSTEM, QUESTION = 512, 64, 64
 
+Answered = tuple[float, Any]
+"""Seconds until the first token, and the answer."""
+
+Asked = Callable[[Callable[[], Answered], str], Answered]
+"""Asks, given what asks and its name."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Blending on a GPU.")
@@ -34,6 +46,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--graphs", dest="eager", action="store_false", help="with CUDA graphs")
     parser.add_argument("--selectors", nargs="+", default=["auto", "v-deviation"])
+    parser.add_argument("--text", type=Path, nargs="+", default=[], help="files, or folders of .md and .py files")
     options = parser.parse_args()
     os.environ.update(ENVIRONMENT)
     from common import running_daemon
@@ -52,7 +65,14 @@ def main() -> None:
         print(row["tokens"], "tokens, ms:", shown, "seconds in parts:", row["parts"])
 
 
-def measure(model: Path, address: str, verdict: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
+def plainly(ask: Callable[[], Answered], name: str) -> Answered:
+    """Ask, and nothing else."""
+    return ask()
+
+
+def measure(
+    model: Path, address: str, verdict: Path, options: argparse.Namespace, asked: Asked = plainly
+) -> list[dict[str, Any]]:
     """Capture, then ask in turns."""
     from vllm import LLM
     from vllm.config import KVTransferConfig
@@ -72,16 +92,40 @@ def measure(model: Path, address: str, verdict: Path, options: argparse.Namespac
     )  # fmt: skip
     open_gate(verdict, get_kv_transfer_group()._worker._namespace)
     system = prompt(SYSTEM, 1)
-    chunks = [prompt(CHUNK, 50 + number) for number in range(max(options.chunks))]
+    count = max(options.chunks)
+    text = words(options.text, (count + options.rounds + 1) * CHUNK) if options.text else None
+    chunks = [prompt(CHUNK, 50 + i) if text is None else text[i * CHUNK :][:CHUNK] for i in range(count)]
+    questions = [
+        prompt(QUESTION, 900 + i) if text is None else text[(count + i) * CHUNK :][:QUESTION]
+        for i in range(options.rounds + 1)
+    ]
     for chunk in chunks:
         span = (SYSTEM, SYSTEM + CHUNK)
         ask(engine, [*system, *chunk, *prompt(2, 2)], {"capture": True, "spans": [span]})
     time.sleep(2.0)
-    return [one_length(engine, address, system, chunks[:count], options) for count in options.chunks]
+    return [one_length(engine, address, system, chunks[:count], questions, options, asked) for count in options.chunks]
+
+
+def words(paths: list[Path], count: int) -> list[int]:
+    """So many words of files, as tokens; punctuation and spaces are words, the most common one is number 1000."""
+    files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*.*")))]
+    texts = [file.read_text() for file in files if file.suffix in (".md", ".py")]
+    random.Random(SEED).shuffle(texts)
+    found = [word for text in texts for word in re.findall(r"\w+|\s+|[^\w\s]", text)]
+    if len(found) < count:
+        raise SystemExit(f"--text: {len(found)} words are not the {count} that prompts of this length need")
+    number = {word: 1000 + place for place, (word, _) in enumerate(Counter(found).most_common())}
+    return [number[word] for word in found[:count]]
 
 
 def one_length(
-    engine: Any, address: str, system: list[int], chunks: list[list[int]], options: argparse.Namespace
+    engine: Any,
+    address: str,
+    system: list[int],
+    chunks: list[list[int]],
+    questions: list[list[int]],
+    options: argparse.Namespace,
+    asked: Asked,
 ) -> dict[str, Any]:
     """Prompts of so many chunks, in turns."""
     row: dict[str, Any] = {"tokens": SYSTEM + len(chunks) * CHUNK + QUESTION, "chunks": len(chunks), "full": []}
@@ -90,7 +134,7 @@ def one_length(
     blended = {}
     for number in range(options.rounds + 1):  # the first warms up
         order = random.Random(number).sample(chunks, len(chunks))
-        ids = [*system, *(token for chunk in order for token in chunk), *prompt(QUESTION, 900 + number)]
+        ids = [*system, *(token for chunk in order for token in chunk), *questions[number]]
         spans = [(SYSTEM + i * CHUNK, SYSTEM + (i + 1) * CHUNK) for i in range(len(chunks))]
         for name in ("full", *options.selectors):
             wish = None if name == "full" else {"blend": True, "share": SHARE, "spans": spans, "selector": name}
@@ -98,7 +142,8 @@ def one_length(
             wait_until_stored(address, 0.5)
             if number == 1 and name != "full":
                 before = counters(engine)
-            seconds, answer = ask(engine, ids, wish, salt=f"{name}-{number}" if name == "full" else None)
+            salt = f"{name}-{number}" if name == "full" else None
+            seconds, answer = asked(partial(ask, engine, ids, wish, salt), f"{row['tokens']} tokens, {name}, {number}")
             if number:
                 row[name].append(seconds)
             if number == 1 and name != "full":
@@ -111,15 +156,15 @@ def one_length(
     return row
 
 
-def ask(engine: Any, ids: list[int], wish: dict[str, Any] | None, salt: str | None = None) -> tuple[float, Any]:
-    """Seconds until the first token, and the answer."""
+def ask(engine: Any, ids: list[int], wish: dict[str, Any] | None, salt: str | None = None) -> Answered:
+    """Ask for a prompt's first token."""
     from vllm import SamplingParams
 
     extra = None if wish is None else {"kv_transfer_params": {"kvstore": wish}}
     sampling = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, detokenize=False, extra_args=extra)
-    asked: dict[str, Any] = {"prompt_token_ids": ids} | ({"cache_salt": salt} if salt else {})
+    wanted: dict[str, Any] = {"prompt_token_ids": ids} | ({"cache_salt": salt} if salt else {})
     begun = time.perf_counter()
-    answer = engine.generate([asked], sampling, use_tqdm=False)[0]
+    answer = engine.generate([wanted], sampling, use_tqdm=False)[0]
     return time.perf_counter() - begun, answer
 
 

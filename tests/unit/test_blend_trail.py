@@ -30,7 +30,7 @@ def defined(prompt: Prompt) -> list[float]:
         windows[ids[i],].add((i - body[0]) // WINDOW)
         windows[ids[i], ids[i + 1]].add((i - body[0]) // WINDOW)
     count = (body[-1] - body[0]) // WINDOW + 1 if body else 1
-    rare = {word: math.log(count / len(where)) / math.log(max(2, count)) for word, where in windows.items()}
+    rare = {word: math.log(count / max(1, len(where) - 1)) / math.log(max(2, count)) for word, where in windows.items()}
     telling = ((np.log1p(ids) / np.log1p(max(1, *ids))) ** 4).tolist()
     linked = [some for some in places.values() if 1 < len(some) <= COMMON]
 
@@ -62,7 +62,7 @@ def defined(prompt: Prompt) -> list[float]:
     needed = [0.0] * len(ids)
     for a, b in ((a, b) for some in linked for a in some for b in some if light[b] >= FAINT and a < b):
         if owner[a] != owner[b]:
-            needed[b] = max(needed[b], light[b] * match(a, b))
+            needed[b] = max(needed[b], light[b] * math.sqrt(match(a, b)))
     parts = (faded(needed, AHEAD, lambda i, j: owner[i] == owner[j]), faded_back(needed, owner), seams(light, owner))
     return [max(*three) + REST * light[i] if owner[i] >= 0 else 0.0 for i, three in enumerate(zip(*parts, strict=True))]
 
@@ -159,3 +159,16 @@ def test_common_words_of_a_language_lead_nowhere_near_as_far_as_names() -> None:
 
 def test_nothing_in_chunks_is_nothing_to_choose() -> None:
     assert (scores(Prompt(torch.arange(9), (), exact=3)) == -torch.inf).all()
+
+
+def test_a_word_that_stands_once_more_links_as_well_in_few_windows_as_in_many() -> None:
+    def need(chunks: int) -> float:
+        ids = torch.arange(10_000, 10_000 + 32 * chunks + 2)
+        ids[[3, 32 * chunks]] = 50_001
+        ids[[4, 32 * chunks + 1]] = 50_002
+        ids[5], ids[6] = ids[75], ids[76] = 50_003, 50_004
+        spans = tuple(Span(32 * i, 32 * i + 32, Capture.SYSTEM) for i in range(chunks))
+        return float(scores(Prompt(ids, spans))[76])
+
+    assert need(4) == pytest.approx(need(12))
+    assert need(4) > 0.3

@@ -50,6 +50,8 @@ class Pass:
         Rows computed, summed over layers: the work done.
     kv_only : bool
         Nobody reads the hidden states behind the last layer: it ends at its keys and values.
+    tries : bool
+        What is overwritten is kept, until `go_on_with` puts it back.
     """
 
     model: Model
@@ -61,9 +63,11 @@ class Pass:
     wait_layer: Callable[[int], None] | None = None
     token_layers: int = 0
     kv_only: bool = False
+    tries: bool = False
 
     def __post_init__(self) -> None:
         self.hidden = self.model.embed(self.ids[self.rows])
+        self._former: list[LayerKV] = []
 
     def steps(self) -> Iterator[int]:
         """Repair one layer after the other; yields each layer when its rows are written.
@@ -76,6 +80,15 @@ class Pass:
                 self.wait_layer(layer)
             self._layer(layer)
             yield layer
+
+    def go_on_with(self, rows: Tensor) -> None:
+        """Between two layers: take back what was written so far, and compute only these of the rows on, sorted."""
+        for held, former in zip(self.cache, self._former, strict=False):
+            held.keys.index_copy_(0, self.rows, former.keys)
+            held.values.index_copy_(0, self.rows, former.values)
+        self.tries = False
+        self._former.clear()
+        self.rows, self.hidden = rows, self.hidden[torch.searchsorted(self.rows, rows)]
 
     def run(self) -> Pass:
         """Pass all layers."""
@@ -91,6 +104,8 @@ class Pass:
         if self.narrow is not None:
             cached = LayerKV(held.keys[self.rows], held.values[self.rows])
             kept = self.narrow(layer, self.rows, LayerKV(keys, values), cached)
+        if self.tries:
+            self._former.append(LayerKV(held.keys[self.rows], held.values[self.rows]))
         held.keys.index_copy_(0, self.rows, keys.to(held.keys.dtype))
         held.values.index_copy_(0, self.rows, values.to(held.values.dtype))
         if kept is not None:

@@ -75,6 +75,7 @@ class Work:
         self.model, self.prompt, self.cache = model, prompt, cache
         self._wait_layer, self._kv_only = wait_layer, kv_only
         self._loaded = 0
+        self._running: Pass | None = None
         self.rows = prompt.missing
         self.hidden = model.embed(prompt.ids[:0])
         self.changed = torch.zeros(len(prompt.ids), dtype=torch.bool, device=prompt.ids.device)
@@ -97,9 +98,17 @@ class Work:
         else:
             yield from selector.repair(self, count)
 
-    def steps(self, rows: Tensor, *, narrow: Narrow | None = None, watch: Watch | None = None) -> Iterator[int]:
-        """One pass over these rows; yields once a layer. Who needs no more of it may leave it there."""
-        one = Pass(self.model, self.prompt.ids, self.cache, rows, narrow, watch, self._wait, kv_only=self._kv_only)
+    def steps(
+        self, rows: Tensor, *, narrow: Narrow | None = None, watch: Watch | None = None, tries: bool = False
+    ) -> Iterator[int]:
+        """One pass over these rows; yields once a layer. Who needs no more of it may leave it there.
+
+        With `tries` it may turn out to be the wrong rows: see `go_on_with`.
+        """
+        one = Pass(
+            self.model, self.prompt.ids, self.cache, rows, narrow, watch, self._wait, kv_only=self._kv_only, tries=tries
+        )
+        self._running = one
         self.changed[rows] = True
         before = 0
         for layer in one.steps():
@@ -107,6 +116,13 @@ class Work:
             before = one.token_layers
             self.rows, self.hidden = one.rows, one.hidden
             yield layer
+
+    def go_on_with(self, rows: Tensor) -> None:
+        """Between two layers of a pass that tries: take back what it wrote, and compute only these of its rows on."""
+        if self._running is not None:
+            self.changed[self._running.rows] = False
+            self.changed[rows] = True
+            self._running.go_on_with(rows)
 
     def with_missing(self, rows: Tensor) -> Tensor:
         """These rows and the missing ones, sorted."""

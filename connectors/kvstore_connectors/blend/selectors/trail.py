@@ -12,8 +12,9 @@ the other, and has not, if they are in different chunks. So tokens count that ar
 earlier chunk, and those that light came to over a seam, with the words around them; what is lit besides comes last.
 
 How rare a word is, is counted in the chunks themselves, in windows of `WINDOW` tokens, for tokens and for pairs of
-tokens: a name of two tokens is rarer than each of them. In a few hundred tokens "of the" is rare, too, so it counts how
-common a token is in the language: vocabularies number tokens in the order in which they were merged, common ones first.
+tokens: a name of two tokens is rarer than each of them. A word that stands in one other window only is as rare as a
+link can be. In a few hundred tokens "of the" is rare, too, so it counts how common a token is in the language:
+vocabularies number tokens in the order in which they were merged, common ones first.
 
 Everything is arrays over the prompt's positions, on the host: a prompt of 32,000 tokens takes some milliseconds.
 """
@@ -97,8 +98,8 @@ class Trail(Choice):
     def _needed(self, light: Light, words: _Words) -> Light:
         """Light where something earlier in another chunk has not been seen, and around there; a little of the rest."""
         owner, needed = words.owner, np.zeros_like(light)
-        here, there, match = words.links(light, back_only=True)
-        np.maximum.at(needed, here, np.where(owner[there] != owner[here], light[here] * match, 0.0))
+        here, there, match = words.links(light, back_only=True)  # light came by the match once already
+        np.maximum.at(needed, here, np.where(owner[there] != owner[here], light[here] * np.sqrt(match), 0.0))
         parts = (words.faded(needed, self.ahead), words.faded_back(needed, self.back), self._over_seams(light, words))
         return np.where(owner >= 0, np.maximum.reduce(parts) + self.rest * light, 0.0)
 
@@ -152,7 +153,7 @@ def _fading(lit: Light, place: Places, reach: int) -> Light:
 
 
 class _Words:
-    """Where the tokens of the chunks stand, and how rare they and pairs of them are: 1 in one window, 0 in all.
+    """Where the tokens of the chunks stand, and how rare they and pairs of them are: 1 in one or two windows, 0 in all.
 
     Attributes
     ----------
@@ -232,7 +233,7 @@ def _kinds(words: Places, window: Places) -> tuple[Places, Light, Places]:
     first = (np.diff(kind, prepend=-1) != 0) | (np.diff(window[at], prepend=-1) != 0)
     within = np.bincount(kind[first], minlength=number[-1] + 1)
     windows = max(1, window.max() + 1)
-    rarity = np.log(windows / np.maximum(within, 1)) / np.log(max(2, windows))
+    rarity = np.log(windows / np.maximum(within - 1, 1)) / np.log(max(2, windows))  # in how many others, here besides
     kinds = np.empty_like(number)
     kinds[place] = number
     return kinds, np.where(within > 0, rarity, 0.0)[kinds], at
