@@ -51,7 +51,7 @@ class Pass:
     kv_only : bool
         Nobody reads the hidden states behind the last layer: it ends at its keys and values.
     tries : bool
-        What is overwritten is kept, until `go_on_with` puts it back.
+        What is overwritten is kept, until `accept` or `take_back`.
     """
 
     model: Model
@@ -81,13 +81,17 @@ class Pass:
             self._layer(layer)
             yield layer
 
-    def go_on_with(self, rows: Tensor) -> None:
-        """Between two layers: take back what was written so far, and compute only these of the rows on, sorted."""
+    def accept(self) -> None:
+        """Between two layers: these are the right rows."""
+        self.tries = False
+        self._former.clear()
+
+    def take_back(self, rows: Tensor) -> None:
+        """Between two layers: put back what was overwritten so far, and compute only these of the rows on, sorted."""
         for held, former in zip(self.cache, self._former, strict=False):
             held.keys.index_copy_(0, self.rows, former.keys)
             held.values.index_copy_(0, self.rows, former.values)
-        self.tries = False
-        self._former.clear()
+        self.accept()
         self.rows, self.hidden = rows, self.hidden[torch.searchsorted(self.rows, rows)]
 
     def run(self) -> Pass:

@@ -103,7 +103,7 @@ class Work:
     ) -> Iterator[int]:
         """One pass over these rows; yields once a layer. Who needs no more of it may leave it there.
 
-        With `tries` it may turn out to be the wrong rows: see `go_on_with`.
+        With `tries` it may turn out to be the wrong rows: until `accept` or `take_back`, what it overwrites is kept.
         """
         one = Pass(
             self.model, self.prompt.ids, self.cache, rows, narrow, watch, self._wait, kv_only=self._kv_only, tries=tries
@@ -117,12 +117,17 @@ class Work:
             self.rows, self.hidden = one.rows, one.hidden
             yield layer
 
-    def go_on_with(self, rows: Tensor) -> None:
-        """Between two layers of a pass that tries: take back what it wrote, and compute only these of its rows on."""
+    def accept(self) -> None:
+        """Between two layers of a pass that tries: these are the right rows."""
+        if self._running is not None:
+            self._running.accept()
+
+    def take_back(self, rows: Tensor) -> None:
+        """Between two layers of a pass that tries: put back what it overwrote, and go on with these of its rows."""
         if self._running is not None:
             self.changed[self._running.rows] = False
             self.changed[rows] = True
-            self._running.go_on_with(rows)
+            self._running.take_back(rows)
 
     def with_missing(self, rows: Tensor) -> Tensor:
         """These rows and the missing ones, sorted."""

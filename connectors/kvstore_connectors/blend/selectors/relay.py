@@ -88,10 +88,11 @@ class Relay:
         steps = work.steps(rows, watch=reading, tries=enough)
         yield from islice(steps, half)
         if enough and by_words(prompt, reading.scores(range(half * 2 // 3, half))) == 1:
+            work.accept()
             yield from steps
             return
         if enough:
-            work.go_on_with(alone)
+            work.take_back(alone)
         yield from islice(steps, most - half)
         looked = reading.scores()
         part = by_words(prompt, looked)
