@@ -3,14 +3,16 @@
 A chunk is believed only if its header says the very tokens that stand in the prompt, all its bytes have come, and the
 lease was valid until the last was copied. Anything else is a load that failed: the prompt is then computed.
 
-To a device the first layers are copied first, and while they are computed on the next ones come.
+To a device the first layers are copied first, and while they are computed on the next ones come; the calls for these
+are made then, too.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -34,6 +36,9 @@ BLOCKS_AT_ONCE = 256
 
 LAYERS_AT_ONCE = 4
 """Layers that are copied to a device together: a copy should have a megabyte."""
+
+GROUPS_AHEAD = 2
+"""Groups of layers that are on their way while one is computed on."""
 
 TTL_S = 30.0
 
@@ -164,7 +169,10 @@ class ChunkLoad:
         self._stream = stream
         self._wishes = [wish for one in chunks for wish in _wishes(one, namespace.block_tokens)]
         self._group = LAYERS_AT_ONCE if stream is not None else len(cache)
-        self._came: list[Moment] = []
+        self._rest: Iterator[None] = iter(())
+        """Calls for the groups of layers that are not on their way yet."""
+        self._came: list[tuple[Moment, Moment]] = []
+        """When the copying of each group began and ended."""
         self._waits: list[tuple[Moment, Moment]] = []
         self._lease: Any = None
         self._held: list[torch.Tensor] = []  # what copies read that is not leased
@@ -194,6 +202,7 @@ class ChunkLoad:
         while left:
             if not self.finish():  # the memory that was leased for the blocks before may be needed for the next
                 return False
+            self._came.clear()
             begun = time.monotonic()
             wait_s = max(deadline - begun, 0.0)
             keys = [wish.key for wish in left[:BLOCKS_AT_ONCE]]
@@ -207,17 +216,28 @@ class ChunkLoad:
                 self._tally.add("blend_chunk_missing")
                 return False
             self.seconds += time.monotonic() - begun
-            self._land(client, found, left[: len(found)])
+            self._rest = self._land(client, found, left[: len(found)])
             left = left[len(found) :]
+            self._bring(1 if self._stream is not None else len(self._rows))
         return True
 
     def wait(self, layer: int) -> None:
         """Let what is given to the device from here on wait for a layer."""
-        came = self._came[1 + layer // self._group].event if self._came else None
-        if came is not None and layer % self._group == 0:
+        if layer % self._group:
+            return
+        group = layer // self._group
+        self._bring(group + 1)
+        came = self._came[group][1].event if self._came else None
+        if came is not None:
             before = Moment(self._device)
             torch.cuda.current_stream(self._device).wait_event(came)
             self._waits.append((before, Moment(self._device)))
+        self._bring(group + 1 + GROUPS_AHEAD)
+
+    def _bring(self, groups: int) -> None:
+        """Have so many groups on their way, of those that there are."""
+        for _ in islice(self._rest, max(0, groups - len(self._came))):
+            pass
 
     def waited(self) -> float:
         """Seconds that the device waited for layers; for when it is through."""
@@ -228,10 +248,12 @@ class ChunkLoad:
         if self._lease is None:
             return True
         with self._lease as lease:
-            if self._stream is not None:
-                self._stream.synchronize()  # all of it, behind an error too: it reads leased memory, fills the cache
-            if self._came:
-                self.seconds += self._came[0].until(self._came[-1])
+            try:
+                self._bring(len(self._rows))
+            finally:
+                if self._stream is not None:
+                    self._stream.synchronize()  # behind an error, too: it reads leased memory, fills the cache
+            self.seconds += sum(begun.until(ended) for begun, ended in self._came)
             valid = bool(lease.valid())
         self._lease = None
         if not valid:
@@ -241,16 +263,17 @@ class ChunkLoad:
     def _nbytes(self, tokens: int) -> int:
         return 2 * len(self._rows) * tokens * self._rows[0][0][0].nbytes
 
-    def _land(self, client: Any, found: Sequence[LeasedBlock], wishes: Sequence[_Wish]) -> None:
-        """Copy leased blocks to their places, some layers after the other."""
+    def _land(self, client: Any, found: Sequence[LeasedBlock], wishes: Sequence[_Wish]) -> Iterator[None]:
+        """Copy leased blocks to their places, a group of layers at each step."""
         layers, device, stream = len(self._rows), self._device, self._stream
         pieces = [wish.piece for wish in wishes]
         with torch.cuda.stream(stream):
             turn = Turn.of(self._rotation, brought(torch.tensor([wish.distance for wish in wishes]), device))
-            runs = [] if stream is None else [self._runs(client, block) for block in found]
-            self._came = [Moment(device)]
-            for first in range(0, layers, self._group):
-                last = min(first + self._group, layers)
+        runs = [] if stream is None else [self._runs(client, block) for block in found]
+        for first in range(0, layers, self._group):
+            last = min(first + self._group, layers)
+            with torch.cuda.stream(stream):
+                begun = Moment(device)
                 if stream is None:
                     blocks: Sequence[torch.Tensor] = [self._bytes(client, block) for block in found]
                 else:
@@ -260,7 +283,8 @@ class ChunkLoad:
                         host.bring(run, block.nbytes // layers * first, block.nbytes // layers * last, to, stream)
                 skipped = frozenset(layer - first for layer in turn.skipped_layers)
                 place(self._rows[first:last], pieces, blocks, replace(turn, skipped_layers=skipped))
-                self._came.append(Moment(device))
+                self._came.append((begun, Moment(device)))
+            yield
 
     def _runs(self, client: Any, block: LeasedBlock) -> list[host.Run]:
         """Where copies to a device find a leased block: in its own memory if it is there, else in the daemon's."""
