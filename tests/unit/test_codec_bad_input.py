@@ -17,11 +17,11 @@ import pytest
 import torch
 import xxhash
 import zstandard
+from codec_kit import BASIS, CONTEXT, PCA, SPEC, made_basis, opened, packed, rotary
 
 from kvstore import Namespace
-from kvstore.codecs import BlockSpec, Context, parse, read
-from kvstore.codecs.basis import Basis, Part, load_basis, read_basis
-from kvstore.codecs.fit import Moments
+from kvstore.codecs import BlockSpec, parse, read
+from kvstore.codecs.basis import Part, load_basis, read_basis
 from kvstore.encoding import Encoding, form_of, pages
 from kvstore.errors import CannotDecode, CannotEncode, CodecError, ConfigError, CorruptBlock
 from kvstore.keys import namespace_digest
@@ -31,36 +31,6 @@ from kvstore.rope import Rotary
 from kvstore.testing.codec_suite import block_of, resign
 from kvstore.tiers.disk import DiskTier
 from kvstore.types import BlockHeader, BlockId, Hit, Miss, Scope, Stored
-
-SPEC = BlockSpec(4, 64, 2, 16)
-ROTARY = Rotary(tuple(10_000.0 ** (-i / 16) for i in range(0, 16, 2)))
-
-
-def made_basis(spec: BlockSpec = SPEC, model: str = "m", rotary: Rotary = ROTARY) -> Basis:
-    moments = Moments(spec.layers, spec.kv_heads, spec.head_dim, 2, joint=True)
-    generator = torch.Generator().manual_seed(0)
-    many = dataclasses.replace(spec, tokens=300)
-    moments.add(block_of(many).float(), torch.randn(many.shape, generator=generator))
-    return moments.basis(rotary=rotary.digest, model=model, revision="1", finest=1e-3)
-
-
-BASIS = made_basis()
-PCA = f"prerope|pca(basis={BASIS.digest},step=50)|zstd"
-CONTEXT = Context(rotary=ROTARY, bases={BASIS.digest: BASIS}, importance=torch.arange(64.0))
-
-
-def packed(chain: str, spec: BlockSpec = SPEC, context: Context = CONTEXT) -> np.ndarray:
-    out = np.empty(parse(chain).bound(spec, context), np.uint8)
-    return out[: parse(chain).encode(block_of(spec), spec, out, context)].copy()
-
-
-def opened(
-    chain: str, data: np.ndarray, spec: BlockSpec = SPEC, context: Context = CONTEXT, planes: int | None = None
-) -> torch.Tensor:
-    out = torch.empty(spec.shape, dtype=spec.torch_dtype)
-    parse(chain).decode(data, spec, out, context, planes=planes)
-    return out
-
 
 # -- numbers that are none ---------------------------------------------------------------------------------------------
 
@@ -94,7 +64,7 @@ FIELDS = {
 @pytest.mark.parametrize("what", FIELDS)
 def test_numbers_that_are_none_are_found(what: str) -> None:
     chain, spec, at, bad = FIELDS[what]
-    good = packed(chain, spec)
+    good = packed(chain, spec=spec)
     start = int(read(good).offsets[0, 0])
     assert torch.isfinite(opened(chain, good, spec)).all()
     for number in bad:
@@ -224,7 +194,7 @@ OTHER_NUMBERS = dataclasses.replace(
     groups=tuple(tuple(Part(p.mean + 1, p.forward, p.inverse, p.spread) for p in g) for g in BASIS.groups),
     _bytes=[],
 )
-OTHER_ROTATION = made_basis(rotary=Rotary(tuple(0.5**i for i in range(8))))
+OTHER_ROTATION = made_basis(turned=Rotary(tuple(0.5**i for i in range(8))))
 FEWER_LAYERS = made_basis(BlockSpec(2, 64, 2, 16))
 
 
@@ -245,7 +215,7 @@ LOSSY = Namespace(model="m", revision="1", dtype="bfloat16", layers=4, kv_heads=
                   block_tokens=64, fidelity="lossy:small")  # fmt: skip
 EXACT = msgspec.structs.replace(LOSSY, fidelity="exact")
 PROFILE = Profile(
-    name="small", model="m", revision="1", layers=4, kv_heads=2, head_dim=16, frequencies=list(ROTARY.frequencies),
+    name="small", model="m", revision="1", layers=4, kv_heads=2, head_dim=16, frequencies=list(rotary(16).frequencies),
     basis=BASIS.digest, rungs=[Rung(PCA, 0, 0.001, 0.001, 0.99, 0.0, 4.0, 1.0, 1.0)],
 )  # fmt: skip
 
@@ -339,7 +309,7 @@ BAD: dict[str, Callable[[], np.ndarray]] = {
     "another group": lambda: renamed(packed("kv4"), "group=64", "group=32"),
     "no plane at all": lambda: packed("kv4(k=8,v=8)")[: int(read(packed("kv4(k=8,v=8)")).offsets[0, 0]) + 100],
     "a header cut off": lambda: packed("kv4")[:50],
-    "another shape": lambda: packed("kv4", dataclasses.replace(SPEC, tokens=32)),
+    "another shape": lambda: packed("kv4", spec=dataclasses.replace(SPEC, tokens=32)),
     "a bomb": lambda: with_part(packed("raw|zstd"), b"\x01" + bomb(SPEC.nbytes)),
     "noise": lambda: np.random.default_rng(0).integers(0, 256, 3000).astype(np.uint8),
 }  # fmt: skip

@@ -10,55 +10,33 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from codec_kit import CHAINS, EXACT, LOSSY, WHOLE, as_pages, as_tensor, error, key, payload, profiles, rung
 from daemons import DaemonProcess, MakeDaemon, until
 
-from kvstore import KVStoreClient, Namespace
+from kvstore import KVStoreClient
 from kvstore.codecs import BlockSpec, frame, importance
 from kvstore.encoding import pages
 from kvstore.errors import ConfigError, FidelityRefused
 from kvstore.keys import namespace_digest
 from kvstore.obs import metrics
-from kvstore.profile import Identity, Profile, Rung, save_profile
 from kvstore.testing.valkey import ValkeyServer
 from kvstore.tiers.disk import DiskTier
 from kvstore.types import BlockHeader, BlockId, Hit, Miss, Scope, Stored, TierCode
 
-EXACT = Namespace(model="m", revision="1", dtype="bfloat16", layers=4, kv_heads=2, head_dim=32, layout="lkthd1",
-                  block_tokens=64)  # fmt: skip
-LOSSY = msgspec.structs.replace(EXACT, fidelity="lossy:small")
-WHOLE = 2 * 2 * 4 * 64 * 2 * 32
-CHAINS = ("prerope|kv4(k=8,v=8)", "prerope|kv4", "prerope|kv4(k=2,v=2)")
 ROOM = 4 << 20
 
 
-def payload(number: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(number)
-    return torch.randn(4, 2, 64, 2, 32, generator=generator).to(torch.bfloat16)
-
-
-def error(number: int, got: Any) -> float:
-    """Relative error of a block that was read."""
-    found = torch.frombuffer(bytearray(got.data), dtype=torch.bfloat16).view(4, 2, 64, 2, 32).float()
-    true = payload(number).float()
-    return float((found - true).norm() / true.norm())
-
-
-def key(number: int) -> bytes:
-    return number.to_bytes(32, "little")
+def lost(number: int, got: Any) -> float:
+    """Relative error of a block that a client read."""
+    return error(as_tensor(got.data), payload(number))
 
 
 def put(client: KVStoreClient, number: int, *, durable: bool = False) -> object:
-    raw = payload(number).view(-1).view(torch.uint8).numpy().tobytes()
-    return client.put(key(number), raw, BlockHeader(position=64 * number), durable=durable)
+    return client.put(key(number), bytes(as_pages(payload(number))), BlockHeader(position=64 * number), durable=durable)
 
 
 def profile(folder: Path, revision: str = "1", chains: tuple[str, ...] = CHAINS) -> str:
-    """A profile with figures made up: what they say is not what is tested here."""
-    rungs = [Rung(chain, 0, 0.001 * i, 0.001 * i, 0.99, 0.0, 2.0 + i, 1.0, 1.0) for i, chain in enumerate(chains)]
-    save_profile(
-        Profile(name="small", model="another name", revision="", also=[Identity("m", revision)], layers=4, kv_heads=2,
-                head_dim=32, frequencies=[10_000.0 ** (-i / 32) for i in range(0, 32, 2)], rungs=rungs), folder
-    )  # fmt: skip
+    profiles(folder, [rung(chain, 2.0 + i) for i, chain in enumerate(chains)], revision)
     return str(folder)
 
 
@@ -125,7 +103,7 @@ def test_blocks_shrink_before_any_leaves_and_are_found_again(make_daemon: MakeDa
         assert 2 * sum(counts["stored_bytes"] for counts in lossy) < WHOLE * count
         text = metrics.expose(daemon.stats()).decode()
         assert 'kvstore_codec_stored_bytes{chain="prerope|kv4(k=4,v=4,group=64,sinks=4)",tier="disk"}' in text
-        errors = [error(number, client.get(key(number))) for number in range(count)]
+        errors = [lost(number, client.get(key(number))) for number in range(count)]
     assert errors[0] == 0.0  # durable: as it was stored
     assert errors[-1] < 0.01 < max(errors) < 0.2
     assert daemon.stop() == 0
@@ -134,8 +112,8 @@ def test_blocks_shrink_before_any_leaves_and_are_found_again(make_daemon: MakeDa
     daemon.start()
     with daemon.client(namespace=LOSSY) as client:
         assert list(client.lookup([key(n) for n in range(count)])) == [TierCode.DISK] * count
-        assert error(0, client.get(key(0))) == 0.0
-        assert error(30, client.get(key(30))) == errors[30]
+        assert lost(0, client.get(key(0))) == 0.0
+        assert lost(30, client.get(key(30))) == errors[30]
         for number in (1, 2):
             assert isinstance(client.get(key(number)), Miss)
         after = disk(daemon)
@@ -146,7 +124,7 @@ def test_blocks_shrink_before_any_leaves_and_are_found_again(make_daemon: MakeDa
         for number in range(count, count + 60):  # what was found steps on
             until(lambda number=number: isinstance(put(client, number), Stored), "room in memory")
         assert settled(daemon)["codecs"]["stepped_down"] > 10
-        assert error(0, client.get(key(0))) == 0.0
+        assert lost(0, client.get(key(0))) == 0.0
     assert daemon.stop() == 0
 
 
@@ -163,7 +141,7 @@ def test_without_a_profile_nothing_is_ever_lossy(make_daemon: MakeDaemon) -> Non
         assert list(now["codecs"]["held"]) == ["byteplanes|zstd(level=1)"]
         held = now["codecs"]["held"]["byteplanes|zstd(level=1)"]
         assert held["blocks"] == now["blocks"] > 70  # raw, 60 fit
-        found = [error(number, got) for number in range(100) if (got := client.get(key(number)))]
+        found = [lost(number, got) for number in range(100) if (got := client.get(key(number)))]
         assert len(found) > 70
         assert set(found) == {0.0}
 
@@ -196,7 +174,7 @@ def test_blocks_of_a_profile_that_is_gone_cannot_be_named(make_daemon: MakeDaemo
     daemon.settings["codecs.profiles"] = folder
     daemon.start()
     with daemon.client(namespace=LOSSY) as client:
-        assert error(1, client.get(key(1))) < 0.01
+        assert lost(1, client.get(key(1))) < 0.01
 
 
 def test_a_folder_that_is_none_is_said_at_start(workdir: Path) -> None:
@@ -252,7 +230,7 @@ def test_redis_holds_the_encoded_size_and_another_daemon_decodes_it(make_daemon:
             until(lambda: first.stats()["queue"]["blocks"] == 0, "the queue to be empty")
             with second.client(namespace=namespace) as client:
                 until(lambda c=client: len(c.lookup([key(n) for n in range(4)])) == 4, "the other daemon to know")
-                errors = [error(number, client.get(key(number))) for number in range(4)]
+                errors = [lost(number, client.get(key(number))) for number in range(4)]
             assert max(errors) == 0.0 if namespace is EXACT else 0 < max(errors) < 0.01
         redis = first.stats()["tiers"]["redis"]
         passed = redis["codecs"]["since_start"]
@@ -274,20 +252,20 @@ def test_a_daemon_gives_the_bits_to_the_tokens_that_the_engine_found_important(
     folder = profile(workdir / "profiles", chains=("prerope|mikv(hi=8,lo=2,share=25)", CHAINS[2]))
     daemon = make_daemon({"disk.bytes": "8MiB", "host.bytes": "1MiB", "codecs.profiles": folder}).start()
     with daemon.client(namespace=LOSSY) as client:
-        raw = payload(1).view(-1).view(torch.uint8).numpy().tobytes()
+        raw = bytes(as_pages(payload(1)))
         for number, says in ((1, weights), (2, b""), (3, weights[:-2])):
             assert isinstance(client.put(key(number), raw, BlockHeader(position=64, importance=says)), Stored)
         for number in range(4, 24):  # others, until these are in memory no more
             until(lambda number=number: isinstance(put(client, number), Stored), "room in memory")
         assert settled(daemon)["codecs"]["without_importance"] == 22
         assert client.lookup([key(number) for number in (1, 2, 3)]) == [TierCode.DISK] * 3
-        lost = []
+        means = []
         for number in (1, 2, 3):
             block: Any = client.get(key(number))
-            got = torch.frombuffer(bytearray(block.data), dtype=torch.bfloat16).view(4, 2, 64, 2, 32)
-            lost.append((got - payload(1)).float().pow(2).sum((0, 1, 3, 4))[heavy].mean())
-        assert lost[0] < lost[1] / 100
-        assert lost[1] == lost[2]
+            found = (as_tensor(block.data) - payload(1)).float().pow(2).sum((0, 1, 3, 4))
+            means.append(found[heavy].mean())
+        assert means[0] < means[1] / 100
+        assert means[1] == means[2]
         assert disk(daemon)["codecs"]["undecodable"] == 0
 
 
@@ -307,7 +285,7 @@ def test_what_the_disk_made_smaller_comes_from_redis_as_long_as_that_is_there(
             found = list(client.lookup([key(number) for number in range(30)]))
             worn = [number for number, code in enumerate(found) if code == TierCode.REDIS]
             assert len(worn) > 4
-            assert max(error(number, client.get(key(number))) for number in worn[:-1]) < 0.01
+            assert max(lost(number, client.get(key(number))) for number in worn[:-1]) < 0.01
             until(lambda: disk(daemon)["codecs"]["taken_over"] > 0, "the disk to take one over")
             now = disk(daemon)
             assert (now["evicted"], now["codecs"]["lost_stepping"]) == (before["evicted"], 0)
@@ -315,4 +293,4 @@ def test_what_the_disk_made_smaller_comes_from_redis_as_long_as_that_is_there(
             server.kill()
             until(lambda: not daemon.stats()["tiers"]["redis"]["connected"], "the daemon to notice")
             assert client.lookup([key(worn[-1])]) == [TierCode.DISK]
-            assert 0.01 < error(worn[-1], client.get(key(worn[-1]))) < 0.6  # by the rungs below the first
+            assert 0.01 < lost(worn[-1], client.get(key(worn[-1]))) < 0.6  # by the rungs below the first

@@ -11,6 +11,7 @@ import pytest
 import torch
 import xxhash
 import zstandard
+from codec_kit import CONTEXT, SPEC, opened, packed
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -20,26 +21,6 @@ from kvstore.codecs.mikv import MiKV
 from kvstore.errors import CannotDecode, CannotEncode, CorruptBlock
 from kvstore.rope import Rotary
 from kvstore.testing.codec_suite import block_of, resign
-
-SPEC = BlockSpec(3, 64, 2, 16)
-CONTEXT = Context(
-    rotary=Rotary(tuple(10_000.0 ** (-i / 16) for i in range(0, 16, 2))), importance=torch.arange(64.0), identity=b"me"
-)
-
-
-def packed(chain: str, block: torch.Tensor, spec: BlockSpec = SPEC, context: Context = CONTEXT) -> np.ndarray:
-    made = parse(chain)
-    out = np.empty(made.bound(spec, context), np.uint8)
-    return out[: made.encode(block, spec, out, context)].copy()
-
-
-def opened(
-    chain: str, data: np.ndarray, spec: BlockSpec = SPEC, context: Context = CONTEXT, planes: int | None = None
-) -> torch.Tensor:
-    out = torch.empty(spec.shape, dtype=spec.torch_dtype)
-    parse(chain).decode(data, spec, out, context, planes=planes)
-    return out
-
 
 # -- quantizing -------------------------------------------------------------------------------------------------------
 
