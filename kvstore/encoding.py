@@ -219,14 +219,29 @@ class Encoding:
         from kvstore.codecs import parse
 
         chain, spec = parse(frame.chain), form.spec(header)
-        if chain.lossy and not form.lossy:
-            raise CorruptBlock(f"a block of an exact namespace was encoded by {frame.chain}.")
+        planes = _planes(frame, data.size)
+        if chain.lossy:
+            self._gate(form, frame, planes)
         out = torch.from_numpy(raw).view(spec.torch_dtype).view(spec.shape)
-        chain.decode(data, spec, out, self._context(form, chain), planes=_planes(frame, data.size))
+        chain.decode(data, spec, out, self._context(form, chain), planes=planes)
         if not chain.lossy:
             end = frame.nbytes(frame.planes)
             if int.from_bytes(data[end : end + SUM_BYTES].tobytes(), "little") != xxh3_64_intdigest(raw.data):
                 raise CorruptBlock("a decoded block is not what was encoded.")
+
+    def _gate(self, form: Form, frame: Frame, planes: int) -> None:
+        """Refuse a lossy frame, or what is left of one, that the namespace's profile does not let be read."""
+        if not form.lossy:
+            raise CorruptBlock(f"a block of an exact namespace was encoded by {frame.chain}.")
+        if not planes:
+            raise CorruptBlock("an encoded block is cut off in its first plane.")
+        kept = {planes, 0} if planes == frame.planes else {planes}
+        own = self._profiles
+        if own is not None and not any(own.allows(form.namespace, frame.chain, count) for count in kept):
+            raise CannotDecode(
+                f"{planes} of {frame.planes} planes by {frame.chain} are no rung that its profile allows.",
+                "The profile was calibrated anew, or the block comes from elsewhere; it will be stored again.",
+            )
 
     def given(self, form: Form, header: BlockHeader, data: memoryview, *, whole: bool) -> Encoded:
         """What an engine encoded, once it has been found right: its header only, or with `whole` every part.

@@ -137,6 +137,11 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
                 found.append((rung, weighed))
         return [rung for rung, _ in found][::-1]
 
+    @property
+    def allowed(self) -> frozenset[tuple[str, int]]:
+        """Chains, by the name in the header of a block, and planes that the gate lets be read, outdone ones, too."""
+        return frozenset((str(parse(rung.chain)), rung.planes) for rung in filter(self._is_good, self.rungs))
+
     def _is_good(self, rung: Rung) -> bool:
         return rung.kl_upper <= self.most_kl and rung.top1 >= self.least_top1 and rung.ratio > 1
 
@@ -227,6 +232,7 @@ class Profiles:
 
     def __init__(self, folder: Path | None) -> None:
         self._found: dict[str, tuple[Profile, list[tuple[Rung, Chain]], Context]] = {}
+        self._allowed: dict[str, frozenset[tuple[str, int]]] = {}
         if folder is not None and not folder.is_dir():
             raise ConfigError(f"codecs.profiles: {folder} is no folder.", "`kvstore calibrate` makes one.")
         for path in sorted(folder.glob("*.json")) if folder is not None else ():
@@ -235,6 +241,7 @@ class Profiles:
             if profile.basis:
                 bases = {profile.basis: _basis_of(profile, path.parent)}
             chains = [(rung, parse(rung.chain)) for rung in profile.passed]
+            self._allowed[profile.name] = profile.allowed
             self._found[profile.name] = (profile, chains, Context(rotary=profile.rotary, bases=bases))
 
     def __len__(self) -> int:
@@ -266,6 +273,13 @@ class Profiles:
             raise ConfigError(f"{reason}.", "Run `kvstore calibrate` for this model, or use fidelity `exact`.")
         _, chains, context = self._found[namespace.fidelity.removeprefix(LOSSY)]
         return chains, context
+
+    def allows(self, namespace: Namespace, chain: str, planes: int) -> bool:
+        """Whether blocks of a lossy namespace may be read from so many planes of a chain; 0 means all.
+
+        A block may stand on what an earlier profile of the name allowed.
+        """
+        return (chain, planes) in self._allowed.get(namespace.fidelity.removeprefix(LOSSY), ())
 
 
 def _shown(profile: Profile) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 from codec_kit import (
@@ -28,7 +29,7 @@ from codec_kit import (
 )
 
 from kvstore import Namespace
-from kvstore.codecs import importance
+from kvstore.codecs import importance, read
 from kvstore.encoding import form_of, pages
 from kvstore.errors import ConfigError
 from kvstore.ladder import Ladder
@@ -263,6 +264,59 @@ async def test_a_profile_of_another_model_is_refused(tmp_path: Path) -> None:
     assert "passed" in failed.check(LOSSY)
     with pytest.raises(ConfigError):
         Ladder(DiskTier(tmp_path / "d", 1 << 20), NAMES.get, exact="fp8")
+
+
+@pytest.mark.parametrize("becomes", ["outdone", "refused", "absent"])
+async def test_what_an_earlier_profile_allowed_is_read_while_the_gate_of_the_new_one_does(
+    tmp_path: Path, becomes: str
+) -> None:
+    tier = await ladder(tmp_path, profiles=profiles(tmp_path / "p"))
+    await store(tier, 1, LOSSY)
+    await tier.close()
+    small = rung(CHAINS[1], 4.0, kl=1e-6)  # less than the block's rung in every way
+    other = {"outdone": [rung(CHAINS[0], 2.0)], "refused": [rung(CHAINS[0], 2.0, kl=0.5)], "absent": []}[becomes]
+    again = await ladder(tmp_path, profiles=profiles(tmp_path / "p", [*other, small]))
+    got = await load(again, 1, LOSSY)
+    if becomes == "outdone":
+        assert error(got, payload(1)) < 0.01
+    else:
+        assert got == Miss(MissReason.CORRUPT)
+        assert (again.undecodable, again.counters.corrupt, again.size(block_id(1, LOSSY))) == (1, 0, None)
+    await again.close()
+
+
+@pytest.mark.parametrize("becomes", ["refused", "absent"])
+async def test_what_may_not_be_read_does_not_step_to_what_may(tmp_path: Path, becomes: str) -> None:
+    tier = await ladder(tmp_path, profiles=profiles(tmp_path / "p"))
+    await store(tier, 1, LOSSY)
+    await tier.close()
+    small = [rung(CHAINS[1], 4.0), rung(CHAINS[2], 6.0)]
+    other = [rung(CHAINS[0], 2.0, kl=0.5)] if becomes == "refused" else []
+    again = await ladder(tmp_path, profiles=profiles(tmp_path / "p", [*other, *small]))
+    assert again.size(block_id(1, LOSSY)) == WHOLE  # its header was not read yet
+    await again.steps.step(block_id(1, LOSSY))
+    assert (again.steps.down, again.steps.lost, again.size(block_id(1, LOSSY))) == (0, 1, None)
+    await again.close()
+
+
+async def test_planes_that_are_left_of_a_block_are_no_rung_by_themselves(tmp_path: Path) -> None:
+    for planes in (1, 2):  # both could be decoded
+        place = tmp_path / str(planes)
+        tier = await ladder(
+            place, profiles=profiles(place / "p", [rung(CHAINS[0], 2.0), rung(CHAINS[0], 4.0, planes=1)])
+        )
+        await store(tier, 1, LOSSY)
+        view = pages(tier.inner.size(block_id(1, LOSSY)) or 0)
+        hit = await tier.inner.get(block_id(1, LOSSY), [view])
+        assert isinstance(hit, Hit)
+        form = form_of(LOSSY)
+        assert form is not None
+        left = view[: form.marked(read(np.frombuffer(view, np.uint8)).nbytes(planes), by_engine=False)]
+        await tier.inner.drop(block_id(1, LOSSY))
+        await tier.inner.put(block_id(1, LOSSY), hit.header, [left], left.nbytes)
+        got = await load(tier, 1, LOSSY)
+        assert got == Miss(MissReason.CORRUPT) if planes == 2 else error(got, payload(1)) < 0.5
+        await tier.close()
 
 
 def test_only_known_layouts_are_encoded() -> None:
