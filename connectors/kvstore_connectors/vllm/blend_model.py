@@ -6,7 +6,6 @@ Its modules compute; only attention does not run through vLLM, since a batch's q
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -41,15 +40,6 @@ def find_model() -> torch.nn.Module:
             return model
         frame = frame.f_back
     raise ConfigError("blending: this vLLM's model runner is not known.", _REMEDY)
-
-
-def _kernel(module: Any, given: Tensor) -> Callable[..., Any]:
-    """One of vLLM's small operations by its own kernel.
-
-    With CUDA graphs these modules leave it to vLLM's compiler to make one kernel of many; called by themselves, as
-    here, they would be some ten kernels each.
-    """
-    return module.forward_cuda if given.is_cuda else module
 
 
 class EngineModel:
@@ -107,12 +97,11 @@ class EngineModel:
         """See `Model.qkv`."""
         module = self._layers[layer]
         attention = module.self_attn
-        both, _ = attention.qkv_proj(_kernel(module.input_layernorm, hidden)(hidden))
+        both, _ = attention.qkv_proj(module.input_layernorm(hidden))
         q, k, v = both.split([attention.q_size, attention.kv_size, attention.kv_size], dim=-1)
         q, k = q.reshape(-1, self._heads, self._dim), k.reshape(-1, self._kv_heads, self._dim)
         if hasattr(attention, "q_norm"):
-            q, k = q.contiguous(), k.contiguous()
-            q, k = _kernel(attention.q_norm, q)(q), _kernel(attention.k_norm, k)(k)
+            q, k = attention.q_norm(q.contiguous()), attention.k_norm(k.contiguous())
         return q, k, v.reshape(-1, self._kv_heads, self._dim)
 
     def rope(self, layer: int, rows: Tensor, positions: Tensor) -> Tensor:
@@ -144,11 +133,8 @@ class EngineModel:
         """See `Model.post`."""
         module = self._layers[layer]
         out, _ = module.self_attn.o_proj(attended.contiguous())
-        normed, hidden = _kernel(module.post_attention_layernorm, out)(out, hidden)
-        mlp = module.mlp
-        gated, _ = mlp.gate_up_proj(normed)
-        out, _ = mlp.down_proj(_kernel(mlp.act_fn, gated)(gated))
-        return out.add_(hidden)
+        normed, hidden = module.post_attention_layernorm(out, hidden)
+        return module.mlp(normed).add_(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `Model.logits`."""

@@ -14,11 +14,11 @@ as far as they lead, the rest by the product. Text that goes on looks at what is
 has much more of the attention than its part of the text, all goes by the product. In between each gets half: of either,
 half costs much less than nothing.
 
-Which of the two it is shows in the middle layers, as a rule. Most who have chunks put together ask. So words are
-repaired while the question is read, where they take the whole budget: if something is asked, that pass goes on to the
-end, and nothing was computed twice. Otherwise what words led to is put back as it was, since half repaired is worse
-than not at all; the question alone is read on to three quarters of the layers, which tell as much as all, and another
-pass repairs what was chosen.
+Which of the two it is shows in the second quarter of the layers, as a rule. Most who have chunks put together ask. So
+words are repaired while the question is read, where they take the whole budget: if something is asked, that pass goes on
+to the end, and nothing was computed twice. Otherwise what words led to is put back as it was, since half repaired is
+worse than not at all; the question alone is read on to three quarters of the layers, which tell as much as all, and
+another pass repairs what was chosen.
 
 A fact of which one half is repaired can be worse than one of which nothing is, so a token asked for also counts by
 those around. So reading costs nothing where something is asked; where text goes on, three quarters of the question's
@@ -87,7 +87,7 @@ class Relay:
         rows = work.with_missing(torch.cat([sinks, words])) if enough else alone
         steps = work.steps(rows, watch=reading, tries=enough)
         yield from islice(steps, half)
-        if enough and by_words(prompt, reading.scores(range(half * 2 // 3, half))) == 1:
+        if enough and by_words(prompt, reading.scores(range(half // 2, half))) == 1:
             work.accept()
             yield from steps
             return
