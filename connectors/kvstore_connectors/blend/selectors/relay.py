@@ -15,9 +15,9 @@ has much more of the attention than its part of the text, all goes by the produc
 half costs much less than nothing.
 
 Which of the two it is shows in the second quarter of the layers, as a rule. Most who have chunks put together ask. So
-words are repaired while the question is read, where they take the whole budget: if something is asked, that pass goes on
-to the end, and nothing was computed twice. Otherwise what words led to is put back as it was, since half repaired is
-worse than not at all; the question alone is read on to three quarters of the layers, which tell as much as all, and
+words are repaired while the question is read, where they take the whole budget: if something is asked, that pass goes
+on to the end, and nothing was computed twice. Otherwise what words led to is put back as it was, since half repaired
+is worse than not at all; the question alone is read on to three quarters of the layers, which tell as much as all, and
 another pass repairs what was chosen.
 
 A fact of which one half is repaired can be worse than one of which nothing is, so a token asked for also counts by
