@@ -12,6 +12,7 @@ from kit import Daemon, numbers
 
 from kvstore.errors import ConfigError
 from kvstore_connectors.transformers import KVStoreCache
+from kvstore_connectors.transformers.probe import Probe
 
 BLOCK, TOKENS = 16, 100
 SHAPE = {
@@ -52,6 +53,20 @@ def test_a_prompt_that_is_loaded_gives_the_same_tokens(family: str, daemon: Daem
         assert kv.last.loaded_tokens == 0
         assert torch.equal(kv.generate(ids, **asked), computed)
         assert kv.last.loaded_tokens == TOKENS // BLOCK * BLOCK
+
+
+@pytest.mark.parametrize("family", SERVED)
+def test_calibration_finds_its_kv_whatever_its_configuration_calls_it(family: str) -> None:
+    torch.manual_seed(0)
+    model = SERVED[family]().eval()
+    ids = torch.tensor(numbers(TOKENS)) % 290 + 3
+    probe, split = Probe(model), TOKENS - 12
+    block = probe.prefill(ids[:split].tolist())
+    assert block.shape == (probe.shape.layers, 2, split, probe.shape.kv_heads, probe.shape.head_dim)
+    with torch.no_grad():
+        whole = model(ids[None]).logits[0, split:]
+        torch.testing.assert_close(probe.logits(block, ids[split:].tolist()), whole, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(probe.after_rope(probe.before_rope(block)), block, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", REFUSED)

@@ -16,6 +16,7 @@ from transformers import DynamicCache
 from kvstore.errors import ConfigError
 from kvstore.rope import Rotary, rotary
 from kvstore_connectors.transformers.attention import Detour
+from kvstore_connectors.transformers.identity import model_layout
 from kvstore_connectors.transformers.support import base_model, check_model
 
 
@@ -45,11 +46,9 @@ class Probe:
     def __init__(self, model: Any) -> None:
         self.model = base_model(model).eval().requires_grad_(False)
         self._decoder = check_model(self.model)
-        config = self.model.config.to_dict()
-        head_dim = int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
-        heads = config.get("num_key_value_heads") or config["num_attention_heads"]
-        self.shape = Shape(int(config["num_hidden_layers"]), int(heads), head_dim)
-        self.rotary: Rotary = rotary(config)
+        layout = model_layout(self.model, 256)  # families have other words for the same in their configuration
+        self.shape = Shape(layout.layers, layout.kv_heads, layout.head_dim)
+        self.rotary: Rotary = rotary(self.model.config.to_dict() | {"head_dim": layout.head_dim})
         self.device = next(self.model.parameters()).device
         self.dtype = next(self.model.parameters()).dtype
 
