@@ -6,13 +6,11 @@ Sylvester's matrix over the square root of its size, block by block: a head is c
 from __future__ import annotations
 
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 
+from kvstore.codecs import processor
 from kvstore.codecs.scratch import scratch
-
-CPU_INFO = Path("/proc/cpuinfo")
 
 MOST = 32
 """Larger matrices cost more and spread an outlier no better."""
@@ -54,15 +52,9 @@ def summed_as_floats(codes: torch.Tensor, out: torch.Tensor) -> None:
     torch.mm(scratch("codes", tuple(codes.shape), torch.float32).copy_(codes), signs(codes.shape[1]), out=out)
 
 
-@lru_cache(maxsize=1)
 def in_integers() -> bool:
-    """Whether integers are the faster way here.
-
-    They take a third of the time of float32 on processors with AVX-512 VNNI, up to twenty times as long where there is
-    no instruction for such sums.
+    """Whether integers are the faster way here: they take a third of the time of float32 where the processor has
+    AVX-512 VNNI, up to twenty times as long where it has no instruction for such sums.
     """
-    try:
-        flags = CPU_INFO.read_text().split()
-    except OSError:
-        return False
-    return "avx512_vnni" in flags and hasattr(torch.ops.aten, "_int_mm") and torch.backends.mkldnn.is_available()
+    fast = "avx512_vnni" in processor.flags()
+    return fast and hasattr(torch.ops.aten, "_int_mm") and torch.backends.mkldnn.is_available()

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from kvstore.codecs import processor
 from kvstore.codecs.base import BlockCoder, BlockSpec, Bytes, Context, need
 from kvstore.codecs.basis import Basis
 from kvstore.codecs.raw import as_bytes, from_bytes
@@ -41,6 +42,8 @@ EDGES = (float("inf"), 16.0, 4.0, 1.0, 0.5, LEAST)
 LARGEST = (32767, 127, 127, 7, 2)
 TOGETHER = (1, 1, 1, 2, 3)
 """Codes in a byte, by plane; plane 0 takes two bytes a code."""
+HALF = frozenset({"avx512_bf16", "amx_bf16"})
+"""Processors' extensions, one of which makes products of bfloat16 fast."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,7 @@ class PCA(BlockCoder):
             torch.from_numpy(_unpack(part, plane, len(members) * rows)).view(len(members), rows)
             for plane, (part, members) in enumerate(zip([planes[0][head:], *planes[1:]], group.members, strict=False))
         ]
-        group.inverse(codes, out[:, :, sinks:], half=spec.dtype == "bfloat16")
+        group.inverse(codes, out[:, :, sinks:], half=spec.dtype == "bfloat16" and bool(HALF & processor.flags()))
 
 
 class _Group:
@@ -152,7 +155,7 @@ class _Group:
         """Fill a unit from the codes ``[component, token]`` of its first planes.
 
         Codes of plane 0 need float32. The others are of at most 8 bits, which bfloat16 has exactly: what becomes
-        bfloat16 (``half``) is computed in it from these, at twice the speed.
+        bfloat16 (``half``) is computed in it from these, at twice the speed where the processor has it.
         """
         begin = 0
         for kind, part, end in zip(self._basis.kinds, self._parts, self._ends, strict=True):

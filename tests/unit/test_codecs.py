@@ -11,11 +11,11 @@ import pytest
 import torch
 import xxhash
 import zstandard
-from codec_kit import CONTEXT, SPEC, opened, packed
+from codec_kit import BASIS, CONTEXT, SPEC, opened, packed
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from kvstore.codecs import BlockSpec, Chain, Context, hadamard, parse, quant, read
+from kvstore.codecs import BlockSpec, Chain, Context, hadamard, parse, processor, quant, read
 from kvstore.codecs.kv4 import KV4
 from kvstore.codecs.mikv import MiKV
 from kvstore.errors import CannotDecode, CannotEncode, CorruptBlock
@@ -97,12 +97,25 @@ def test_sums_are_made_by_what_the_processor_does_fast(
 ) -> None:
     if info is not None:
         (tmp_path / "cpuinfo").write_text(info)
-    monkeypatch.setattr(hadamard, "CPU_INFO", tmp_path / "cpuinfo")
-    hadamard.in_integers.cache_clear()
+    monkeypatch.setattr(processor, "CPU_INFO", tmp_path / "cpuinfo")
+    processor.flags.cache_clear()
     try:
         assert hadamard.in_integers() == integers
     finally:
-        hadamard.in_integers.cache_clear()
+        processor.flags.cache_clear()
+
+
+def test_pca_decodes_to_the_same_but_for_rounding_by_float32_and_by_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    chain = f"prerope|pca(basis={BASIS.digest},step=5000)|zstd"
+    data, block, found = packed(chain), block_of(SPEC).float(), {}
+    for flags in (frozenset(), frozenset({"avx512_bf16"}), frozenset({"amx_bf16"})):
+        monkeypatch.setattr(processor, "flags", lambda flags=flags: flags)
+        found[flags] = opened(chain, data).float()
+    by_floats, *by_halves = found.values()
+    lost = (by_floats - block).norm()
+    for by_half in by_halves:
+        assert 0 < (by_half - by_floats).norm() < 0.02 * block.norm()
+        assert (by_half - block).norm() < 1.1 * lost
 
 
 # -- kv4, mikv --------------------------------------------------------------------------------------------------------
