@@ -192,6 +192,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--seconds", type=float, default=1800, help="how long it lasts (default 1800)")
     parser.add_argument("--warm-up", type=float, default=120, help="seconds before the baseline (default 120)")
+    parser.add_argument("--seed", type=int, default=1, help="what the workers do, and when they are killed (default 1)")
     parser.add_argument("--worker", nargs=2, metavar=("ADDRESS", "SEED"), help="be a worker (used by the bench)")
     parser.add_argument("--small", action="store_true", help=f"blocks {SMALLER} times smaller, and as many times more")
     args = parser.parse_args()
@@ -213,9 +214,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="kvb-") as place, running_daemon(settings, Path(place)) as address:
         pid, addresses = pid_of(address), [address, address, address, f"tcp://{tcp}"]
         with KVStoreClient(address, namespace=Namespace(model="watch"), timeout_s=60) as kv:
-            everything(addresses, http, pid, args.warm_up, 1, options)
+            everything(addresses, http, pid, args.warm_up, 2 * args.seed - 1, options)
             before = held(kv, pid)
-            during = everything(addresses, http, pid, args.seconds, 2, options)
+            during = everything(addresses, http, pid, args.seconds, 2 * args.seed, options)
             after = held(kv, pid)
     results = {"seconds": args.seconds, "before": before, "after": after, **during}
     rows = [(name, f"{before[name]:.10g}", f"{after[name]:.10g}") for name in before]
