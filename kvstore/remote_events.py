@@ -23,15 +23,11 @@ from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, cast
 
 import msgspec
-import redis.asyncio as redis
-from redis.asyncio.cluster import RedisCluster
-from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
-from redis.retry import Retry
 
-from kvstore.errors import ConfigError, CorruptBlock, ProtocolError
+from kvstore.errors import CorruptBlock, ProtocolError
 from kvstore.feed import Feed
 from kvstore.peers import DEAD_S, Peer
+from kvstore.remote.clients import FAILURES, LIES, make_client
 from kvstore.remote.record import Seal
 from kvstore.wire import messages as m
 
@@ -48,8 +44,8 @@ _PLACE = re.compile(rb"(\d{1,20})-(\d{1,20})", re.ASCII)
 _MAX_ENTRY = 1 << 20
 _BACK_OFF_S = 5.0
 
-_LIES = (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, msgspec.MsgspecError)
-_FAILURES = (RedisError, OSError, TimeoutError, ProtocolError, *_LIES)
+_LIES = (*LIES, msgspec.MsgspecError)
+_FAILURES = (*FAILURES, ProtocolError, msgspec.MsgspecError)
 
 
 class Card(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
@@ -108,7 +104,7 @@ class EventExchange:
         self.peers: dict[str, Peer] = {}
         self.counts = {"published": 0, "followed": 0, "snapshots": 0, "missed": 0, "garbage": 0, "failures": 0}
         self.error = ""
-        self._client = _make_client(url, cluster, timeout_s)
+        self._client = make_client(url, cluster, timeout_s, 4)
         self._cards = "{" + prefix + "}:daemons"
         self._prefix = "{" + prefix + "}:events:"
         self._feed = feed
@@ -312,13 +308,3 @@ def _before(place: str) -> bytes:
     """The place just before one, since reading begins after what it is told."""
     first, second = _number(place.encode())
     return b"%d-%d" % ((first, second - 1) if second else (max(0, first - 1), (1 << 64) - 1))
-
-
-def _make_client(url: str, cluster: bool, timeout_s: float) -> redis.Redis | RedisCluster:
-    limits: dict[str, Any] = {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s, "max_connections": 4}
-    try:
-        if cluster:
-            return RedisCluster.from_url(url, retry=Retry(NoBackoff(), 1), **limits)
-        return redis.Redis.from_url(url, retry=Retry(NoBackoff(), 0), **limits)
-    except (ValueError, RedisError) as error:
-        raise ConfigError(f"redis.url: {error}.", "Write redis://host:6379, rediss://… or unix:///path.") from None

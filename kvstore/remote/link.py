@@ -12,7 +12,6 @@ from typing import Any, TypeVar, cast
 
 import redis.asyncio as redis
 from redis.asyncio.cluster import RedisCluster
-from redis.backoff import NoBackoff
 from redis.exceptions import (
     AuthenticationError,
     AuthorizationError,
@@ -20,20 +19,16 @@ from redis.exceptions import (
     NoPermissionError,
     OutOfMemoryError,
     ReadOnlyError,
+    RedisClusterException,
     RedisError,
     ResponseError,
 )
-from redis.retry import Retry
 
 from kvstore.errors import ConfigError
+from kvstore.remote.clients import FAILURES, LIES, make_client, make_pool
 from kvstore.remote.lane import Command, Lane, Room
 
 T = TypeVar("T")
-_LIES = (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError)
-"""What a reply of another shape than was asked for ends in: no server of ours."""
-FAILURES = (RedisError, OSError, TimeoutError, asyncio.TimeoutError, *_LIES)
-"""What a command can end in that is the server's fault, or the network's."""
-
 
 RENEW_S = 5.0
 """Connections are given up for newer ones at most so often."""
@@ -71,12 +66,8 @@ class Link:
     def __init__(self, url: str, cluster: bool, lanes: int, timeout_s: float) -> None:
         self.lanes = lanes
         self.timeout_s = timeout_s
-        self.client = _make_client(url, cluster, 2 * lanes + 4, timeout_s)
-        self._makers = (
-            None
-            if cluster
-            else redis.ConnectionPool.from_url(url, protocol=2, retry=Retry(NoBackoff(), 0), **_limits(timeout_s))
-        )
+        self.client = make_client(url, cluster, timeout_s, 2 * lanes + 4)
+        self._makers = None if cluster else make_pool(url, timeout_s)
         self._idle: list[Lane] = []
         self.age = 0
         self._renewed = -RENEW_S
@@ -207,6 +198,8 @@ class Link:
 
 def kind_of(error: BaseException) -> tuple[str, str]:
     """Kind of a failure, and how it is said."""
+    if isinstance(error, RedisClusterException) and error.__cause__ is not None:
+        return kind_of(error.__cause__)  # no node answered, the last one like this
     if isinstance(error, Exhausted):
         return "exhausted", "all connections are busy"
     if isinstance(error, AuthenticationError | AuthorizationError | NoPermissionError):
@@ -217,26 +210,11 @@ def kind_of(error: BaseException) -> tuple[str, str]:
         return "full", "has no memory left"
     if isinstance(error, ReadOnlyError):
         return "readonly", "is a replica, which takes no writes"
-    if isinstance(error, (InvalidResponse, *_LIES)):
+    if isinstance(error, (InvalidResponse, *LIES)):
         return "garbage", "answers what was not asked"
     if isinstance(error, ResponseError):
         return "error", "answers with an error"
     return "refused", "cannot be reached"
-
-
-def _make_client(url: str, cluster: bool, connections: int, timeout_s: float) -> redis.Redis | RedisCluster:
-    limits = {**_limits(timeout_s), "max_connections": connections}
-    try:
-        if cluster:
-            return RedisCluster.from_url(url, retry=Retry(NoBackoff(), 1), **limits)
-        pool = redis.BlockingConnectionPool.from_url(url, retry=Retry(NoBackoff(), 0), timeout=timeout_s, **limits)
-        return redis.Redis(connection_pool=pool)
-    except (ValueError, RedisError) as error:
-        raise ConfigError(f"redis.url: {error}.", "Write redis://host:6379, rediss://… or unix:///path.") from None
-
-
-def _limits(timeout_s: float) -> dict[str, Any]:
-    return {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s}
 
 
 def _placed(reply: Any, room: Room | None) -> Any:

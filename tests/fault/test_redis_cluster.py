@@ -146,3 +146,24 @@ async def test_a_replica_takes_the_place_of_a_node_that_died(tmp_path: Path) -> 
             found = [await tier.get(block, pages(MIB)) for block in held]
             assert all(isinstance(each, Hit) or each.reason is MissReason.LOST for each in found)
             assert sum(await asyncio.gather(*(load(tier, block, MIB) for block in held))) >= 6
+
+
+async def test_a_cluster_of_which_no_node_answers_is_met_again(tmp_path: Path) -> None:
+    """Dead when the tier starts, and dead once more while it runs."""
+    with ValkeyCluster(tmp_path) as cluster:
+        for node in cluster.nodes:
+            node.kill()
+        async with opened(cluster, "dead", timeout_s=0.5) as tier:
+            for number in range(2):
+                began = time.monotonic()
+                assert await store(tier, block_of(number), MIB) == Dropped(DropReason.TIER_DOWN)
+                assert time.monotonic() - began < 2
+                assert "reached" in tier.describe_state()["last_error"]
+                for node in cluster.nodes:
+                    node.start()
+                await until(lambda: tier.describe_state()["connected"])
+                assert await store(tier, block_of(number), MIB) == Stored()
+                assert await load(tier, block_of(number), MIB)
+                for node in cluster.nodes:
+                    node.kill()
+                await until(lambda: not tier.describe_state()["connected"])

@@ -176,18 +176,49 @@ async def test_a_wrong_password_is_said(tmp_path: Path) -> None:
             assert await store(tier, block_of(1), 1000) == Stored()
 
 
-@pytest.mark.parametrize("reply", [b"+PONG\r\n" * 50, b"$-5\r\nabc", b"\x00\xff" * 500, b"*100000000\r\n", b""])
+@pytest.mark.parametrize(
+    "reply",
+    [
+        b"+PONG\r\n" * 50,
+        b"$-5\r\nabc",
+        b"\x00\xff" * 500,
+        b"",
+        b"$9999999999\r\nabc",
+        b"$" + b"9" * 5000 + b"\r\n",
+        b"*2147483647\r\n:1\r\n",
+        b"%2147483647\r\n:1\r\n",
+        b"*1\r\n" * 10_000,
+        b"*262144\r\n" * 1000,
+        b"+" + b"x" * (1 << 20),
+        b":" + b"9" * 5000 + b"\r\n",
+    ],
+    ids=lambda reply: repr(reply[:12]),
+)
 async def test_garbage_for_replies(reply: bytes) -> None:
+    """Whatever it announces: nothing stands still, and no memory is asked for because of it."""
+    stood_still = 0.0
+
     async def lie(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while await reader.read(65536):
             writer.write(reply)
         writer.close()
 
+    async def watch() -> None:
+        nonlocal stood_still
+        while True:
+            began = time.monotonic()
+            await asyncio.sleep(0.01)
+            stood_still = max(stood_still, time.monotonic() - began)
+
     server = await asyncio.start_server(lie, "127.0.0.1", 0)
+    watching = asyncio.create_task(watch())
     async with opened(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}") as tier:
         assert await store(tier, block_of(1), 1000) == Dropped(DropReason.TIER_DOWN)
         assert tier.size(block_of(1)) is None
+        assert set(tier.describe_state()["failures"]) <= {"garbage", "slow", "refused"}
+    watching.cancel()
     server.close()
+    assert stood_still < 2.0
 
 
 @pytest.mark.parametrize("sealed", [False, True])
@@ -238,6 +269,8 @@ async def test_another_key_reads_nothing(tmp_path: Path) -> None:
 def test_settings_that_cannot_be_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"redis\.url"):
         RedisTier("http://localhost", MIB)
+    with pytest.raises(ConfigError, match="any node"):
+        RedisTier("unix:///run/valkey.sock", MIB, cluster=True)
     with pytest.raises(ConfigError, match="32"):
         RedisTier("redis://localhost", MIB, key=b"short")
     file = tmp_path / "key"
