@@ -20,7 +20,7 @@ from msgspec import Meta
 
 from kvstore.errors import QuotaRefused
 from kvstore.types import Namespace, Scope
-from kvstore.units import parse_duration, parse_size
+from kvstore.units import format_size, parse_duration, parse_size
 
 MAX_RULES = 64
 """Each is a partition with a policy of its own, and a label of metrics."""
@@ -101,7 +101,8 @@ def share_of(rule: QuotaRule, tier: str, capacity: int) -> Share:
     guarantee = _amount(rule, "guarantee", tier, capacity)
     limit = _amount(rule, "limit", tier, capacity)
     if limit and limit < guarantee:
-        raise QuotaRefused(f"quota {rule.name}: the limit of {tier} is {limit} bytes, the guarantee {guarantee}.")
+        amounts = f"the limit of {tier} is {format_size(limit)}, less than the guarantee, {format_size(guarantee)}"
+        raise QuotaRefused(f"quota {rule.name}: {amounts}.", "Raise the limit, or lower the guarantee.")
     return Share(guarantee, limit, rule.priority, _seconds(rule))
 
 
@@ -114,7 +115,8 @@ def shares_of(rules: Iterable[QuotaRule], tier: str, capacity: int) -> dict[str,
     promised, most = sum(share.guarantee for share in shares.values()), capacity - capacity // 16
     if promised > most:
         raise QuotaRefused(
-            f"quotas: {promised} bytes of {tier} would be guaranteed; of its {capacity} at most {most} can be.",
+            f"quotas: {format_size(promised)} of {tier} would be guaranteed; of the {format_size(capacity)} it has for "
+            f"blocks at most {format_size(most)} can be.",
             "Lower a guarantee, or raise the tier's budget.",
         )
     return shares

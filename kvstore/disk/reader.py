@@ -24,7 +24,7 @@ class Counted(Protocol):
 
 
 class Reader:
-    """What is read of a store. Its coroutines are to run to their end, whoever asked: see `Store.to_the_end`."""
+    """What is read of a store. Its coroutines are to run to their end, whoever asked: see `Threads.to_the_end`."""
 
     def __init__(self, store: Store, counters: Counted) -> None:
         self._store = store
@@ -51,7 +51,7 @@ class Reader:
         began = time.perf_counter()
         reading = self._index.begin_read(block)
         try:
-            header = await store.reading(store.blocks.read, block, shape, into, used and self._wants_touch(block))
+            header = await store.threads.read(store.blocks.read, block, shape, into, used and self._wants_touch(block))
         except CorruptBlock:
             reason = MissReason.CORRUPT
         except (FileNotFoundError, ForeignFile):
@@ -81,7 +81,7 @@ class Reader:
             return None
         reading = self._index.begin_read(block)
         try:
-            return await self._store.reading(self._store.blocks.header, block, shape)
+            return await self._store.threads.read(self._store.blocks.header, block, shape)
         except (CorruptBlock, ForeignFile, OSError):  # whoever reads all of it will see to that
             return None
         finally:

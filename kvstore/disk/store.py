@@ -2,7 +2,7 @@
 
 State lives on the event loop, system calls in the threads. Blocks and namespaces whose files a thread is working on are
 `busy`: nobody else may touch those files until the future there is done. Methods are not written to be cancelled;
-callers run them by `to_the_end`.
+callers run them by `Threads.to_the_end`.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ import asyncio
 import contextlib
 import errno
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple
 
 from kvstore.disk.blocks import BlockFiles, TmpLeft, description_cost
 from kvstore.disk.directory import Directory
@@ -24,6 +23,7 @@ from kvstore.disk.group import GroupSync
 from kvstore.disk.index import Departure, Index, Removed
 from kvstore.disk.io import Files
 from kvstore.disk.recover import Recovered, by_last_use, recover
+from kvstore.disk.threads import Threads
 from kvstore.errors import DirectoryUnusable
 from kvstore.eviction.base import EvictionPolicy
 from kvstore.types import BlockHeader, BlockId, Gone, Scope
@@ -34,9 +34,6 @@ QUARANTINE_SHARE = 8
 
 IDLE_TEXTS = 4096
 """Descriptions kept in memory for namespaces that have no blocks here."""
-
-T = TypeVar("T")
-P = ParamSpec("P")
 
 
 class _Written(NamedTuple):
@@ -85,13 +82,10 @@ class Store:
         self.found: dict[str, Any] = {}
         self.texts: dict[Scope, bytes] = {}
         self.ready = False
-        self.threads = threads
+        self.threads = Threads(threads)
         self.found_share = 0.0
         self._closed = False
-        self._readers = ThreadPoolExecutor(threads, "kvstore-read")
-        self._writers = ThreadPoolExecutor(threads, "kvstore-write")
         self._names = GroupSync(self._sync_names)
-        self._running: set[asyncio.Future[Any]] = set()
 
     # -- life ----------------------------------------------------------------------------------------------------------
 
@@ -105,7 +99,7 @@ class Store:
         """
         began = time.perf_counter()
         index = self.index
-        found = await self.thread(self._open)
+        found = await self.threads.run(self._open)
         index.adopt(found.spaces, found.quarantine)
         index.capacity += int(self.found_share * index.used)
         self.texts = found.texts
@@ -118,7 +112,7 @@ class Store:
                     f"disk.path: what is in {self.root} takes {index.used} bytes, the budget is {index.capacity}."
                 )
         else:
-            self._track(asyncio.ensure_future(self._order_blocks()))
+            self.threads.begin(self._order_blocks())
         self.ready = True
         self.found["recover_s"] = time.perf_counter() - began
 
@@ -133,7 +127,7 @@ class Store:
     async def _order_blocks(self) -> None:
         """Find out in which order the blocks found at start were last used, and which of them are no files of ours."""
         found = {scope: list(space.blocks.items()) for scope, space in self.index.spaces.items()}
-        order, strangers = await self.thread(by_last_use, self.directory, self.files, found)
+        order, strangers = await self.threads.run(by_last_use, self.directory, self.files, found)
         self.index.set_cold(order)
         for block in strangers:
             if self.index.is_cold(block):
@@ -146,10 +140,7 @@ class Store:
         if self._closed:
             return
         self._closed = True
-        while self._running:
-            await asyncio.wait(self._running)
-        self._readers.shutdown(wait=True)
-        self._writers.shutdown(wait=True)
+        await self.threads.close()
         if hasattr(self, "directory"):
             self.directory.close()
 
@@ -195,7 +186,7 @@ class Store:
 
     async def _remove_old(self, old: Departure) -> None:
         """Remove the file of a block that has another one now."""
-        failed, _ = await self.thread(self._clear_out, old)
+        failed, _ = await self.threads.run(self._clear_out, old)
         for block, shape in failed:
             self.index.leftovers[f"blocks/{scope_path(block.scope)}/{block_name(block.key, shape)}"] = shape.cost
             self.index.used += shape.cost - old.nbytes  # a reader pays back what it was not told is still there
@@ -220,7 +211,7 @@ class Store:
             return _Written(error, failed)
 
         with self.occupied(leaving):
-            return await self.thread(job)
+            return await self.threads.run(job)
 
     def _take_one(self, leaving: Departure, file_bytes: int) -> tuple[str, Departure]:
         """In a thread: a file among those that leave which can be written over, and what else leaves."""
@@ -243,7 +234,7 @@ class Store:
     async def harden(self, block: BlockId, shape: Shape) -> OSError | None:
         """Make a stored block survive a loss of power. Why not, if so."""
         try:
-            await self.thread(self.blocks.harden, block, shape)
+            await self.threads.run(self.blocks.harden, block, shape)
         except OSError as error:
             return error
         return await self.sync_names(block.scope)
@@ -257,7 +248,7 @@ class Store:
         return None
 
     async def _sync_names(self, scopes: set[Scope], new: set[Scope]) -> None:
-        await self.thread(self.blocks.sync_names, scopes, new)
+        await self.threads.run(self.blocks.sync_names, scopes, new)
 
     # -- leaving -------------------------------------------------------------------------------------------------------
 
@@ -276,7 +267,7 @@ class Store:
         error = None
         if leaving.blocks or leaving.scopes:
             with self.occupied(leaving):
-                failed, error = await self.thread(self._clear_out, leaving)
+                failed, error = await self.threads.run(self._clear_out, leaving)
         self.index.depart(leaving, failed)
         return failed, error
 
@@ -305,8 +296,8 @@ class Store:
         index = self.index
         leaving = index.forget([block], Gone.CORRUPT)
         with self.occupied(leaving):
-            place = await self.thread(self._move_aside, block, shape)
-            await self.thread(self._clear_out, Departure(scopes=leaving.scopes))
+            place = await self.threads.run(self._move_aside, block, shape)
+            await self.threads.run(self._clear_out, Departure(scopes=leaving.scopes))
         index.depart(leaving)
         if place is not None:
             where, name = place
@@ -333,7 +324,7 @@ class Store:
             name = next(iter(kept))
             cost = kept.pop(name)
             try:
-                await self.thread(self.blocks.forget_aside, name)
+                await self.threads.run(self.blocks.forget_aside, name)
             except OSError:
                 index.leftovers[f"quarantine/{name}"] = cost
             else:
@@ -374,32 +365,6 @@ class Store:
                 self.index.spaces[scope].description = cost
             empty = self.index.settle(reservation, kept, wrote.failed)
         await self.remove(empty)
-
-    # -- threads and cancellation --------------------------------------------------------------------------------------
-
-    async def reading(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run in a thread that only reads: somebody waits for it, and it waits for no write."""
-        return await asyncio.get_running_loop().run_in_executor(self._readers, partial(function, *args, **kwargs))
-
-    async def thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run in a thread for everything else."""
-        return await asyncio.get_running_loop().run_in_executor(self._writers, partial(function, *args, **kwargs))
-
-    async def to_the_end(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run to the end even if the caller is cancelled: a thread may be using the caller's buffers."""
-        task = self._track(asyncio.ensure_future(work))
-        try:
-            return await asyncio.shield(task)
-        except asyncio.CancelledError:
-            while not task.done():
-                with contextlib.suppress(asyncio.CancelledError):
-                    await asyncio.wait([task])
-            raise
-
-    def _track(self, task: asyncio.Future[T]) -> asyncio.Future[T]:
-        self._running.add(task)
-        task.add_done_callback(self._running.discard)
-        return task
 
     @contextlib.contextmanager
     def occupied(self, leaving: Departure) -> Iterator[None]:

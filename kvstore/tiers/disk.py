@@ -181,7 +181,7 @@ class DiskTier(Tier):
 
     async def get(self, block: BlockId, into: Sequence[memoryview]) -> LoadOutcome:
         """Read a block into the caller's buffers and verify every byte of its file."""
-        outcome = await self._store.to_the_end(self._reader.read(block, into, used=True))
+        outcome = await self._store.threads.to_the_end(self._reader.read(block, into, used=True))
         if isinstance(outcome, Hit):
             self.counters.hits += 1
             self.counters.bytes_read += outcome.nbytes
@@ -191,11 +191,11 @@ class DiskTier(Tier):
 
     async def peek(self, block: BlockId, into: Sequence[memoryview]) -> LoadOutcome:
         """As `get`, but nobody used the block."""
-        return await self._store.to_the_end(self._reader.read(block, into, used=False))
+        return await self._store.threads.to_the_end(self._reader.read(block, into, used=False))
 
     async def header(self, block: BlockId) -> BlockHeader | None:
         """The header of a block that is here and undamaged."""
-        return await self._store.to_the_end(self._reader.header(block))
+        return await self._store.threads.to_the_end(self._reader.header(block))
 
     # -- put -----------------------------------------------------------------------------------------------------------
 
@@ -209,7 +209,7 @@ class DiskTier(Tier):
         StorageError
             If the block's identity makes no path, or the payload's lengths do not sum to `nbytes`.
         """
-        outcome = await self._store.to_the_end(self._put(block, header, payload, nbytes, durable))
+        outcome = await self._store.threads.to_the_end(self._put(block, header, payload, nbytes, durable))
         self.counters.evicted = self._index.evicted
         if isinstance(outcome, Stored):
             self.counters.stored += 1
@@ -268,7 +268,7 @@ class DiskTier(Tier):
         old, new = self._reader.living(block), shape_of(block, header, nbytes)
         if old is None or self._index.used + new.cost > self._index.capacity:
             return await super().replace(block, header, payload, nbytes)
-        return await self._store.to_the_end(self._replace(block, header, payload, old, new))
+        return await self._store.threads.to_the_end(self._replace(block, header, payload, old, new))
 
     async def _replace(
         self, block: BlockId, header: BlockHeader, payload: Sequence[memoryview], old: Shape, new: Shape
@@ -322,14 +322,14 @@ class DiskTier(Tier):
         TierDown
             If the file cannot be removed. The block is still here then.
         """
-        return await self._store.to_the_end(self._drop([block])) > 0
+        return await self._store.threads.to_the_end(self._drop([block])) > 0
 
     async def clear(self, scope: Scope) -> int:
         """Forget all blocks of a scope, also those being written; how many were here. Raises as `drop`."""
         space = self._index.spaces.get(scope)
         here = [] if space is None else [BlockId(scope, key) for key in space.blocks]
         moving = [name for name in self._store.busy if isinstance(name, BlockId) and name.scope == scope]
-        return await self._store.to_the_end(self._drop([*here, *moving]))
+        return await self._store.threads.to_the_end(self._drop([*here, *moving]))
 
     async def _drop(self, blocks: list[BlockId], reason: Gone = Gone.DROPPED) -> int:
         store = self._store
@@ -353,7 +353,7 @@ class DiskTier(Tier):
         old = self._order.expired()
         for block in old:
             self._order.count_expired(block)
-        return await self._store.to_the_end(self._drop(old, Gone.EXPIRED)) if old else 0
+        return await self._store.threads.to_the_end(self._drop(old, Gone.EXPIRED)) if old else 0
 
     # -- descriptions --------------------------------------------------------------------------------------------------
 
@@ -369,7 +369,7 @@ class DiskTier(Tier):
             raise StorageError(f"disk tier: {len(text)} bytes cannot describe {scope_path(scope)}.", "")
         self._store.remember(scope, text)
         if self._store.lacks_description(scope):
-            await self._store.to_the_end(self._store.describe(scope))
+            await self._store.threads.to_the_end(self._store.describe(scope))
 
     def descriptions(self) -> dict[Scope, bytes]:
         """The texts that are on the disk."""
@@ -388,4 +388,4 @@ class DiskTier(Tier):
         """
         if not self._store.ready:
             raise TierDown("disk tier: not started, or closed.")
-        return await self._store.to_the_end(check_disk(self._store, fix))
+        return await self._store.threads.to_the_end(check_disk(self._store, fix))

@@ -29,7 +29,7 @@ async def check_disk(store: Store, fix: bool) -> list[Finding]:
         If a directory cannot be listed.
     """
     try:
-        on_disk, foreign = await store.thread(_survey, store)
+        on_disk, foreign = await store.threads.run(_survey, store)
         findings = [Finding("foreign file", path) for path in foreign]
         findings += await _check_tmp(store, fix)
     except OSError as error:
@@ -70,14 +70,14 @@ async def _in_parallel(
         for number, item in numbered:
             found[number] = await examine(store, item, fix)
 
-    await asyncio.gather(*(worker() for _ in range(store.threads)))
+    await asyncio.gather(*(worker() for _ in range(store.threads.count)))
     return [finding for finding in found if finding is not None]
 
 
 async def _verdict(store: Store, item: Item) -> str:
     """What is wrong with a block's file; empty if nothing is."""
     try:
-        await store.thread(store.blocks.verify, *item)
+        await store.threads.run(store.blocks.verify, *item)
     except WrongSize:
         return "wrong size"
     except CorruptBlock:
@@ -124,7 +124,7 @@ async def _check_unknown(store: Store, item: Item, fix: bool) -> Finding | None:
         if fixed and wrong:
             await store.set_aside(block, shape)
         elif fixed and not _adopt(store, item):
-            await store.thread(store.blocks.remove, block, shape)
+            await store.threads.run(store.blocks.remove, block, shape)
         if fixed:
             store.index.used -= store.index.leftovers.pop(f"blocks/{_path(item)}", 0)
     return Finding(f"unknown file, {wrong}" if wrong else "unknown file", _path(item), fixed)
@@ -148,15 +148,15 @@ def _adopt(store: Store, item: Item) -> bool:
 async def _check_tmp(store: Store, fix: bool) -> list[Finding]:
     """Temporary files that nobody is writing."""
     tmp = store.directory.tmp
-    listed = (await store.thread(store.files.list_dir, tmp)).files
+    listed = (await store.threads.run(store.files.list_dir, tmp)).files
     idle = [name for name in listed if name not in store.blocks.live_tmp]
-    still = set((await store.thread(store.files.list_dir, tmp)).files) if idle else set()
+    still = set((await store.threads.run(store.files.list_dir, tmp)).files) if idle else set()
     findings: list[Finding] = []
     for name in idle:
         if name not in still:
             continue  # it was given its name between the two looks
         if fix:
-            await store.thread(store.blocks.forget_tmp, name)
+            await store.threads.run(store.blocks.forget_tmp, name)
             store.index.used -= store.index.leftovers.pop(f"tmp/{name}", 0)
         findings.append(Finding("leftover tmp", f"tmp/{name}", fix))
     return findings
