@@ -210,6 +210,8 @@ def main() -> None:
         ms = [f"{results[s]['p50_ms'][name]:.2f} / {results[s]['p99_ms'][name]:.2f}" for s in SITUATIONS]
         ratios = f"{results['p99_ratio'][name]:.2f}, {results['p99_ratio_to_copies'][name]:.2f}"
         rows.append((f"{name} loads, p50 / p99 ms", *ms, ratios))
+    missed = [sum(results[s]["missed"].values()) for s in SITUATIONS]
+    rows.append(("blocks missed", *missed, ""))
     rows.append(("host, peak of budget", "", "", f"{results['peak_share']['host']:.3f}", ""))
     rows.append(("disk, peak of budget", "", "", f"{results['peak_share']['disk']:.3f}", ""))
     rows.append(("samples over budget", "", "", f"{results['over_budget']} of {results['samples']}", ""))
