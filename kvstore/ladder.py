@@ -146,6 +146,8 @@ class Ladder(WrappedTier):
 
     def describe_state(self) -> dict[str, Any]:
         """State of the tier, and `codecs`: what is held by each chain, what passed through it, what stepped down."""
+        for scope in self.inner.scopes():  # blocks of before the start count as soon as their namespace is known
+            self._form(scope)
         codecs = {
             "exact": self._encoding.exact,
             "held": self._standing.by_chain(),

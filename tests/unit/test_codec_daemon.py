@@ -112,6 +112,8 @@ def test_blocks_shrink_before_any_leaves_and_are_found_again(make_daemon: MakeDa
     daemon.start()
     with daemon.client(namespace=LOSSY) as client:
         assert list(client.lookup([key(n) for n in range(count)])) == [TierCode.DISK] * count
+        found = disk(daemon)["codecs"]["held"]["found at start"]  # before any is read
+        assert (found["blocks"], found["logical_bytes"]) == (count - 1, WHOLE * (count - 1))
         assert lost(0, client.get(key(0))) == 0.0
         assert lost(30, client.get(key(30))) == errors[30]
         for number in (1, 2):
