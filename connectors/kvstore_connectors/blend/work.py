@@ -50,6 +50,8 @@ class Work:
         Called with a layer before it is first read.
     kv_only : bool
         Only the cache is wanted, not what is behind the last layer: `hidden` is not computed to the end.
+    asked : bool
+        Whether the prompt before asked something, as its `asked` told.
 
     Attributes
     ----------
@@ -61,6 +63,9 @@ class Work:
         Rows computed, summed over layers and passes, those without KV included.
     notes : dict of str to Tensor
         What selectors have measured, so that several which need the same measure it once.
+    asked : bool
+        Whether this prompt asks something, once a selector has told that: until then a guess, which changes what is
+        computed first, and not what is chosen.
     """
 
     def __init__(
@@ -71,8 +76,10 @@ class Work:
         wait_layer: Callable[[int], None] | None = None,
         *,
         kv_only: bool = False,
+        asked: bool = False,
     ) -> None:
         self.model, self.prompt, self.cache = model, prompt, cache
+        self.asked = asked
         self._wait_layer, self._kv_only = wait_layer, kv_only
         self._loaded = 0
         self._running: Pass | None = None

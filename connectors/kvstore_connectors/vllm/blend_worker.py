@@ -108,6 +108,7 @@ class Blender:
         self._rotation = rotation
         self._gate = gate
         self._controller = Controller()
+        self._asked = False  # by the last prompt; the same on all ranks
         self._copies = torch.cuda.Stream(rows.device, priority=-1) if rows.device.type == "cuda" else None
         self._ended: list[Callable[[], None]] = []
         self._kept = torch.empty(0, dtype=rows.dtype)
@@ -225,9 +226,10 @@ class Blender:
         prompt, cache, load = gathered
         share = self._share(model, job, prompt, cache)
         begun = Moment(self._rows.device)
-        work = Work(model, prompt, cache, load.wait, kv_only=True)
+        work = Work(model, prompt, cache, load.wait, kv_only=True, asked=self._asked)
         for _ in work.repair(selector_for(job.selector, prompt), share):
             pass
+        self._asked = work.asked
         return _Repaired(work, begun, Moment(self._rows.device))
 
     def _fill(self, job: BlendJob, cache: Cache) -> None:

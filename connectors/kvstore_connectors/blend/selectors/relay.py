@@ -14,15 +14,15 @@ as far as they lead, the rest by the product. Text that goes on looks at what is
 has much more of the attention than its part of the text, all goes by the product. In between each gets half: of either,
 half costs much less than nothing.
 
-Which of the two it is shows in the second quarter of the layers, as a rule. Most who have chunks put together ask. So
-words are repaired while the question is read, where they take the whole budget: if something is asked, that pass goes
-on to the end, and nothing was computed twice. Otherwise what words led to is put back as it was, since half repaired
-is worse than not at all; the question alone is read on to three quarters of the layers, which tell as much as all, and
-another pass repairs what was chosen.
+Which of the two it is shows in the second quarter of the layers, as a rule. Where something is asked and words take the
+whole budget, reading ends there; else it goes on to three quarters of the layers, which tell as much as all. One pass
+then repairs what was chosen, and the question with it. Where the prompt before asked, this one is believed to ask, too:
+words are repaired while the question is read, and if that is so the pass goes on to the end. If not, what words led to
+is put back as it was, since half repaired is worse than not at all.
 
 A fact of which one half is repaired can be worse than one of which nothing is, so a token asked for also counts by
-those around. So reading costs nothing where something is asked; where text goes on, three quarters of the question's
-tokens once more, and half of those that words led to.
+those around. Reading costs half of the question's tokens once more, or three quarters, or nothing where it was rightly
+believed that something is asked; where it was not, half of the share.
 """
 
 from __future__ import annotations
@@ -83,23 +83,26 @@ class Relay:
 
         reading, alone = Reading(work, "value"), work.with_missing(sinks)
         words = top(light.masked_fill(~left, -torch.inf), count)
-        enough = len(words) == count
-        rows = work.with_missing(torch.cat([sinks, words])) if enough else alone
-        steps = work.steps(rows, watch=reading, tries=enough)
+        full = len(words) == count
+        tries = full and work.asked
+        rows = work.with_missing(torch.cat([sinks, words])) if tries else alone
+        steps = work.steps(rows, watch=reading, tries=tries)
         yield from islice(steps, half)
-        if enough and by_words(prompt, reading.scores(range(half // 2, half))) == 1:
+        work.asked = full and by_words(prompt, reading.scores(range(half // 2, half))) == 1
+        if tries and work.asked:
             work.accept()
             yield from steps
             return
-        if enough:
+        if tries:
             work.take_back(alone)
-        yield from islice(steps, most - half)
-        looked = reading.scores()
-        part = by_words(prompt, looked)
-        words = top(light.masked_fill(~left, -torch.inf), int(part * count))
-        left[words] = False
-        needed = self._needed(prompt, light, looked, part == 1)
-        words = torch.cat([words, top(needed.masked_fill(~left, -torch.inf), count - len(words))])
+        if not work.asked:
+            yield from islice(steps, most - half)
+            looked = reading.scores()
+            part = by_words(prompt, looked)
+            words = top(light.masked_fill(~left, -torch.inf), int(part * count))
+            left[words] = False
+            needed = self._needed(prompt, light, looked, part == 1)
+            words = torch.cat([words, top(needed.masked_fill(~left, -torch.inf), count - len(words))])
         yield from work.steps(work.with_missing(torch.cat([sinks, words])))
 
     def _needed(self, prompt: Prompt, light: Tensor, looked: Tensor, asked: bool) -> Tensor:
