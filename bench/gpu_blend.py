@@ -27,7 +27,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from gpu_vllm import ENVIRONMENT, LLAMA3_8B, SEED, drop_prefix_cache, prompt, wait_until_stored
+from gpu_vllm import ENVIRONMENT, SEED, drop_prefix_cache, prompt, shaped, wait_until_stored
 
 SHARE = 0.15
 CHUNK, SYSTEM, QUESTION = 512, 64, 64
@@ -52,9 +52,7 @@ def main() -> None:
     from common import running_daemon
 
     with tempfile.TemporaryDirectory() as place, running_daemon({"host.bytes": "64GiB"}) as address:
-        model = Path(place) / "llama3-8b"
-        model.mkdir()
-        (model / "config.json").write_text(json.dumps(LLAMA3_8B))
+        model = shaped(Path(place))
         result = {"command": " ".join(sys.argv), "share": SHARE, "chunk_tokens": CHUNK}
         result["prompts"] = measure(model, address, Path(place) / "verdict.json", options)
     if options.out:

@@ -12,17 +12,27 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import os
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gpu_vllm import ENVIRONMENT, LLAMA3_8B, SEED, drop_prefix_cache, prompt, transfer_config, wait_until_stored
+from gpu_vllm import (
+    ENVIRONMENT,
+    SEED,
+    counters,
+    drop_prefix_cache,
+    prompt,
+    settings_for,
+    shaped,
+    transfer_config,
+    wait_until_stored,
+)
 
 WATCHED = {
     "vllm.v1.core.sched.scheduler": "Scheduler.schedule Scheduler.update_from_output",
@@ -123,18 +133,17 @@ def main() -> None:
     os.environ.update(ENVIRONMENT)
     from common import running_daemon
 
-    with tempfile.TemporaryDirectory() as place, running_daemon({"host.bytes": "64GiB"}) as address:
-        model = Path(place) / "llama3-8b"
-        model.mkdir()
-        (model / "config.json").write_text(json.dumps(LLAMA3_8B))
-        watch = Watch()
+    with tempfile.TemporaryDirectory() as folder:
+        place, watch = Path(folder), Watch()
+        model = shaped(place)
         for module, names in WATCHED.items():
             for name in names.split():
                 watch.over(module, name)
-        if options.blend:
-            blended(model, address, Path(place) / "verdict.json", options, watch)
-        else:
-            loaded(model, address, options, watch)
+        with running_daemon(settings_for(options.chain, model, place, 64)) as address:
+            if options.blend:
+                blended(model, address, place / "verdict.json", options, watch)
+            else:
+                loaded(model, address, options, watch)
 
 
 def loaded(model: Path, address: str, options: argparse.Namespace, watch: Watch) -> None:
@@ -151,14 +160,15 @@ def loaded(model: Path, address: str, options: argparse.Namespace, watch: Watch)
     )  # fmt: skip
     sampling = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, detokenize=False)
     for tokens in options.tokens:
-        ask = lambda tokens=tokens: engine.generate(  # noqa: E731
-            [{"prompt_token_ids": prompt(tokens, tokens)}], sampling, use_tqdm=False
-        )
+        wanted = [{"prompt_token_ids": prompt(tokens, tokens)}]
+        ask = partial(engine.generate, wanted, sampling, use_tqdm=False)
         ask()
         wait_until_stored(address)
         for number in range(options.rounds):
             drop_prefix_cache(engine)
             told(f"{tokens} tokens, {options.chain}, round {number}", *watch.during(ask))
+            if not counters(engine).get("vllm:kvstore_loaded_blocks"):
+                raise SystemExit("nothing was loaded: these are times of computing")
         told(f"{tokens} tokens, found on the GPU", *watch.during(ask))
 
 

@@ -238,9 +238,7 @@ def main() -> None:
         return
     result: dict[str, Any] = {"command": " ".join(sys.argv), "rounds": options.rounds, "chunk": options.chunk}
     with tempfile.TemporaryDirectory() as place:
-        model = Path(place) / "llama3-8b"
-        model.mkdir()
-        (model / "config.json").write_text(json.dumps(LLAMA3_8B))
+        model = shaped(Path(place))
         for contestant in options.contestants:
             try:
                 result[contestant] = run(contestant, model, Path(place), options)
@@ -252,13 +250,27 @@ def main() -> None:
     table(result, options.contestants)
 
 
+def shaped(place: Path) -> Path:
+    """A folder that vLLM takes for a model of this shape."""
+    model = place / "llama3-8b"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(LLAMA3_8B))
+    return model
+
+
+def settings_for(contestant: str, model: Path, place: Path, host_gib: int) -> dict[str, str]:
+    """Of the daemon that a contestant needs."""
+    settings = {"host.bytes": f"{host_gib}GiB"}
+    if contestant == "kv4":
+        settings["codecs.profiles"] = str(write_profile(model, place / "profiles"))
+    return settings
+
+
 def run(contestant: str, model: Path, place: Path, options: argparse.Namespace) -> dict[str, Any]:
     """One contestant in a process of its own, with a daemon if it needs one."""
     from common import running_daemon
 
-    settings = {"host.bytes": f"{options.host_gib}GiB"}
-    if contestant == "kv4":
-        settings["codecs.profiles"] = str(write_profile(model, place / "profiles"))
+    settings = settings_for(contestant, model, place, options.host_gib)
     needed = running_daemon(settings) if contestant in ("kvstore", "kv4") else nullcontext("")
     with needed as address:
         command = [sys.executable, __file__, "--contestant", contestant, "--model", str(model), "--address", address,

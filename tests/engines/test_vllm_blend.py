@@ -9,12 +9,15 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
 from kit import Answer, Daemon, Engine, engine, numbers
 
 from kvstore.client import chunk_keys
 from kvstore.keys import namespace_digest
 from kvstore.types import Namespace
 from kvstore_connectors import chunk_loads
+from kvstore_connectors.blend.selectors import relay
+from kvstore_connectors.vllm import blend_worker
 from kvstore_connectors.vllm.blend_gate import Verdict
 from kvstore_connectors.vllm.blend_jobs import BlendJob
 from kvstore_connectors.vllm.blend_model import EngineModel
@@ -129,6 +132,29 @@ def test_a_share_is_computed_and_the_rest_reused(vllm: Engine) -> None:
     assert grown(vllm, before, "blend_reused_tokens") == 300 - 45
     assert grown(vllm, before, "saved_blocks") == 0
     assert answer.tokens == ask(vllm, prompt, {"blend": True, "share": 0.15}).tokens
+
+
+def test_a_prompt_is_believed_to_ask_if_the_one_before_did(vllm: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    believed: list[bool] = []
+
+    class Watched(blend_worker.Work):
+        def __init__(self, *args: Any, asked: bool, **how: Any) -> None:
+            believed.append(asked)
+            super().__init__(*args, asked=asked, **how)
+
+    def everywhere(_: Any, work: Any) -> Iterator[int]:
+        yield from ()
+        return torch.arange(1.0, len(work.prompt.ids) + 1)
+
+    monkeypatch.setattr(blend_worker, "Work", Watched)
+    monkeypatch.setattr(relay.Trail, "scores", everywhere)  # random tokens lead nowhere
+    prompt, _ = prompt_of(*DOCS[:2])
+    answers = []
+    for part in (1.0, 1.0, 0.0, 1.0):
+        monkeypatch.setattr(relay, "by_words", lambda *_, part=part: part)
+        answers.append(ask(vllm, prompt, {"blend": True, "share": 0.15}).tokens)
+    assert believed[1:] == [True, True, False]
+    assert answers[0] == answers[1] == answers[3]
 
 
 def test_the_daemon_is_told_what_was_blended_and_by_which_verdict(vllm: Engine, daemon: Daemon, tiny: Path) -> None:

@@ -48,18 +48,20 @@ def turned(keys: torch.Tensor, distance: int) -> torch.Tensor:
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KVStoreClient]:
     """Of a daemon that has the chunks, captured behind a system prompt."""
     daemon = Daemon(tmp_path_factory.mktemp("chunks"), gpu__bytes="0")
-    with KVStoreClient(daemon.socket, namespace=NAMESPACE, timeout_s=20) as opened:
-        for number, ids in enumerate(CHUNKS):
-            parts = chunk_parts(NAMESPACE, np.array(ids, "<i4"), before=np.array(SYSTEM, "<i4"))
-            pieces = [content(number)[:, :, part.start : part.stop].contiguous() for part in parts]
-            offers = [(part.key, piece.nbytes, part.header) for part, piece in zip(parts, pieces, strict=True)]
-            with opened.reserve(offers, namespace=NAMESPACE) as reservation:
-                for room, piece in zip(reservation.blocks, pieces, strict=True):
-                    assert isinstance(room, Room)
-                    room.write(piece.view(torch.uint8).numpy().ravel())
-                assert all(isinstance(one, Stored) for one in reservation.commit(range(len(parts))))
-        yield opened
-    daemon.end()
+    try:
+        with KVStoreClient(daemon.socket, namespace=NAMESPACE, timeout_s=20) as opened:
+            for number, ids in enumerate(CHUNKS):
+                parts = chunk_parts(NAMESPACE, np.array(ids, "<i4"), before=np.array(SYSTEM, "<i4"))
+                pieces = [content(number)[:, :, part.start : part.stop].contiguous() for part in parts]
+                offers = [(part.key, piece.nbytes, part.header) for part, piece in zip(parts, pieces, strict=True)]
+                with opened.reserve(offers, namespace=NAMESPACE) as reservation:
+                    for room, piece in zip(reservation.blocks, pieces, strict=True):
+                        assert isinstance(room, Room)
+                        room.write(piece.view(torch.uint8).numpy().ravel())
+                    assert all(isinstance(one, Stored) for one in reservation.commit(range(len(parts))))
+            yield opened
+    finally:
+        daemon.end()
 
 
 @pytest.fixture(params=["cpu", "cuda"])
@@ -112,7 +114,6 @@ def test_a_layer_is_there_once_it_was_waited_for(
         same(cache[layer], expected[layer])
     assert load.finish()
     assert load.seconds > 0
-    assert load.waited() >= 0
 
 
 def test_all_is_there_in_the_end_whoever_waited(client: Any, device: torch.device) -> None:
