@@ -189,12 +189,13 @@ def main() -> None:
     parser.add_argument("--tasks", type=Path)
     parser.add_argument("--tasks-model")
     parser.add_argument("--questions", type=int, default=36)
+    parser.add_argument("--seed", type=int, default=9, help="of the places in the texts (default 9)")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing after so long")
     args = parser.parse_args()
     state = State(args.state, args.seconds)
     probe = started(args.model)
     halves = texts.load(args.tokens) if args.tokens else texts.tokenized(texts.encoder(args.model))
-    by_kind = cut(halves[1], args.per_kind, (1000, args.longest), FOLLOWING, seed=9)
+    by_kind = cut(halves[1], args.per_kind, (1000, args.longest), FOLLOWING, args.seed)
     samples = [by_kind[kind + i] for i in range(args.per_kind) for kind in range(0, len(by_kind), args.per_kind)]
     state.every({f"natural-{n:03}": partial(measured, probe, sample) for n, sample in enumerate(samples)})
     if args.tasks is not None:

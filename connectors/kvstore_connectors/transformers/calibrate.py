@@ -65,7 +65,10 @@ def cut(
     for kind, documents in texts.items():
         rng = random.Random(f"{seed}/{kind}")
         if sum(map(len, documents)) < lengths[1] + following:
-            raise InvalidParams(f"the texts of kind {kind!r} have fewer than {lengths[1] + following} tokens.", "")
+            raise InvalidParams(
+                f"the texts of kind {kind!r} have fewer than {lengths[1] + following} tokens.",
+                "Give more of them, or ask for shorter contexts.",
+            )
         for _ in range(per_kind):
             count = rng.randint(*lengths)
             tokens: list[int] = []
