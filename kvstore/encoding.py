@@ -24,6 +24,7 @@ import numpy as np
 from xxhash import xxh3_64_intdigest
 
 from kvstore.errors import CannotDecode, CodecError, ConfigError, CorruptBlock
+from kvstore.standing import called
 from kvstore.types import BlockHeader, Namespace
 
 if TYPE_CHECKING:
@@ -96,10 +97,10 @@ def pages(nbytes: int) -> memoryview:
 
 
 class Encoded(NamedTuple):
-    """Bytes of a block, the chain that they are of, and the rung that is."""
+    """Bytes of a block, and the rung they are of: its name (`kvstore.standing.called`; empty if raw), its number."""
 
     data: memoryview
-    chain: str
+    name: str
     rung: int = 0
 
 
@@ -176,20 +177,20 @@ class Encoding:
             context = replace(context, importance=importance.known(header, spec.tokens))
         tensor = torch.from_numpy(raw if raw.flags.writeable else raw.copy()).view(spec.torch_dtype).view(spec.shape)
         out = pages(chain.bound(spec, context) + SUM_BYTES + MARK_BYTES)
-        size = chain.encode(tensor, spec, np.frombuffer(out, np.uint8), context)
+        size, name = chain.encode(tensor, spec, np.frombuffer(out, np.uint8), context), str(chain)
         if planes:
             from kvstore.codecs import read
 
             frame = read(np.frombuffer(out, np.uint8))
-            size = frame.nbytes(min(planes, frame.planes))
+            size, name = frame.nbytes(min(planes, frame.planes)), _called(frame, planes)
         if not chain.lossy:
             out[size : size + SUM_BYTES] = xxh3_64_intdigest(raw.data).to_bytes(SUM_BYTES, "little")
             size += SUM_BYTES
         data = _marked(form, out, size, by_engine=False)
-        return None if data is None else Encoded(data, str(chain))
+        return None if data is None else Encoded(data, name)
 
-    def decode(self, form: Form, header: BlockHeader, data: memoryview, into: Sequence[memoryview]) -> Frame:
-        """Fill buffers with the raw payload of an encoded one; its header.
+    def decode(self, form: Form, header: BlockHeader, data: memoryview, into: Sequence[memoryview]) -> str:
+        """Fill buffers with the raw payload of an encoded one; the name of the rung it stands on.
 
         Raises
         ------
@@ -204,13 +205,13 @@ class Encoding:
         frame = read(encoded)
         if len(into) == 1:
             self._decode(form, header, encoded, frame, np.frombuffer(into[0], np.uint8))
-            return frame
+            return _called(frame, _planes(frame, encoded.size))
         raw, at = np.empty(form.whole, np.uint8), 0
         self._decode(form, header, encoded, frame, raw)
         for view in into:
             np.frombuffer(view, np.uint8)[:] = raw[at : at + view.nbytes]
             at += view.nbytes
-        return frame
+        return _called(frame, _planes(frame, encoded.size))
 
     def _decode(self, form: Form, header: BlockHeader, data: np.ndarray, frame: Frame, raw: np.ndarray) -> None:
         """Fill `raw`, of the size of a whole block."""
@@ -264,7 +265,7 @@ class Encoding:
         if whole:
             for plane, unit in np.ndindex(planes, frame.units):
                 frame.part(encoded, plane, unit)
-        return Encoded(data, frame.chain, rung)
+        return Encoded(data, _called(frame, planes), rung)
 
     def _rung(self, form: Form, header: BlockHeader, frame: Frame, planes: int) -> int:
         """The rung that so many planes of a lossy frame stand on; raises `CannotDecode` if the profile has none."""
@@ -299,7 +300,7 @@ class Encoding:
             rung = self._rung(form, header, frame, planes)
         for plane, unit in np.ndindex(planes, frame.units):
             frame.part(encoded, plane, unit)
-        return Encoded(data, frame.chain, rung)
+        return Encoded(data, _called(frame, planes), rung)
 
     def accepts(self, namespace: Namespace, header: BlockHeader, payload: Sequence[memoryview]) -> bool:
         """Whether a payload may be kept: raw, or encoded by its engine as its header says and its profile allows."""
@@ -347,7 +348,7 @@ class Encoding:
                 out = pages(size + MARK_BYTES)
                 out[:size] = data[:size]
                 cut = _marked(form, out, size, by_engine=form.is_by_engine(data.nbytes))
-                found = None if cut is None else Encoded(cut, frame.chain)
+                found = None if cut is None else Encoded(cut, _called(frame, min(rung.planes, own)))
             elif not _takes(chain, form, header):
                 continue
             else:
@@ -367,6 +368,11 @@ def _takes(chain: Chain, form: Form, header: BlockHeader) -> bool:
     from kvstore.codecs import importance
 
     return importance.known(header, form.namespace.block_tokens) is not None
+
+
+def _called(frame: Frame, planes: int) -> str:
+    """The name of the rung that so many planes of a frame are."""
+    return called(frame.chain, planes if planes < frame.planes else 0)
 
 
 def _planes(frame: Frame, nbytes: int) -> int:

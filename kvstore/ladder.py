@@ -131,8 +131,8 @@ class Ladder(WrappedTier):
         return stored if form is None or stored is None or _as_it_is(form, stored) else form.whole
 
     def chain(self, block: BlockId) -> str:
-        """By which chain a block is encoded; empty if it is not."""
-        return self._standing.chain(block)
+        """By which chain a block is encoded, and how many of its planes are kept if some were cut off; empty if raw."""
+        return self._standing.rung(block)
 
     def watch(self, watcher: Watcher) -> None:
         """Have somebody told of every block that comes or goes."""
@@ -145,12 +145,12 @@ class Ladder(WrappedTier):
         return pinned
 
     def describe_state(self) -> dict[str, Any]:
-        """State of the tier, and `codecs`: what is held by each chain, what passed through it, what stepped down."""
+        """State of the tier, and `codecs`: what is held on each rung, what passed through it, what stepped down."""
         for scope in self.inner.scopes():  # blocks of before the start count as soon as their namespace is known
             self._form(scope)
         codecs = {
             "exact": self._encoding.exact,
-            "held": self._standing.by_chain(),
+            "held": self._standing.by_rung(),
             "since_start": {name: dict(counts) for name, counts in self.passed.items()},
             "can_step": self._standing.can_step,
             "stepped_down": self.steps.down,
@@ -209,17 +209,17 @@ class Ladder(WrappedTier):
             found = self._encoding.given(form, outcome.header, data, whole=False)
         except (CodecError, CorruptBlock, ConfigError, ImportError) as error:
             return await self._unreadable(block, error)
-        self._standing.seen(block, found.chain)
+        self._standing.seen(block, found.name)
         return outcome
 
     async def _decoded(
         self, block: BlockId, form: Form, outcome: Hit, buffer: memoryview, into: Sequence[memoryview]
     ) -> LoadOutcome:
         try:
-            frame = await self._work(self._encoding.decode, form, outcome.header, buffer, into)
+            name = await self._work(self._encoding.decode, form, outcome.header, buffer, into)
         except (CodecError, CorruptBlock, ConfigError, ImportError) as error:
             return await self._unreadable(block, error)
-        self._standing.seen(block, frame.chain)
+        self._standing.seen(block, name)
         return Hit(outcome.header, form.whole)
 
     async def _unreadable(self, block: BlockId, error: Exception) -> Miss:
@@ -259,14 +259,14 @@ class Ladder(WrappedTier):
 
     def _noted(self, block: BlockId, encoded: Encoded, form: Form, *, may_step: bool) -> None:
         """Count how a block was stored, and remember it in a tier that tells when it leaves."""
-        if not encoded.chain:  # raw, as a better copy may be
+        if not encoded.name:  # raw, as a better copy may be
             self._standing.forget(block)
             return
-        counts = self.passed.setdefault(encoded.chain, Counter())
+        counts = self.passed.setdefault(encoded.name, Counter())
         counts.update(blocks=1, logical_bytes=form.whole, stored_bytes=encoded.data.nbytes)
         if self.inner.order is not None and self.inner.size(block) == encoded.data.nbytes:
             rung = encoded.rung if may_step and encoded.rung + 1 < self._rungs(form) else None
-            self._standing.set(block, encoded.chain, encoded.data.nbytes, form.whole, rung)
+            self._standing.set(block, encoded.name, encoded.data.nbytes, form.whole, rung)
 
     async def _given(self, form: Form, header: BlockHeader, payload: Sequence[memoryview]) -> Encoded | None:
         """A block that the engine encoded, each part checked; None if it is not to be kept."""

@@ -20,6 +20,7 @@ from kvstore.codecs.basis import Basis, load_basis
 from kvstore.errors import CodecError, ConfigError
 from kvstore.namespaces import is_exact
 from kvstore.rope import Rotary
+from kvstore.standing import called
 from kvstore.types import Namespace
 
 VERSION = 1
@@ -285,7 +286,8 @@ class Profiles:
 def _shown(profile: Profile) -> dict[str, Any]:
     passed = profile.passed
     rungs = [
-        msgspec.structs.asdict(rung) | {"held_as": str(parse(rung.chain)), "passed": rung in passed}
+        msgspec.structs.asdict(rung)
+        | {"held_as": called(str(parse(rung.chain)), rung.planes), "passed": rung in passed}
         for rung in profile.rungs
     ]
     names = ("name", "model", "revision", "most_kl", "least_top1", "contexts", "tokens")

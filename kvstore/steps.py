@@ -254,7 +254,7 @@ class Steps:
             better = await self._work(self._encoding.kept, form, own.header, copies[1])
         except (CodecError, CorruptBlock, ConfigError):  # who reads it for somebody will see to that
             return False
-        self._standing.seen(block, worse.chain)
+        self._standing.seen(block, worse.name)
         if better.rung >= worse.rung:
             return False
         await self._make_room(theirs)

@@ -37,7 +37,7 @@ def render(now: Snapshot, before: Snapshot | None = None, seconds: float = 1.0) 
     if before is not None and before.get("boot") != now.get("boot"):
         before = None  # restarted in between: its counters began anew
     parts: list[RenderableType] = [*_head(now), Text(), _space(now), Text(), _counts(now, before, seconds)]
-    for table in (_namespaces(now), _requests(now, before, seconds), _trouble(now)):
+    for table in (_encoded(now), _namespaces(now), _requests(now, before, seconds), _trouble(now)):
         if table is not None:
             parts += [Text(), table]
     return Group(*parts)
@@ -138,6 +138,23 @@ def _state(state: Mapping[str, Any]) -> Text:
     joined = Text(", ").join(Text(word, style) for word, style in facts)
     joined.overflow = "fold"
     return joined if facts else Text("ok", "green")
+
+
+def _encoded(now: Snapshot) -> Table | None:
+    """What each tier keeps on which rung, from the largest to the smallest."""
+    table = _table("Tier", "Encoded by", "Blocks", "Raw", "Kept as", "Smaller", left=2)
+    for tier, state in _states(now):
+        held = part(state, "codecs", "held")
+        rungs = [(name, count(held, name, "logical_bytes"), count(held, name, "stored_bytes")) for name in held]
+        for name, raw, stored in sorted(rungs, key=lambda rung: rung[1] / max(rung[2], 1)):
+            row = [
+                _number(count(held, name, "blocks")),
+                _size(raw),
+                _size(stored),
+                Text(f"{raw / max(stored, 1):.2f}x"),
+            ]
+            table.add_row(Text(tier, "bold"), Text(clean(name)), *row)
+    return table if table.row_count else None
 
 
 def _namespaces(now: Snapshot) -> Table | None:

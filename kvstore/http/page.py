@@ -68,7 +68,7 @@ TABLES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "codecs": (
         "What is encoded now",
         "No tier holds an encoded block: all are kept as they came.",
-        ("Tier", "Chain", "#Blocks", "#Raw", "#Kept as", "#Smaller", "#KL, at most"),
+        ("Tier", "Rung", "#Blocks", "#Raw", "#Kept as", "#Smaller", "#KL, at most"),
     ),
     "ladder": (
         "Steps down the ladder, since start",

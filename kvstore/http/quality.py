@@ -8,6 +8,7 @@ from typing import Any
 from kvstore.http.numbers import NOTHING, compact, percent, whole
 from kvstore.http.view import View, shown_text, states_of
 from kvstore.obs import Snapshot, count, listed, namespaces, number, numbers, part
+from kvstore.standing import called
 from kvstore.units import format_duration, format_size
 
 MAX_ROWS = 100
@@ -63,8 +64,7 @@ def _gates(snapshot: Snapshot) -> Iterator[list[str]]:
 
 def rung_name(rung: Mapping[str, Any]) -> str:
     """A rung as it is called: its chain, and how much of it is kept."""
-    planes = count(rung, "planes")
-    return shown_text(rung.get("chain")) + (f", {whole(planes)} of its planes" if planes else "")
+    return called(shown_text(rung.get("chain")), int(count(rung, "planes")))
 
 
 def _rung_verdict(profile: Mapping[str, Any], rung: Mapping[str, Any]) -> str:
@@ -81,7 +81,7 @@ def _rung_verdict(profile: Mapping[str, Any], rung: Mapping[str, Any]) -> str:
 
 
 def costs(snapshot: Snapshot) -> dict[str, float]:
-    """The most that each chain was seen to cost, by its name in full: KL in nats a token."""
+    """The most that each rung was seen to cost, by its name in full: KL in nats a token."""
     found: dict[str, float] = {}
     for profile in listed(snapshot, "profiles"):
         for rung in listed(profile, "rungs"):
@@ -91,17 +91,17 @@ def costs(snapshot: Snapshot) -> dict[str, float]:
     return found
 
 
-# -- codecs: what tiers keep by which chain ----------------------------------------------------------------------------
+# -- codecs: what tiers keep on which rung -----------------------------------------------------------------------------
 
 
 def _chains(tier: str, state: Mapping[str, Any], cost: Mapping[str, float]) -> Iterator[list[str]]:
-    for chain, held in part(state, "codecs", "held").items():
+    for name, held in part(state, "codecs", "held").items():
         stored, raw = count(held, "stored_bytes"), count(held, "logical_bytes")
-        steps = {step.partition("(")[0] for step in chain.split("|")}
-        loss = "none" if steps <= LOSSLESS else _kl(cost.get(chain))
+        steps = {step.partition("(")[0] for step in name.split("|")}
+        loss = "none" if steps <= LOSSLESS else _kl(cost.get(name))
         yield [
             tier,
-            shown_text(chain),
+            shown_text(name),
             whole(count(held, "blocks")),
             format_size(raw),
             format_size(stored),

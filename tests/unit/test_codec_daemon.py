@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,17 @@ import numpy as np
 import pytest
 import torch
 from codec_kit import CHAINS, EXACT, LOSSY, WHOLE, as_pages, as_tensor, error, key, payload, profiles, rung
-from daemons import DaemonProcess, MakeDaemon, until
+from daemons import DaemonProcess, MakeDaemon, free_port, until
+from rich.console import Console
 
 from kvstore import KVStoreClient
-from kvstore.codecs import BlockSpec, frame, importance
+from kvstore.cli.view import render
+from kvstore.codecs import BlockSpec, frame, importance, parse
 from kvstore.encoding import pages
 from kvstore.errors import ConfigError, FidelityRefused
 from kvstore.keys import namespace_digest
 from kvstore.obs import metrics
+from kvstore.standing import called
 from kvstore.testing.valkey import ValkeyServer
 from kvstore.tiers.disk import DiskTier
 from kvstore.types import BlockHeader, BlockId, Hit, Miss, Scope, Stored, TierCode
@@ -48,6 +53,14 @@ def settled(daemon: DaemonProcess) -> dict[str, Any]:
     """The disk tier once everything is written."""
     until(lambda: daemon.stats()["queue"]["blocks"] == 0, "the queue to be empty")
     return disk(daemon)
+
+
+def shown(stats: dict[str, Any]) -> str:
+    """What `kvstore status` prints of it."""
+    console = Console(width=200, color_system=None, force_terminal=False)
+    with console.capture() as captured:
+        console.print(render(stats))
+    return captured.get()
 
 
 async def altered(root: Path, changes: dict[int, Any]) -> None:
@@ -127,6 +140,39 @@ def test_blocks_shrink_before_any_leaves_and_are_found_again(make_daemon: MakeDa
             until(lambda number=number: isinstance(put(client, number), Stored), "room in memory")
         assert settled(daemon)["codecs"]["stepped_down"] > 10
         assert lost(0, client.get(key(0))) == 0.0
+    assert daemon.stop() == 0
+
+
+def test_rungs_that_are_planes_of_one_chain_are_told_apart(make_daemon: MakeDaemon, workdir: Path) -> None:
+    planes = (0, 3, 1)
+    profiles(workdir / "p", [rung(CHAINS[0], 2.0 + i, planes=n) for i, n in enumerate(planes)])
+    address = f"127.0.0.1:{free_port()}"
+    settings = {"disk.bytes": str(ROOM // 2), "host.bytes": "1MiB", "http.address": address}
+    daemon = make_daemon(settings | {"codecs.profiles": str(workdir / "p")}).start()
+    numbers = range(1, 90)  # all but the first block of a prompt, whose sinks take more
+    with daemon.client(namespace=LOSSY) as client:
+        for number in numbers:
+            until(lambda number=number: isinstance(put(client, number), Stored), "room in memory")
+        state = settled(daemon)
+        held = state["codecs"]["held"]
+        chain = str(parse(CHAINS[0]))
+        assert set(held) == {chain, f"{chain}, 3 of its planes", f"{chain}, 1 of its planes"}
+        assert sum(each["blocks"] for each in held.values()) == state["blocks"]
+        each = [held[called(chain, n)]["stored_bytes"] / held[called(chain, n)]["blocks"] for n in planes]
+        assert each == sorted(each, reverse=True)  # blocks of a rung are of one size
+        assert all(size.is_integer() for size in each)
+        with urllib.request.urlopen(f"http://{address}/v1/stats") as answer:
+            assert json.load(answer)["tiers"]["disk"]["codecs"]["held"] == held
+        lines = shown(daemon.stats()).splitlines()
+        rows = [line for line in lines if chain in line]
+        smaller = [f"{WHOLE / size:.2f}x" for size in each]
+        assert [line.split()[-1] for line in rows] == smaller
+    assert daemon.stop() == 0
+    daemon.start()
+    with daemon.client(namespace=LOSSY) as client:
+        for number in numbers:
+            client.get(key(number))
+        assert disk(daemon)["codecs"]["held"] == held
     assert daemon.stop() == 0
 
 

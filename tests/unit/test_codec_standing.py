@@ -36,7 +36,7 @@ def test_sums_are_those_of_the_blocks_that_are_here(changes: list[tuple[int, str
         else:
             standing.stay(block(number))
             assert not standing.may_step(block(number))
-    found = standing.by_chain()
+    found = standing.by_rung()
     for chain in CHAINS:
         own = [number for number, name in here.items() if name == chain]
         counts = {"blocks": len(own), "stored_bytes": sum(10 + n for n in own), "logical_bytes": 100 * len(own)}
