@@ -93,16 +93,15 @@ def following(prompts: Prompts, rounds: int) -> dict[str, dict[str, float]]:
     spans = tuple(Span(start, stop, Capture.SYSTEM) for start, stop in prompts.spans)
     for number in range(rounds + 1):
         ids = torch.from_numpy(prompts.ids(number).astype(np.int64))
-        prompt = Prompt(ids, spans, 0, ids)
-        work: Any = SimpleNamespace(prompt=prompt, notes={})
-        clocks.take("words" if number else "first", lambda: _answer(Trail().choose(work, int(SHARE * prompt.reused))))
+        clocks.take("words" if number else "first", partial(_choose, Trail(), Prompt(ids, spans, 0, ids)))
     return {"words": clocks.medians()["words"]}
 
 
-def _answer(steps: Any) -> Any:
-    """What a generator that yields nothing returns."""
+def _choose(words: Any, prompt: Any) -> Any:
+    """The rows that are computed."""
+    work: Any = SimpleNamespace(prompt=prompt, notes={})
     try:
-        next(steps)
+        next(words.choose(work, int(SHARE * prompt.reused)))
     except StopIteration as end:
         return end.value
     raise RuntimeError("words are followed without a pass over the model")

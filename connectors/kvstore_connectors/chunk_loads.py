@@ -35,7 +35,8 @@ BLOCKS_AT_ONCE = 256
 """Blocks leased in one call: with their headers, and for their bytes."""
 
 LAYERS_AT_ONCE = 4
-"""Layers that are copied to a device together: a copy should have a megabyte."""
+"""Layers that are copied to a device together, at most: fewer and larger copies cost the host less. The first come in
+smaller groups, since until they are there nothing is computed."""
 
 GROUPS_AHEAD = 2
 """Groups of layers that are on their way while one is computed on."""
@@ -130,7 +131,7 @@ class _Wish(NamedTuple):
 
 
 class ChunkLoad:
-    """Chunks on their way into a prompt's cache: `begin`, `wait` for layers, `finish`.
+    """Chunks on their way into a prompt's cache: `begin`, `ahead`, `wait` for layers, `finish`.
 
     Parameters
     ----------
@@ -168,7 +169,7 @@ class ChunkLoad:
         self._tally = tally
         self._stream = stream
         self._wishes = [wish for one in chunks for wish in _wishes(one, namespace.block_tokens)]
-        self._group = LAYERS_AT_ONCE if stream is not None else len(cache)
+        self._groups = _grown(len(cache), LAYERS_AT_ONCE) if stream is not None else [range(len(cache))]
         self._rest: Iterator[None] = iter(())
         """Calls for the groups of layers that are not on their way yet."""
         self._came: list[tuple[Moment, Moment]] = []
@@ -218,14 +219,18 @@ class ChunkLoad:
             self.seconds += time.monotonic() - begun
             self._rest = self._land(client, found, left[: len(found)])
             left = left[len(found) :]
-            self._bring(1 if self._stream is not None else len(self._rows))
+            self._bring(1)
         return True
+
+    def ahead(self) -> None:
+        """Have the first layers on their way: while they come, the host does what needs none of them."""
+        self._bring(1 + GROUPS_AHEAD)
 
     def wait(self, layer: int) -> None:
         """Let what is given to the device from here on wait for a layer."""
-        if layer % self._group:
+        group = next((number for number, one in enumerate(self._groups) if one.start == layer), None)
+        if group is None:
             return
-        group = layer // self._group
         self._bring(group + 1)
         came = self._came[group][1].event if self._came else None
         if came is not None:
@@ -249,7 +254,7 @@ class ChunkLoad:
             return True
         with self._lease as lease:
             try:
-                self._bring(len(self._rows))
+                self._bring(len(self._groups))
             finally:
                 if self._stream is not None:
                     self._stream.synchronize()  # behind an error, too: it reads leased memory, fills the cache
@@ -270,8 +275,8 @@ class ChunkLoad:
         with torch.cuda.stream(stream):
             turn = Turn.of(self._rotation, brought(torch.tensor([wish.distance for wish in wishes]), device))
         runs = [] if stream is None else [self._runs(client, block) for block in found]
-        for first in range(0, layers, self._group):
-            last = min(first + self._group, layers)
+        for group in self._groups:
+            first, last = group.start, group.stop
             with torch.cuda.stream(stream):
                 begun = Moment(device)
                 if stream is None:
@@ -302,6 +307,14 @@ class ChunkLoad:
         whole = np.empty(block.nbytes, dtype=np.uint8)
         client.read(self._lease, block, whole)
         return torch.from_numpy(whole)
+
+
+def _grown(layers: int, most: int) -> list[range]:
+    """Layers in groups: of one, as many as came before, and so on up to `most`."""
+    groups = [range(min(1, layers))]
+    while (first := groups[-1].stop) < layers:
+        groups.append(range(first, min(first + min(first, most), layers)))
+    return groups
 
 
 def _wishes(one: Described, room: int) -> list[_Wish]:

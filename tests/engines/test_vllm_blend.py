@@ -392,6 +392,23 @@ def test_a_rank_that_can_not_begin_leaves_no_lease(vllm: Engine, truth: Any, mon
     assert [load._lease for load in loads] == [None]
 
 
+def test_chunks_on_their_way_are_let_go_where_what_is_before_them_is_missing(
+    vllm: Engine, truth: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gather, loads = Blender._gather, []
+
+    def seen(self: Blender, *args: Any) -> Any:
+        found = gather(self, *args)
+        assert found is not None
+        loads.append(found.load)
+        return found
+
+    monkeypatch.setattr(Blender, "_gather", seen)
+    monkeypatch.setattr(Blender, "_load_exact", lambda _, job, load: job.table)
+    failing(vllm, truth, prompt_of(*DOCS)[0])
+    assert [load._lease for load in loads] == [None]
+
+
 def test_wrong_tokens_under_a_key_are_not_believed(vllm: Engine, truth: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     span = Blends._span
 

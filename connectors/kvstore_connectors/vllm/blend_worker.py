@@ -127,16 +127,18 @@ class Blender:
         begun = time.monotonic()
         missing, gathered = job.table[job.begin // self._rows.engine_block :], None
         try:
-            missing = self._load_exact(job, load) if job.sound else missing
-            gathered = None if missing else self._gather(link, job)
+            if job.sound:
+                gathered = self._gather(link, job)
+                missing = self._load_exact(job, load)
         except Exception:  # the other ranks wait to hear of it
             report_defect("gathering chunks")
         repaired = None
         try:
             # All ranks begin the pass or none: its sums over ranks wait for each other. What comes late may still fail.
-            if self._model is not None and self._model.agree(gathered is not None) and gathered is not None:
+            ready = None if missing else gathered
+            if self._model is not None and self._model.agree(ready is not None) and ready is not None:
                 with torch.inference_mode():
-                    repaired = self._repair(self._model, job, gathered)
+                    repaired = self._repair(self._model, job, ready)
         except Exception as error:
             if self._model is not None and self._model.ranks > 1:
                 # The others wait for its part of a sum, and would take what it sums next for that: wrong numbers. So it
@@ -192,21 +194,19 @@ class Blender:
         return [] if first is None else job.table[first:]
 
     def _gather(self, link: Link, job: BlendJob) -> _Gathered | None:
-        """The prompt and its KV as far as it is cached: the engine's own exact part, and the chunks, on their way."""
+        """The prompt, and the chunks on their way into its cache."""
         count = len(job.tokens) // 4
         if count * self._token_bytes > MAX_BYTES:
             self._tally.add("blend_too_long")
             return None
-        rows = self._rows
-        room = self._zeros((rows.layers, 2, -(-count // PAGE) * PAGE, *rows.shape))
+        ids = torch.from_numpy(np.frombuffer(job.tokens, dtype="<i4").astype(np.int64))
+        room = self._zeros((self._rows.layers, 2, -(-count // PAGE) * PAGE, *self._rows.shape))
         cache = [LayerKV(keys, values) for keys, values in room]
-        for layer, held in enumerate(cache if job.exact else ()):
-            held.keys[: job.exact], held.values[: job.exact] = rows.read(layer, job.table, 0, job.exact)
         load = link.run("blend", partial(self._begin_load, job=job, cache=cache))
         if load is None:
             return None
-        ids = torch.from_numpy(np.frombuffer(job.tokens, dtype="<i4").astype(np.int64))
-        return _Gathered(Prompt(brought(ids, rows.device), tuple(load.spans), job.exact, ids), cache, load)
+        prompt = Prompt(brought(ids, self._rows.device), tuple(load.spans), job.exact, ids)
+        return _Gathered(prompt, cache, load)
 
     def _zeros(self, shape: tuple[int, ...]) -> torch.Tensor:
         """Zeros and not whatever was there: attention masks what is missing, but zero times NaN is NaN.
@@ -224,9 +224,17 @@ class Blender:
     def _repair(self, model: EngineModel, job: BlendJob, gathered: _Gathered) -> _Repaired:
         """Compute the tokens that need it, each layer when it has come."""
         prompt, cache, load = gathered
+        load.ahead()
         share = self._share(model, job, prompt, cache)
         begun = Moment(self._rows.device)
-        work = Work(model, prompt, cache, load.wait, kv_only=True, asked=self._asked)
+
+        def wait(layer: int) -> None:
+            if job.exact:  # the engine's own part of the prompt
+                keys, values = self._rows.read(layer, job.table, 0, job.exact)
+                cache[layer].keys[: job.exact], cache[layer].values[: job.exact] = keys, values
+            load.wait(layer)
+
+        work = Work(model, prompt, cache, wait, kv_only=True, asked=self._asked)
         for _ in work.repair(selector_for(job.selector, prompt), share):
             pass
         self._asked = work.asked

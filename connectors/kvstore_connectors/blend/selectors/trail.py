@@ -16,7 +16,8 @@ tokens: a name of two tokens is rarer than each of them. A word that stands in o
 link can be. In a few hundred tokens "of the" is rare, too, so it counts how common a token is in the language:
 vocabularies number tokens in the order in which they were merged, common ones first.
 
-Everything is arrays over the prompt's positions, on the host: a prompt of 32,000 tokens takes some milliseconds.
+Everything is arrays over the prompt's positions, on the host: a prompt of 32,000 tokens takes some milliseconds. In a
+thread beside the one that asks for chunks it is no sooner there: each step is too short to let the interpreter go for.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kvstore_connectors.blend.prompt import brought
 from kvstore_connectors.blend.selectors.choice import Choice
 
 if TYPE_CHECKING:
@@ -84,8 +86,9 @@ class Trail(Choice):
         yield from ()
         if repr(self) not in work.notes:
             words = _Words(work.prompt, self.single)
-            found = torch.from_numpy(self._needed(self._light(words), words)).float()
-            work.notes[repr(self)] = found.masked_fill(found <= 0, -torch.inf).to(work.prompt.ids.device)
+            found = self._needed(self._light(words), words).astype(np.float32)
+            found[found <= 0] = -np.inf
+            work.notes[repr(self)] = brought(torch.from_numpy(found), work.prompt.ids.device)
         return work.notes[repr(self)]
 
     def _light(self, words: _Words) -> Light:
@@ -137,16 +140,16 @@ def _fading(lit: Light, place: Places, reach: int) -> Light:
     shining[0] = True  # what is before the first is dark
     at = np.flatnonzero(shining)
     light, where = lit[at], place[at]
-    behind = np.maximum(np.arange(len(at)) - 1, 0)
+    number = np.arange(len(at))
+    behind, last = np.maximum(number - 1, 0), np.zeros_like(number)
     outshines = np.append(True, light[1:] >= light[:-1] * (1 - np.diff(where) / reach))
     while True:
-        last = np.flatnonzero(outshines)[np.cumsum(outshines) - 1]
-        last[1:], last[0] = last[:-1].copy(), 0
+        np.maximum.accumulate((number * outshines)[:-1], out=last[1:])
         moved = np.flatnonzero(last != behind)
         if not len(moved):
             break
-        behind, last = last, last[moved]
-        outshines[moved] = light[moved] >= light[last] * (1 - (where[moved] - where[last]) / reach)
+        behind[moved] = before = last[moved]
+        outshines[moved] = light[moved] >= light[before] * (1 - (where[moved] - where[before]) / reach)
     over = np.diff(at[outshines], append=len(lit))
     left = np.repeat(light[outshines], over) * (1 - (place - np.repeat(where[outshines], over)) / reach)
     return np.maximum(left, 0.0)
@@ -168,14 +171,14 @@ class _Words:
         self.owner = prompt.host_chunk_of.numpy()
         start = self.spans.min(initial=len(ids))
         window = np.where(self.owner >= 0, (np.arange(len(ids)) - start) // WINDOW, -1)
-        apart = np.cumsum(np.diff(self.owner, prepend=-1) != 0) * len(ids)
+        apart = np.cumsum(_begins(self.owner)) * len(ids)
         self._place = np.arange(len(ids)) + apart  # so far from each other that no light passes between chunks
-        self._kind, rarity, self._sorted = _kinds(ids, window)
-        telling = (np.log1p(ids) / np.log1p(ids.max(initial=1))) ** 4
+        self._kind, rarity, self._sorted, distinct = _kinds(ids, window)
+        telling = ((np.log1p(distinct) / np.log1p(ids.max(initial=1))) ** 4)[self._kind]
         self._alone = (single * rarity) ** 2 * telling
         # Pairs by their second token: one more than there are tokens, the first and the last of them with nothing.
         pairs = np.append(-1, self._kind) * (len(ids) + 1) + np.append(self._kind, -1)
-        self._pair, rarity, _ = _kinds(pairs, np.append(-1, window))
+        self._pair, rarity, _, _ = _kinds(pairs, np.append(-1, window))
         self._paired = rarity**2 * np.maximum(np.append(0, telling), np.append(telling, 0))
         count = np.bincount(self._kind[self._sorted], minlength=len(ids))
         self._count, self._first = count[self._kind], (np.cumsum(count) - count)[self._kind]
@@ -215,8 +218,9 @@ class _Words:
         return here, there, match
 
 
-def _kinds(words: Places, window: Places) -> tuple[Places, Light, Places]:
-    """What is equal, and how rare: of each word the number of its kind and the rarity; places in windows, by kind.
+def _kinds(words: Places, window: Places) -> tuple[Places, Light, Places, Places]:
+    """What is equal, and how rare: of each word the number of its kind and the rarity; places in windows, by kind; the
+    words of the kinds.
 
     Parameters
     ----------
@@ -227,16 +231,24 @@ def _kinds(words: Places, window: Places) -> tuple[Places, Light, Places]:
     bits = len(words).bit_length()
     ordered = np.sort(words << bits | np.arange(len(words)))  # all different: equal words stay in order
     place, word = ordered & (1 << bits) - 1, ordered >> bits
-    number = np.cumsum(np.diff(word, prepend=word[:1]) != 0)
+    begins = _begins(word)
+    number = np.cumsum(begins) - 1
     counted = window[place] >= 0
     kind, at = number[counted], place[counted]
-    first = (np.diff(kind, prepend=-1) != 0) | (np.diff(window[at], prepend=-1) != 0)
+    first = _begins(kind) | _begins(window[at])
     within = np.bincount(kind[first], minlength=number[-1] + 1)
     windows = max(1, window.max() + 1)
     rarity = np.log(windows / np.maximum(within - 1, 1)) / np.log(max(2, windows))  # in how many others, here besides
     kinds = np.empty_like(number)
     kinds[place] = number
-    return kinds, np.where(within > 0, rarity, 0.0)[kinds], at
+    return kinds, np.where(within > 0, rarity, 0.0)[kinds], at, word[begins]
+
+
+def _begins(values: Places) -> NDArray[np.bool_]:
+    """Whether each differs from the one before."""
+    begins = np.ones(len(values), np.bool_)
+    np.not_equal(values[1:], values[:-1], out=begins[1:])
+    return begins
 
 
 def _among(kinds: Places, wanted: Places) -> NDArray[np.bool_]:
