@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from test_chain import NBYTES, FakeTier, Gate, House, Houses, block_id, houses, key, payload  # noqa: F401
+from houses import NBYTES, FakeTier, Gate, House, Houses, block_id, key, payload
 
 from kvstore.arena import PAGE_BYTES
 from kvstore.chain import AHEAD_SHARE
@@ -25,7 +25,7 @@ async def rest(house: House) -> None:
         await asyncio.wait(house.chain._tasks)
 
 
-async def test_what_is_prefetched_arrives(houses: Houses) -> None:  # noqa: F811
+async def test_what_is_prefetched_arrives(houses: Houses) -> None:
     house = houses(filled(FakeTier(), 3))
     assert [house.chain.prefetch(block_id(n)) for n in (0, 1, 2, 3)] == [True, True, True, False]
     await rest(house)
@@ -34,7 +34,7 @@ async def test_what_is_prefetched_arrives(houses: Houses) -> None:  # noqa: F811
     assert not house.chain.prefetch(block_id(0)), "it is there"
 
 
-async def test_leases_go_first_and_find_free_workers(houses: Houses) -> None:  # noqa: F811
+async def test_leases_go_first_and_find_free_workers(houses: Houses) -> None:
     order: list[BlockId] = []
     gate = Gate("get")
 
@@ -58,7 +58,7 @@ async def test_leases_go_first_and_find_free_workers(houses: Houses) -> None:  #
     assert order[7:] == [block_id(n) for n in range(1, 6)]
 
 
-async def test_a_lease_for_a_queued_block_does_not_wait_for_the_queue(houses: Houses) -> None:  # noqa: F811
+async def test_a_lease_for_a_queued_block_does_not_wait_for_the_queue(houses: Houses) -> None:
     gate = Gate("get")
     below = filled(FakeTier(lambda verb, block: gate(verb, block) if block == block_id(0) else None), 5)
     house = houses(below, nbytes=4 << 20)
@@ -73,7 +73,7 @@ async def test_a_lease_for_a_queued_block_does_not_wait_for_the_queue(houses: Ho
     assert below.calls["get"] == 5, "the one that was leased is not read again"
 
 
-async def test_the_queue_is_bounded_by_memory(houses: Houses) -> None:  # noqa: F811
+async def test_the_queue_is_bounded_by_memory(houses: Houses) -> None:
     gate = Gate("get")
     house = houses(filled(FakeTier(gate), 40))
     taken = [house.chain.prefetch(block_id(number)) for number in range(40)]
@@ -86,7 +86,7 @@ async def test_the_queue_is_bounded_by_memory(houses: Houses) -> None:  # noqa: 
     await rest(house)
 
 
-async def test_what_is_cancelled_or_dropped_is_not_read(houses: Houses) -> None:  # noqa: F811
+async def test_what_is_cancelled_or_dropped_is_not_read(houses: Houses) -> None:
     gate = Gate("get")
     below = filled(FakeTier(gate), 5)
     house = houses(below, nbytes=4 << 20)
@@ -101,7 +101,7 @@ async def test_what_is_cancelled_or_dropped_is_not_read(houses: Houses) -> None:
     assert below.calls["get"] == 3
 
 
-async def test_it_does_not_wait_for_memory_that_is_being_written(houses: Houses) -> None:  # noqa: F811
+async def test_it_does_not_wait_for_memory_that_is_being_written(houses: Houses) -> None:
     gate = Gate("put")
     below = filled(FakeTier(gate), 1)
     house = houses(below)

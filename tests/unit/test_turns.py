@@ -6,9 +6,9 @@ import asyncio
 
 import pytest
 import torch
+from houses import NBYTES, FakeTier, Gate, Houses, block_id, key, payload
 from hypothesis import given
 from hypothesis import strategies as st
-from test_chain import NBYTES, FakeTier, Gate, Houses, block_id, houses, key, payload  # noqa: F401
 
 from kvstore.codecs import importance
 from kvstore.copies import MOST, Copies
@@ -86,7 +86,7 @@ def weighed(share: float, parent: bytes = b"") -> BlockHeader:
     return BlockHeader(parent=parent, importance=importance.pack(torch.full((16,), share)))
 
 
-async def test_what_gets_more_attention_is_written_first_and_durable_before_all(houses: Houses) -> None:  # noqa: F811
+async def test_what_gets_more_attention_is_written_first_and_durable_before_all(houses: Houses) -> None:
     gate = Gate("put")
     order: list[BlockId] = []
 
