@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
-from kvstore.testing.tier_suite import MIB, scope_of
+from kvstore.testing.tier_kit import MIB, scope_of
 from kvstore.tiers.disk import DiskTier
 from kvstore.types import BlockId, Scope
 

@@ -10,7 +10,7 @@ import pytest
 from disks import file_of, until
 
 from kvstore.testing.faults import FaultyFiles, GatedFiles
-from kvstore.testing.tier_suite import MIB, block_of, load, pages, store
+from kvstore.testing.tier_kit import MIB, block_of, load, pages, store
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.wrappers import Breaker
 from kvstore.types import Dropped, DropReason, Miss, MissReason, Stored

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore.testing.faults import GatedFiles, WatchedFiles
-from kvstore.testing.tier_suite import MIB, block_of, header_of, load, pages, payload_of, scope_of, store
+from kvstore.testing.tier_kit import MIB, block_of, header_of, load, pages, payload_of, scope_of, store
 from kvstore.tiers.disk import DiskTier
 from kvstore.types import BlockId, Dropped, DropReason, Exists, Hit, Miss, Stored
 
@@ -263,7 +263,7 @@ def test_the_budget_holds_after_every_operation(tmp_path_factory: pytest.TempPat
 VICTIM = """
 import asyncio, sys
 from kvstore.testing.faults import KillingFiles
-from kvstore.testing.tier_suite import block_of, scope_of, store
+from kvstore.testing.tier_kit import block_of, scope_of, store
 from kvstore.tiers.disk import DiskTier
 from kvstore.types import Stored
 

@@ -13,7 +13,7 @@ import pytest
 from disks import directory_of, file_of, opened, real_bytes, until
 
 from kvstore.errors import StorageError
-from kvstore.testing.tier_suite import MIB, block_of, load, pages, scope_of, store
+from kvstore.testing.tier_kit import MIB, block_of, load, pages, scope_of, store
 from kvstore.types import BlockHeader, BlockId, Dropped, DropReason, Miss, MissReason, Scope, Stored
 
 

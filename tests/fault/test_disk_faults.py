@@ -21,7 +21,7 @@ from disks import file_of, open_fds, opened, real_bytes
 from kvstore.disk.io import Files
 from kvstore.errors import DirectoryUnusable, TierDown
 from kvstore.testing.faults import OPERATIONS, FaultyFiles, KillingFiles, ShortFiles, WatchedFiles
-from kvstore.testing.tier_suite import MIB, block_of, load, pages, scope_of, store
+from kvstore.testing.tier_kit import MIB, block_of, load, pages, scope_of, store
 from kvstore.tiers.disk import DiskTier
 from kvstore.types import Dropped, DropReason, Hit, Miss, MissReason, Stored
 

@@ -11,7 +11,7 @@ from disks import directory_of, file_of, open_fds, opened, real_bytes
 
 from kvstore.errors import ConfigError, DirectoryUnusable, StorageError
 from kvstore.testing.faults import GatedFiles
-from kvstore.testing.tier_suite import MIB, block_of, load, scope_of, store
+from kvstore.testing.tier_kit import MIB, block_of, load, scope_of, store
 from kvstore.tiers.disk import DiskTier
 from kvstore.types import Stored
 

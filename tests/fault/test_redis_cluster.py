@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from kvstore.testing.tier_suite import block_of, header_of, load, pages, payload_of, scope_of, store
+from kvstore.testing.tier_kit import block_of, header_of, load, pages, payload_of, scope_of, store
 from kvstore.testing.valkey import ValkeyCluster, ValkeyServer
 from kvstore.tiers.redis import RedisTier
 from kvstore.types import Dropped, DropReason, Exists, Hit, Miss, MissReason, Stored

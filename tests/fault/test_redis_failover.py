@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from kvstore.testing.tier_suite import block_of, joined, load, pages, payload_of, scope_of, store
+from kvstore.testing.tier_kit import block_of, joined, load, pages, payload_of, scope_of, store
 from kvstore.testing.valkey import ValkeyServer
 from kvstore.tiers.redis import RedisTier
 from kvstore.types import Dropped, DropReason, Hit, Miss, MissReason, Stored

@@ -18,7 +18,7 @@ from kvstore import KVStoreClient
 from kvstore.errors import ConfigError
 from kvstore.remote.link import read_key
 from kvstore.remote.values import Values
-from kvstore.testing.tier_suite import block_of, load, pages, store
+from kvstore.testing.tier_kit import block_of, load, pages, store
 from kvstore.testing.valkey import ValkeyServer
 from kvstore.tiers.redis import RedisTier
 from kvstore.types import Dropped, DropReason, Miss, MissReason, Stored, TierCode

@@ -13,7 +13,7 @@ import pytest
 import redis as blocking_redis
 
 from kvstore.remote.index import Names, Place
-from kvstore.testing.tier_suite import block_of, load, store
+from kvstore.testing.tier_kit import block_of, load, store
 from kvstore.testing.valkey import ValkeyServer
 from kvstore.tiers.redis import RedisTier
 from kvstore.types import Dropped, DropReason, Stored

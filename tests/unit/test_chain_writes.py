@@ -153,7 +153,8 @@ async def test_one_tier_is_enough_to_be_durable(houses: Houses, near: Any, far: 
 async def test_nothing_is_durable_without_a_lower_tier(houses: Houses) -> None:
     house = houses()
     writes = house.admit(1, durable=True)
-    assert writes == []
+    assert writes is not None
+    assert not writes
     assert await house.chain.durable(writes) == Dropped(DropReason.NOT_DURABLE)
     assert house.in_host(1)
 
