@@ -1,4 +1,4 @@
-"""What tests of tiers share: blocks whose payloads follow from their names, buffers as tiers get them, a tier to try."""
+"""What tests of tiers share: blocks whose payloads follow from their names, buffers as tiers get them, one to try."""
 
 from __future__ import annotations
 
