@@ -9,7 +9,7 @@ buckets of ages are relative to how many blocks are held.
 from __future__ import annotations
 
 from itertools import accumulate
-from operator import mul
+from operator import add, mul
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +20,12 @@ _BUCKETS_HELD = 64
 _FORGET = 0.995
 """What has been counted is aged by this each time the estimates are made anew: half of it is 138 times old."""
 _FALL = 4
-"""How steeply what is to come is believed to fall behind the oldest age that was reached: by this power of the age."""
+"""How steeply what is to come is believed to fall behind the oldest age at which a block was used: by this power."""
 _ENOUGH = 20.0
-"""Lives that a class must have seen; those with fewer take the mean of the others."""
+"""Lives that a class must have seen, and so many it is lent by the class below: what was used eight times is believed
+to go on like what was used four times, until it shows otherwise. With fewer and none below it takes the mean."""
+_RARE = 0.001
+"""Uses among the lives of a class, or of an age among its uses: fewer are chance and prove nothing."""
 
 
 def _bucket(units: int) -> int:
@@ -42,9 +45,20 @@ _MIDDLES = tuple(sum(_WIDTHS[:bucket]) + _WIDTHS[bucket] // 2 for bucket in rang
 
 
 class Fates:
-    """Counts of ended lives, and the hits to come per block and use of any block that they say."""
+    """Counts of ended lives, and the hits to come per block and use of any block that they say.
 
-    def __init__(self, classes: int) -> None:
+    Parameters
+    ----------
+    classes : int
+        How many classes there are.
+    below : int, optional
+        The class below a class is that of so much lower a number, if there is one. Without it none has one.
+    """
+
+    def __init__(self, classes: int, below: int | None = None) -> None:
+        self._below = classes if below is None else below
+        self.proven = [False] * classes
+        """Whether blocks of a class are known to be used again. If not, all its ages are worth the same."""
         self._unit = 1
         self._uses = [[0.0] * _AGES for _ in range(classes)]
         self._ends = [[0.0] * _AGES for _ in range(classes)]
@@ -68,6 +82,11 @@ class Fates:
         """Hits to come per block and use, of a block of a class that has this age."""
         units = age // self._unit
         return self._densities[group][_SMALL[units] if units < 1024 else _bucket(units)]
+
+    @property
+    def reach(self) -> int:
+        """Ages from here on are all the same."""
+        return int(_STARTS[-1]) * self._unit
 
     def scale(self, held: int) -> None:
         """Fit the buckets to how many blocks are held; counts move to the bucket that now has the middle of theirs."""
@@ -98,13 +117,26 @@ class Fates:
         telling = [share / total for share in accumulate(pooled)] if total else [1.0] * _AGES
         known: list[list[float]] = []
         unknown: list[int] = []
+        lent: dict[int, tuple[list[float], list[float]]] = {}
+        """Uses and ends of `_ENOUGH` lives, by the class they were seen in."""
         for group, (uses, ends, unended) in enumerate(zip(self._uses, self._ends, tally, strict=True)):
-            told = sum(map(mul, unended, telling))
-            if sum(uses) + sum(ends) + told < _ENOUGH:
+            seen, lives = sum(uses), sum(uses) + sum(ends)
+            self.proven[group] = seen > max(0.5, _RARE * (lives + sum(unended)))
+            below = lent.get(group - self._below)
+            if below is not None:
+                uses, ends = ([*map(add, *pair)] for pair in zip((uses, ends), below, strict=True))
+                lives += _ENOUGH
+            elif lives + sum(map(mul, unended, telling)) < _ENOUGH:
                 unknown.append(group)
-            else:
-                self._densities[group] = self._estimate(uses, ends, unended)
-                known.append(self._densities[group])
+                continue
+            found = self._estimate(uses, ends, unended)
+            if below is None and not self.proven[group]:
+                found = [*accumulate(found, min)]
+            if lives:
+                share = _ENOUGH / lives
+                lent[group] = [share * n for n in uses], [share * n for n in ends]
+            self._densities[group] = found
+            known.append(found)
         if known:
             mean = [sum(column) / len(known) for column in zip(*known, strict=True)]
             for group in unknown:
@@ -127,11 +159,13 @@ class Fates:
 
         From the oldest age down: of those that reached a bucket some were used in it, some faded, some are in it now
         and stand for half a bucket, and the others went on to the next. A block is kept into the buckets behind its own
-        as long as that raises the uses found per room taken. An age that nobody has reached says that a use takes
-        longer, not that none will come: when a flood begins, all blocks get older between two uses.
+        as long as that raises the uses found per room taken. An age at which none was used yet says that a use takes
+        longer, not that none will come: when a flood begins, all blocks get older between two uses. But the older, the
+        less is believed of it.
         """
         density = [0.0] * _AGES
-        oldest = -1
+        oldest = latest = -1
+        chance = _RARE * sum(uses)
         reached = 0.0
         later: list[tuple[float, float]] = []
         """Hits and room of the times behind this bucket, for each block that reaches it: the nearest last, which is the
@@ -141,6 +175,8 @@ class Fates:
             if not reached:
                 continue
             oldest = max(oldest, bucket)
+            if latest < 0 and uses[bucket] > chance:
+                latest = bucket
             at_risk = reached - 0.5 * unended[bucket]
             hits, gone = uses[bucket] / at_risk, (uses[bucket] + ends[bucket]) / at_risk
             room = _WIDTHS[bucket] * (1.0 - 0.5 * gone)
@@ -151,6 +187,8 @@ class Fates:
                 room += taken
             later.append((hits, room))
             density[bucket] = (hits * reached + 0.02) / ((room * reached + 0.5) * self._unit + 1.0)
-        for bucket in range(oldest + 1, _AGES if oldest >= 0 else 0):
-            density[bucket] = density[oldest] * ((_MIDDLES[oldest] + 1) / (_MIDDLES[bucket] + 1)) ** _FALL
+        last = oldest if latest < 0 else latest
+        for bucket in range(last + 1, _AGES if last >= 0 else 0):
+            far = density[last] * ((_MIDDLES[last] + 1) / (_MIDDLES[bucket] + 1)) ** _FALL
+            density[bucket] = far if bucket > oldest else min(far, density[bucket])
         return density

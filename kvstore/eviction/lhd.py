@@ -6,12 +6,14 @@ behind text that had been used before. A block need not be kept to the end of it
 time for which it pays most to keep it, the index of J. C. Gittins, "Bandit Processes and Dynamic Allocation Indices"
 (Journal of the Royal Statistical Society B 41, 1979). What became of blocks, also of those that were evicted, says for
 each class and age how many uses are to come (`kvstore.eviction.fates`). Blocks that come back after a long while teach
-it to wait, a flood of blocks that never come back teaches it to let go of new ones early.
+it to wait, a flood of blocks that never come back teaches it to let go of new ones early. Of classes that taught it
+nothing the oldest leaves, but for a sample that explores (`kvstore.eviction.explorers`).
 """
 
 from __future__ import annotations
 
 import heapq
+import math
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator
 from itertools import compress, cycle
@@ -21,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvstore.eviction.base import EvictionPolicy, Item
+from kvstore.eviction.explorers import NEVER, Explorers, level_of
 from kvstore.eviction.fates import Fates
 from kvstore.eviction.heaps import InOrder, Place
 
@@ -44,7 +47,11 @@ _END = tuple(3 * level + 2 for level in _LEVEL)
 _INNER = tuple(3 * level for level in _LEVEL)
 """Class of a block by its number of uses: at the end of a prompt, and within one."""
 _MOST = len(_LEVEL) - 1
+_EXPLORES = -1
+"""Ticket of an explorer: it has no place in a queue."""
 _LEARN_EVERY = 1024
+_LOOK_EVERY = 4
+"""So many new blocks to one explorer that is looked at again: all of them in the time in which the room is filled."""
 _CLEARLY = 1.25
 """By so much the latest block of a class must be worth less than the oldest to leave before it: less is chance. Where
 more blocks are used in a circle than can be held, the oldest is the next to be used."""
@@ -52,9 +59,10 @@ more blocks are used in a circle than can be held, the oldest is the next to be 
 
 class _Entry(Generic[Item]):
     """A block that is held: when it was last used (`stamp` also orders the blocks of one use), how often, its class,
-    and the ticket of its place in the queue of that class; 0 if it has none, since a block behind it is held."""
+    and the ticket of its place in the queue of that class; 0 if it has none, since a block behind it is held. While it
+    is new also its level as an explorer, and the block that the first new one of its prompt stands behind (`stem`)."""
 
-    __slots__ = ("behind", "children", "count", "group", "parent", "parted", "stamp", "ticket", "time")
+    __slots__ = ("behind", "children", "count", "group", "level", "parent", "parted", "stamp", "stem", "ticket", "time")
 
     def __init__(self, time: int, stamp: int, count: int, parent: Item | None, behind: bool, children: int) -> None:
         self.time = time
@@ -66,6 +74,8 @@ class _Entry(Generic[Item]):
         self.parted = children > 0
         self.group = 0
         self.ticket = 0
+        self.level = NEVER
+        self.stem: _Entry[Item] | None = None
 
     def classify(self) -> int:
         """Its class: the number of uses by powers of two, and what kind of place it has in prompts."""
@@ -97,7 +107,8 @@ class LHD(EvictionPolicy[Item], Generic[Item]):
         """One in so many evicted blocks is remembered, and counts for all of them."""
         self._faded = 0
         """Ghosts that were never used again."""
-        self._fates = Fates(_CLASSES)
+        self._fates = Fates(_CLASSES, below=3)
+        self._explorers: Explorers[Item] = Explorers()
         self._clock = 0
         self._stamp = 0
         self._tickets = 0
@@ -122,14 +133,16 @@ class LHD(EvictionPolicy[Item], Generic[Item]):
         children = self._orphans.pop(item, 0) if self._orphans else 0
         entry = _Entry(clock, stamp, count, parent, behind, children)
         entry.group = entry.classify()
+        if count == 1:
+            self._draw(item, entry, before)
         bare = self._bare
         if bare is not None and bare[1] is not before:
             self._place(*bare)
         held[item] = entry
         self._bare = None if children else (item, entry)
         if before is not None:
-            if before.ticket:
-                self._displace(before)
+            if parent is not None and before.ticket:
+                self._displace(parent, before)
             before.children += 1
             if not before.parted:
                 before.parted = True
@@ -148,11 +161,14 @@ class LHD(EvictionPolicy[Item], Generic[Item]):
             entry = held[item]
             used(entry.group, clock - entry.time)
             stamp += 1
+            if entry.count == 1:
+                self._explorers.discard(entry.level)
+                entry.stem = None
             entry.count = count = entry.count + 1
             entry.time = clock
             entry.stamp = stamp
             if entry.ticket:
-                self._displace(entry)
+                self._displace(item, entry)
             if entry.children:
                 entry.group = _INNER[count] if count < _MOST else _INNER[_MOST]
             else:
@@ -165,10 +181,12 @@ class LHD(EvictionPolicy[Item], Generic[Item]):
         entry = self._held.pop(item)
         if self._bare is not None and self._bare[1] is entry:
             self._bare = None
+        if entry.count == 1:
+            self._explorers.discard(entry.level)
         if entry.children:
             self._orphans[item] = entry.children
         elif entry.ticket:
-            self._displace(entry)
+            self._displace(item, entry)
             self._first(self._queues[entry.group])
         if evicted:
             self._remember(item, entry)
@@ -193,6 +211,10 @@ class LHD(EvictionPolicy[Item], Generic[Item]):
                     backwards.add(group)
                     worth, stamp, item = less, newer.stamp, latest[2]
                 heads.append((worth, stamp, group, item))
+        if waiting := self._explorers.waiting:  # they leave last: what they are worth is not known
+            walks[_CLASSES] = ((held[item].stamp, _EXPLORES, item) for item in waiting)
+            stamp, _, item = next(walks[_CLASSES])
+            heads.append((math.inf, stamp, _CLASSES, item))
         heapq.heapify(heads)
         while heads:
             _, _, group, item = heapq.heappop(heads)
@@ -211,7 +233,8 @@ class LHD(EvictionPolicy[Item], Generic[Item]):
                 for place in walks[group]:
                     entry = held.get(place[2])
                     if entry is not None and entry.ticket == place[1]:
-                        heapq.heappush(heads, (density(group, clock - entry.time), place[0], group, place[2]))
+                        worth = math.inf if group == _CLASSES else density(group, clock - entry.time)
+                        heapq.heappush(heads, (worth, place[0], group, place[2]))
                         break
         # What is left are blocks whose headers name each other as parents, and those before them: no client needs them.
         yield from (item for item, entry in held.items() if entry.children > freed.get(item, 0))
@@ -240,8 +263,12 @@ class LHD(EvictionPolicy[Item], Generic[Item]):
             del self._orphans[parent]
 
     def _place(self, item: Item, entry: _Entry[Item]) -> None:
-        """Put a block without children into the queue of its class."""
+        """Put a block without children into the queue of its class, or among the explorers."""
         entry.group = group = entry.classify()
+        if self._explores(entry):
+            self._explorers.waiting[item] = None
+            entry.ticket = _EXPLORES
+            return
         queue = self._queues[group]
         self._tickets = entry.ticket = self._tickets + 1
         place = entry.stamp, entry.ticket, item
@@ -260,10 +287,13 @@ class LHD(EvictionPolicy[Item], Generic[Item]):
         held = self._held
         return [p for p in places if (seen := held.get(p[2])) is not None and seen.ticket == p[1]]
 
-    def _displace(self, entry: _Entry[Item]) -> None:
+    def _displace(self, item: Item, entry: _Entry[Item]) -> None:
         """Take away its place; what stands in the queue, with a ticket of before, does not count any more."""
+        if entry.ticket == _EXPLORES:
+            del self._explorers.waiting[item]
+        else:
+            self._live[entry.group] -= 1
         entry.ticket = 0
-        self._live[entry.group] -= 1
 
     def _first(self, queue: list[Place[Item]]) -> _Entry[Item] | None:
         """The block whose place is first, once places in front of it that do not count any more are gone."""
@@ -282,6 +312,39 @@ class LHD(EvictionPolicy[Item], Generic[Item]):
         while (entry := held.get(places[-1][2])) is None or entry.ticket != places[-1][1]:
             places.pop()
         return places[-1]
+
+    # -- explorers -----------------------------------------------------------------------------------------------------
+
+    def _draw(self, item: Item, entry: _Entry[Item], before: _Entry[Item] | None) -> None:
+        """Give a new block its level: that of the block before it, if that is new, too."""
+        if before is not None and before.count == 1:
+            entry.level, entry.stem = before.level, before.stem
+        elif not self._fates.proven[entry.group]:
+            entry.level, entry.stem = level_of(item), before
+        self._explorers.add(entry.level)
+        if self._explorers.waiting and not self._stamp % _LOOK_EVERY:
+            self._look_again(next(iter(self._explorers.waiting)))
+
+    def _explores(self, entry: _Entry[Item]) -> bool:
+        """Whether a block without children is an explorer. What is known to be of use, or not to be, is none; and what
+        stands before it must not stay for its sake alone."""
+        if entry.level < self._explorers.level or entry.count > 1 or self._fates.proven[entry.group]:
+            return False
+        stem, before = entry.stem, None if entry.parent is None else self._held.get(entry.parent)
+        if before is not None and before is not stem and self._fates.proven[before.group]:
+            return False
+        if stem is not None and self._clock - stem.time > len(self._held):
+            return False
+        return self._clock - entry.time < self._fates.reach
+
+    def _look_again(self, item: Item) -> None:
+        """Let an explorer be one further, or give it its place."""
+        entry = self._held[item]
+        if self._explores(entry):
+            self._explorers.waiting.move_to_end(item)
+        else:
+            del self._explorers.waiting[item]
+            self._place(item, entry)
 
     # -- learning ------------------------------------------------------------------------------------------------------
 
@@ -306,6 +369,7 @@ class LHD(EvictionPolicy[Item], Generic[Item]):
         not used again: those whose fate is open are counted too, each at its age.
         """
         self._fates.scale(len(self._held))
+        self._explorers.widen()
         clock = self._clock
         if self._faded > len(self._held):
             self._fates.learn()

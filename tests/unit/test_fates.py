@@ -68,3 +68,47 @@ def test_open_lives_count_as_far_as_they_got() -> None:
     alone.learn()
     beside.learn((groups, ages, weights))
     assert beside.density(0, 0) < 0.05 * alone.density(0, 0)
+
+
+def test_a_class_of_which_nothing_was_used_is_worth_the_same_at_all_ages() -> None:
+    fates = Fates(2)
+    for age in (10, 100, 190):
+        for _ in range(1000):
+            fates.faded(0, age)
+            fates.used(1, age)
+    fates.learn()
+    assert (fates.proven[0], fates.proven[1]) == (False, True)
+    assert len({fates.density(0, age) for age in AGES}) == 1
+
+
+def test_a_few_uses_among_thousands_of_lives_prove_nothing() -> None:
+    fates = Fates(1)
+    for _ in range(20_000):
+        fates.faded(0, 100)
+    for count, proven in ((10, False), (40, True)):
+        for _ in range(count):
+            fates.used(0, 90)
+        fates.learn()
+        assert fates.proven[0] is proven
+
+
+def test_a_class_goes_on_like_the_one_below_until_it_shows_otherwise() -> None:
+    fates = Fates(4, below=2)
+    for _ in range(1000):
+        fates.used(0, 100)
+        fates.faded(1, 100)
+    fates.learn((np.full(500, 2, np.int64), np.full(500, 20, np.int64), np.ones(500, np.int64)))
+    assert fates.density(2, 90) == pytest.approx(fates.density(0, 90), rel=0.05)
+    for _ in range(1000):
+        fates.faded(2, 150)
+    fates.learn()
+    assert fates.density(2, 90) < 0.05 * fates.density(0, 90)
+
+
+def test_few_blocks_that_stayed_long_say_little_of_an_age_at_which_none_was_used() -> None:
+    fates = Fates(1)
+    for _ in range(1000):
+        fates.used(0, 20)
+    fates.faded(0, 180)
+    fates.learn()
+    assert fates.density(0, 180) < 0.001 * fates.density(0, 20)
