@@ -19,6 +19,7 @@ from kvstore.codecs import Chain, Context, parse
 from kvstore.codecs.basis import Basis, load_basis
 from kvstore.errors import CodecError, ConfigError
 from kvstore.namespaces import is_exact
+from kvstore.patterns import PROFILE, in_words
 from kvstore.rope import Rotary
 from kvstore.standing import called
 from kvstore.types import Namespace
@@ -100,7 +101,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         sha256 over everything else.
     """
 
-    name: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+    name: Annotated[str, msgspec.Meta(pattern=PROFILE)]
     model: str
     revision: str
     also: list[Identity] = []
@@ -209,7 +210,7 @@ def load_profile(path: Path) -> Profile:
         for rung in profile.rungs:
             parse(rung.chain)
     except (OSError, msgspec.DecodeError, CodecError) as error:
-        raise ConfigError(f"{path}: {error}", remedy) from None
+        raise ConfigError(f"{path}: {in_words(error)}.", remedy) from None
     if profile.version != VERSION:
         raise ConfigError(f"{path}: version {profile.version}, this build reads {VERSION}.", remedy)
     if profile.digest != _digest(profile):

@@ -19,6 +19,7 @@ import msgspec
 from msgspec import Meta
 
 from kvstore.errors import QuotaRefused
+from kvstore.patterns import DIGEST_START, NAME
 from kvstore.types import Namespace, Scope
 from kvstore.units import format_size, parse_duration, parse_size
 
@@ -56,11 +57,11 @@ class QuotaRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         Time since the last use after which a block is forgotten; empty for never.
     """
 
-    name: Annotated[str, Meta(pattern="^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    name: Annotated[str, Meta(pattern=NAME)]
     tenant: Word = ""
     domain: Word = ""
     model: Word = ""
-    namespace: Annotated[str, Meta(pattern="^([0-9a-f]{8,64})?$")] = ""
+    namespace: Annotated[str, Meta(pattern=DIGEST_START)] = ""
     guarantee: Word = ""
     limit: Word = ""
     priority: Annotated[int, Meta(ge=-100, le=100)] = 0

@@ -11,6 +11,7 @@ from kvstore.cli import out
 from kvstore.cli.flags import Address, ConfigFile, Json
 from kvstore.cli.status import resolve
 from kvstore.errors import QuotaRefused
+from kvstore.patterns import in_words
 from kvstore.quotas import QuotaRule
 from kvstore.units import format_size
 
@@ -53,7 +54,7 @@ def quota_set(
     try:
         rule = msgspec.convert(given, QuotaRule)
     except msgspec.ValidationError as error:
-        raise QuotaRefused(f"quota: {error}.") from None
+        raise QuotaRefused(f"quota: {in_words(error)}.") from None
     _show(*_ask(resolve(address, config), rule), json)
 
 

@@ -7,23 +7,24 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
+from kvstore.patterns import CODE, HEX32, KEYS, NAME
 from kvstore.quotas import QuotaRule
 from kvstore.sightings import HeldLease, Sighting
 from kvstore.types import Namespace
 
 MAX_TOKENS = 1 << 20
 MAX_KEYS = 4096
-Hex32 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$", description="32 bytes in hexadecimal digits")]
+Hex32 = Annotated[str, Meta(pattern=HEX32, description="32 bytes in hexadecimal digits")]
 Token = Annotated[int, Meta(ge=0, lt=1 << 31)]
-KeyList = Annotated[str, Meta(pattern="^([0-9a-f]{64}(,[0-9a-f]{64}){0,40})?$", description="Keys, by commas")]
-Name = Annotated[str, Meta(pattern="^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+KeyList = Annotated[str, Meta(pattern=KEYS, description="Keys, by commas")]
+Name = Annotated[str, Meta(pattern=NAME)]
 Word = Annotated[str, Meta(max_length=64)]
 
 
 class Problem(msgspec.Struct):
     """What went wrong: a code of docs/errors.md, one sentence, and what to do about it."""
 
-    code: Annotated[str, Meta(pattern="^KV[0-9]{3}$")]
+    code: Annotated[str, Meta(pattern=CODE)]
     cause: str
     remedy: str
 

@@ -32,6 +32,7 @@ from kvstore.http.routes import Route
 from kvstore.keys import namespace_digest
 from kvstore.obs import metrics
 from kvstore.obs.history import History
+from kvstore.patterns import in_words
 from kvstore.quotas import QuotaRule
 from kvstore.sightings import HeldLease, Sighting
 from kvstore.types import Namespace, Scope
@@ -210,7 +211,7 @@ class Face:
             question = msgspec.convert({"namespace": asked.namespace, **pasted(asked.prompt)}, answers.Question)
             _, blocks = self._explained(question)
         except (msgspec.ValidationError, KVStoreError) as error:
-            return [[str(error)]]
+            return [[f"{in_words(error)}."]]
         return [tables.sighting(index, block) for index, block in enumerate(blocks)]
 
     async def asset(self, request: web.BaseRequest, asked: None) -> web.StreamResponse:
@@ -314,7 +315,7 @@ async def _asked(route: Route, request: web.BaseRequest) -> msgspec.Struct | Non
     except TimeoutError:
         raise DeadlineExceeded(f"The body did not arrive within {BODY_S:g} s.", "Send it faster.") from None
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-        raise InvalidParams(f"{route.path}: {error}.", "/v1/openapi.json describes what it takes.") from None
+        raise InvalidParams(f"{route.path}: {in_words(error)}.", "/v1/openapi.json describes what it takes.") from None
 
 
 def _whole(value: Any) -> Any:

@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from kvstore.errors import InvalidParams, KVStoreError, ProtocolError, UnknownMethod
+from kvstore.patterns import in_words
 from kvstore.wire.fields import Message
 from kvstore.wire.messages import METHODS, NOTICES
 
@@ -107,7 +108,7 @@ def decode_params(method: str, params: msgspec.Raw) -> Message:
     try:
         return decoder.decode(params)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-        raise InvalidParams(f"{method}: {error}.") from None
+        raise InvalidParams(f"{method}: {in_words(error)}.") from None
 
 
 def decode_answer(head: bytes) -> Answer | Notice:

@@ -125,6 +125,14 @@ async def test_a_question_by_keys_or_tokens(session: aiohttp.ClientSession) -> N
             assert (await answer.json())["daemons"][0]["blocks"] == 3
 
 
+async def test_a_key_that_is_none_is_refused_in_words(session: aiohttp.ClientSession) -> None:
+    async with session.get(f"/v1/where?namespace={NS.hex()}&keys=ABC") as answer:
+        assert answer.status == 400
+        cause = (await answer.json())["cause"]
+    assert "keys: must be up to 41 keys of 64 hexadecimal digits" in cause
+    assert "regex" not in cause
+
+
 @pytest.mark.parametrize(
     ("body", "status"),
     [
