@@ -274,19 +274,18 @@ class ChunkLoad:
         pieces = [wish.piece for wish in wishes]
         with torch.cuda.stream(stream):
             turn = Turn.of(self._rotation, brought(torch.tensor([wish.distance for wish in wishes]), device))
-        runs = [] if stream is None else [self._runs(client, block) for block in found]
+        held = None if stream is None else host.Held([self._runs(client, block) for block in found])
+        layer = np.array([block.nbytes // layers for block in found])
         for group in self._groups:
             first, last = group.start, group.stop
             with torch.cuda.stream(stream):
                 begun = Moment(device)
-                if stream is None:
-                    blocks: Sequence[torch.Tensor] = [self._bytes(client, block) for block in found]
+                if stream is None or held is None:
+                    blocks: Sequence[torch.Tensor] | torch.Tensor = [self._bytes(client, block) for block in found]
                 else:
-                    sizes = [block.nbytes // layers * (last - first) for block in found]
-                    blocks = torch.empty(sum(sizes), dtype=torch.uint8, device=device).split(sizes)
-                    for to, block, run in zip(blocks, found, runs, strict=True):
-                        host.bring(run, block.nbytes // layers * first, block.nbytes // layers * last, to, stream)
-                skipped = frozenset(layer - first for layer in turn.skipped_layers)
+                    blocks = torch.empty(int(layer.sum()) * (last - first), dtype=torch.uint8, device=device)
+                    held.bring(layer * first, layer * last, blocks, stream)
+                skipped = frozenset(one - first for one in turn.skipped_layers)
                 place(self._rows[first:last], pieces, blocks, replace(turn, skipped_layers=skipped))
                 self._came.append((begun, Moment(device)))
             yield

@@ -140,23 +140,56 @@ def copy(to: int, at: int, nbytes: int, stream: torch.cuda.Stream) -> None:
 
     Who asks keeps the memory until it is over.
     """
-    runtime = cupy().cuda.runtime
-    runtime.memcpyAsync(to, at, nbytes, runtime.memcpyDefault, stream.cuda_stream)
+    copy_all([to], [at], [nbytes], stream)
 
 
-def bring(runs: Sequence[Run], begin: int, end: int, to: torch.Tensor, stream: torch.cuda.Stream) -> None:
-    """Copy bytes `begin` to `end` of what several runs hold together to memory of a device; nothing waits for it."""
-    target = to.data_ptr()
-    if to.numel() != end - begin or not to.is_contiguous() or to.dtype != torch.uint8:
-        raise checks.refuse("to", f"{tuple(to.shape)} of {to.dtype} for {end - begin} bytes")
-    for address, nbytes in runs:
-        first, last = max(begin, 0), min(end, nbytes)
-        if first < last:
-            copy(target, address + first, last - first, stream)
-            target += last - first
-        begin, end = begin - nbytes, end - nbytes
-    if end > 0:
-        raise checks.refuse("runs", f"{end} bytes less than are asked for")
+def copy_all(to: Sequence[int], at: Sequence[int], nbytes: Sequence[int], stream: torch.cuda.Stream) -> None:
+    """As `copy`, several."""
+    runtime, queue = cupy().cuda.runtime, stream.cuda_stream
+    ask, kind = runtime.memcpyAsync, runtime.memcpyDefault
+    for one in zip(to, at, nbytes, strict=True):
+        ask(*one, kind, queue)
+
+
+class Held:
+    """Blocks in memory that copies can reach, each in runs; a part of all of them is brought in one go.
+
+    Parameters
+    ----------
+    blocks : sequence of sequence of Run
+    """
+
+    def __init__(self, blocks: Sequence[Sequence[Run]]) -> None:
+        runs = np.array([run for block in blocks for run in block], np.int64).reshape(-1, 2)
+        counts = np.array([len(block) for block in blocks], np.int64)
+        self._address, self._nbytes = runs.T
+        self._block = np.repeat(np.arange(len(blocks)), counts)
+        total = np.append(0, np.cumsum(self._nbytes))
+        ends = np.cumsum(counts)
+        begins = total[ends - counts]
+        self._sizes = total[ends] - begins
+        self._start = total[:-1] - begins[self._block]  # of each run, in its block
+
+    def bring(self, begin: np.ndarray, end: np.ndarray, to: torch.Tensor, stream: torch.cuda.Stream) -> None:
+        """Copy bytes `begin` to `end` of each block, one after the other, to memory of a device; nothing waits for it.
+
+        Raises
+        ------
+        InvalidParams
+            If a block has less, or this is not their room.
+        """
+        sizes = end - begin
+        if ((begin < 0) | (sizes < 0) | (end > self._sizes)).any():
+            raise checks.refuse("end", "a part leaves its block")
+        if to.numel() != sizes.sum() or not to.is_contiguous() or to.dtype != torch.uint8:
+            raise checks.refuse("to", f"{tuple(to.shape)} of {to.dtype} for {sizes.sum()} bytes")
+        begins = begin[self._block]
+        first = np.maximum(begins, self._start)
+        last = np.minimum(end[self._block], self._start + self._nbytes)
+        places = to.data_ptr() + (np.cumsum(sizes) - sizes)[self._block] + first - begins
+        some = first < last
+        at, nbytes = self._address + first - self._start, last - first
+        copy_all(places[some].tolist(), at[some].tolist(), nbytes[some].tolist(), stream)
 
 
 def registered() -> tuple[int, int]:

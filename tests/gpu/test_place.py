@@ -66,6 +66,17 @@ def test_pieces_go_to_their_rows_and_keys_turn(variant, dtype, device) -> None:
         assert torch.equal(keys.cpu().double()[untouched], true_keys[untouched])
 
 
+def test_blocks_in_one_tensor_are_the_same(device) -> None:
+    turn = Turn.of(rotary({"head_dim": 64}), torch.arange(len(PIECES), device=device))
+    pieces, blocks = pieces_of(64, torch.bfloat16, device)
+    one, other = (rows_of(64, torch.bfloat16, device) for _ in range(2))
+    for (keys, values), (others_keys, others_values) in zip(one, other, strict=True):
+        others_keys.copy_(keys), others_values.copy_(values)
+    place(one, pieces, blocks, turn)
+    place(other, pieces, torch.cat(blocks), turn)
+    assert all(torch.equal(a, b) for pair in zip(one, other, strict=True) for a, b in zip(*pair, strict=True))
+
+
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_what_does_not_move_keeps_its_bits_and_layers_without_positions_are_copied(interleaved, device) -> None:
     turning = rotary({"head_dim": 64, "rope_interleave": interleaved, "no_rope_layers": [1, 0, 1]})
@@ -96,6 +107,9 @@ def test_pieces_that_do_not_fit_are_refused(device) -> None:
             place(rows, good, [block, *blocks[1:]], turn)
     with pytest.raises(InvalidParams):
         place(rows, good, blocks[1:], turn)
+    for whole in (torch.cat(blocks[1:]), torch.cat(blocks).view(torch.float32), torch.cat([*blocks, *blocks])[::2]):
+        with pytest.raises(InvalidParams):
+            place(rows, good, whole, turn)
     for table in (
         Turn.of(rotary({"head_dim": 64}), torch.zeros(3, dtype=torch.int64, device=device)),
         Turn.of(rotary({"head_dim": 128}), torch.zeros(len(good), dtype=torch.int64, device=device)),

@@ -115,16 +115,40 @@ def test_a_driver_that_refuses_is_an_error_with_a_cause_and_the_next_try_counts(
     assert driver.pinned == {whole.ctypes.data: W}
 
 
-def test_a_range_of_several_runs_is_brought_in_order(monkeypatch) -> None:
+def test_parts_of_blocks_in_several_runs_are_brought_in_order(monkeypatch) -> None:
     runtime = SimpleNamespace(memcpyDefault=4, memcpyAsync=lambda to, at, n, kind, queue: ctypes.memmove(to, at, n))
     monkeypatch.setattr(host, "cupy", lambda: SimpleNamespace(cuda=SimpleNamespace(runtime=runtime)))
-    parts = [np.random.default_rng(i).integers(0, 255, n, np.uint8) for i, n in enumerate((5, 1, 100, 7))]
-    whole, runs = np.concatenate(parts), [(part.ctypes.data, part.nbytes) for part in parts]
     stream: Any = SimpleNamespace(cuda_stream=0)
-    for begin, end in ((0, 113), (0, 5), (4, 7), (6, 106), (5, 6), (20, 30), (112, 113), (9, 9)):
-        to = torch.zeros(end - begin, dtype=torch.uint8)
-        host.bring(runs, begin, end, to, stream)
-        assert np.array_equal(to.numpy(), whole[begin:end])
-    for begin, end, room in ((0, 114, 114), (0, 5, 4), (113, 115, 2)):
+    blocks = [
+        [np.random.default_rng(i).integers(0, 255, n, np.uint8) for i, n in enumerate(sizes)]
+        for sizes in ((5, 1, 100, 7), (60,), (30, 30))
+    ]
+    held = host.Held([[(part.ctypes.data, part.nbytes) for part in parts] for parts in blocks])
+
+    def bring(begin: list[int], end: list[int], room: int) -> np.ndarray:
+        to = torch.zeros(room, dtype=torch.uint8)
+        held.bring(np.array(begin), np.array(end), to, stream)
+        return to.numpy()
+
+    for begin, end in (
+        ([0, 0, 0], [113, 60, 60]),
+        ([4, 59, 29], [7, 60, 31]),
+        ([6, 0, 30], [106, 0, 60]),
+        ([5, 3, 0], [6, 9, 30]),
+        ([112, 20, 7], [113, 20, 7]),
+    ):
+        wanted = [np.concatenate(parts)[a:b] for parts, a, b in zip(blocks, begin, end, strict=True)]
+        room = sum(map(len, wanted))
+        assert np.array_equal(bring(begin, end, room), np.concatenate(wanted))
+        for wrong in (room - 1, room + 1):
+            with pytest.raises(InvalidParams):
+                bring(begin, end, wrong)
+    for begin, end in (
+        ([0, 0, 0], [114, 1, 1]),
+        ([-1, 0, 0], [1, 1, 1]),
+        ([2, 0, 0], [1, 1, 1]),
+        ([0, 61, 0], [1, 62, 1]),
+    ):
         with pytest.raises(InvalidParams):
-            host.bring(runs, begin, end, torch.zeros(room, dtype=torch.uint8), stream)
+            bring(begin, end, 3)
+    host.Held([]).bring(np.zeros(0, int), np.zeros(0, int), torch.zeros(0, dtype=torch.uint8), stream)

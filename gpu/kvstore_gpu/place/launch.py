@@ -52,7 +52,7 @@ class Piece(NamedTuple):
 def place(
     rows: Rows,
     pieces: Sequence[Piece],
-    blocks: Sequence[torch.Tensor],
+    blocks: Sequence[torch.Tensor] | torch.Tensor,
     turn: Turn,
     *,
     stream: torch.cuda.Stream | None = None,
@@ -64,9 +64,9 @@ def place(
     rows : sequence of (Tensor, Tensor), [row, head, dim]
         K and V of each layer.
     pieces : sequence of Piece
-    blocks : sequence of Tensor, uint8, [nbytes]
+    blocks : sequence of Tensor, uint8, [nbytes], or Tensor
         Of each piece its block, ``[layer][K|V][token][head][dim]`` of the layers that are placed: on the rows' device,
-        or host memory that is registered with it (`kvstore_gpu.host`).
+        or host memory that is registered with it (`kvstore_gpu.host`). One tensor has them one after the other.
     turn : Turn
         One row a piece; ``skipped_layers`` are counted from the first layer of ``rows``.
     stream : torch.cuda.Stream, optional
@@ -81,11 +81,14 @@ def place(
     if not rows or not pieces:
         return
     keys = rows[0][0]
-    table = _check(rows, pieces, blocks, turn)
+    table, sizes = _check(rows, pieces, turn)
+    offsets = _check_blocks(blocks, sizes)
     if uses_reference(keys.device):
-        reference.place(rows, pieces, blocks, turn.cos, turn.sin, turn.interleaved, turn.skipped_layers)
+        parts = blocks.split(sizes.tolist()) if isinstance(blocks, torch.Tensor) else blocks
+        reference.place(rows, pieces, parts, turn.cos, turn.sin, turn.interleaved, turn.skipped_layers)
         return
-    table["from"] += np.array(host.addresses(blocks, keys.device), np.uint64)
+    found = host.addresses([blocks] if isinstance(blocks, torch.Tensor) else blocks, keys.device)
+    table["from"] += np.array(found, np.uint64) + offsets
     tiles = -(-int(table["tokens"].max()) // TILE)
     bases = np.array([side.data_ptr() for layer in rows for side in layer], "<u8")
     skipped = jobs.constant(bytes(layer in turn.skipped_layers for layer in range(len(rows))), keys.device)
@@ -108,8 +111,8 @@ def _width(keys: torch.Tensor, table: np.ndarray, bases: np.ndarray, turn: Turn)
     return 2 if turn.interleaved else 1
 
 
-def _check(rows: Rows, pieces: Sequence[Piece], blocks: Sequence[torch.Tensor], turn: Turn) -> np.ndarray:
-    """Refuse what does not fit; the kernel's table, of places within blocks."""
+def _check(rows: Rows, pieces: Sequence[Piece], turn: Turn) -> tuple[np.ndarray, np.ndarray]:
+    """Refuse what does not fit; the kernel's table, of places within blocks, and how many bytes these have."""
     keys = rows[0][0]
     if keys.dim() != 3 or keys.dtype not in FLOATS:
         raise checks.refuse("keys", f"{tuple(keys.shape)} of {keys.dtype}: [row, head, dim] of floats is needed")
@@ -120,12 +123,6 @@ def _check(rows: Rows, pieces: Sequence[Piece], blocks: Sequence[torch.Tensor], 
             )
     told = np.array(pieces, np.int64).reshape(-1, 5)
     room, first, tokens, row, moved = told.T
-    nbytes = len(rows) * 2 * room * keys[0].nbytes
-    if len(blocks) != len(pieces):
-        raise checks.refuse("blocks", f"{len(blocks)} for {len(pieces)} pieces")
-    for block, wanted in zip(blocks, nbytes.tolist(), strict=True):
-        if block.dtype != torch.uint8 or block.shape != (wanted,) or not block.is_contiguous():
-            raise checks.refuse("block", f"{tuple(block.shape)} of {block.dtype}: {wanted} bytes are needed")
     if ((first < 0) | (tokens < 1) | (first + tokens > room)).any():
         raise checks.refuse("first", "a piece leaves its block, or is empty")
     if ((row < 0) | (row + tokens > len(keys))).any():
@@ -137,4 +134,16 @@ def _check(rows: Rows, pieces: Sequence[Piece], blocks: Sequence[torch.Tensor], 
     table = np.zeros(len(pieces), PIECE)
     table["from"], table["side"] = first * keys[0].nbytes, room * keys[0].nbytes
     table["row"], table["tokens"], table["moved"] = row, tokens, moved
-    return table
+    return table, len(rows) * 2 * room * keys[0].nbytes
+
+
+def _check_blocks(blocks: Sequence[torch.Tensor] | torch.Tensor, sizes: np.ndarray) -> np.ndarray:
+    """Refuse blocks that have other sizes; where each begins in the tensor that it is in."""
+    if not isinstance(blocks, torch.Tensor) and len(blocks) != len(sizes):
+        raise checks.refuse("blocks", f"{len(blocks)} for {len(sizes)} pieces")
+    wanted = [int(sizes.sum())] if isinstance(blocks, torch.Tensor) else sizes.tolist()
+    for block, nbytes in zip([blocks] if isinstance(blocks, torch.Tensor) else blocks, wanted, strict=True):
+        if block.dtype != torch.uint8 or block.shape != (nbytes,) or not block.is_contiguous():
+            raise checks.refuse("block", f"{tuple(block.shape)} of {block.dtype}: {nbytes} bytes are needed")
+    starts = np.cumsum(sizes) - sizes
+    return (starts if isinstance(blocks, torch.Tensor) else np.zeros_like(starts)).astype(np.uint64)
