@@ -22,7 +22,8 @@ def banner(daemon: Daemon) -> str:
     ]
     if s.listen.tcp:
         lines.append(f"  tcp      {s.listen.tcp}  (with a token)")
-    lines.append(f"  memory   up to {format_size(s.host.bytes)} in shared memory ({pages})")
+    blocks = f"{format_size(arena.capacity)} for blocks, the rest for their index"
+    lines.append(f"  memory   up to {format_size(s.host.bytes)} in shared memory ({pages}): {blocks}")
     if (gpu := daemon.service.gpu) is not None:
         lines.append(f"  gpu      {format_size(gpu.tier.pool.capacity)} of {gpu.name}, for copies of hot blocks")
     elif daemon.gpu_off:

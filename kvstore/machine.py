@@ -94,10 +94,17 @@ def auto_host_bytes() -> int:
     return min(max(quarter, GIB // 4), 64 * GIB)
 
 
+INDEX_SHARE = 32
+"""One part in so many of the host tier's budget is set aside for the index of its blocks."""
+
+
 def auto_slab_bytes(host_bytes: int) -> int:
-    """Slabs few enough that a client with 1,024 descriptors can map them all, small enough to come and go."""
-    wanted = 1 << (max(host_bytes // 64, 1) - 1).bit_length()
-    return min(max(wanted, 64 << 20), GIB, host_bytes)
+    """Slabs few enough that a client with 1,024 descriptors can map them all, small enough to come and go, and of a
+    size that leaves next to nothing over: what is too little for a slab would hold no block."""
+    most = min(max(1 << (max(host_bytes // 64, 1) - 1).bit_length(), 64 << 20), GIB)
+    blocks = host_bytes - host_bytes // INDEX_SHARE
+    even = blocks // -(-blocks // most)
+    return even >> 21 << 21 if even >= 32 << 20 else even  # of whole huge pages
 
 
 DISK_SHARE = 0.25

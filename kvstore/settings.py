@@ -112,7 +112,7 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
             "auto",
             size(1 << 20, 16 << 30),
             lambda _, values: machine.auto_slab_bytes(values["host.bytes"]),
-            "host.bytes / 64 rounded up to a power of two, between 64MiB and 1GiB, at most host.bytes",
+            "about a 64th of host.bytes, between 32MiB and 1GiB, so that whole ones fill it",
         ),
     ]
     ahead_bytes: Annotated[int, Rule("Memory kept touched and ready ahead of need.", "256MiB", size(0))]

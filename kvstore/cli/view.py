@@ -118,6 +118,8 @@ def _state(state: Mapping[str, Any]) -> Text:
     breaker = clean(part(state, "breaker").get("state", "closed"))
     if breaker != "closed":
         facts.append((f"breaker {breaker}", "bold red"))
+    if sized := count(state, "blocks_capacity"):
+        facts.append((f"{format_size(sized)} for blocks", "dim"))
     for key, word in (
         ("leased_bytes", "leased"),
         ("dirty_bytes", "not yet below"),

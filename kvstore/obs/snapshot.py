@@ -79,6 +79,7 @@ def _host(service: Service) -> dict[str, Any]:
     usage = host.usage()
     return _counters(host.counters) | {
         "capacity": usage.capacity,
+        "blocks_capacity": host.arena.capacity,
         "used": usage.used,
         "blocks": usage.blocks,
         "slabs": host.arena.total // host.arena.slab_bytes,

@@ -14,6 +14,7 @@ from kvstore.arena import PAGE_BYTES, Arena
 from kvstore.errors import InternalError
 from kvstore.eviction.base import EvictionPolicy
 from kvstore.eviction.partitions import Facts, Partitions
+from kvstore.machine import INDEX_SHARE
 from kvstore.tiers.base import TierCounters, Usage
 from kvstore.tiers.host_block import INDEX_BYTES, HostBlock, footprint_of
 from kvstore.types import BlockId, DropReason, Extent, Gone, Scope, TierCode
@@ -22,9 +23,6 @@ from kvstore.watcher import Watcher
 DIRTY_SHARE = 0.5
 """While more of the memory than this waits to be written below, new blocks take free memory only: a flood of stores
 would otherwise evict all that can be, which is what is used, and keep what it brought."""
-
-_INDEX_SHARE = 32
-"""One part in this many of the budget is set aside for the index."""
 
 
 class HostTier:
@@ -52,7 +50,7 @@ class HostTier:
         ahead_bytes: int,
         pin_share: float = 0.5,
     ) -> None:
-        self.index_capacity = capacity // _INDEX_SHARE
+        self.index_capacity = capacity // INDEX_SHARE
         self.capacity = capacity
         self.arena = Arena(capacity - self.index_capacity, slab_bytes, ahead_bytes)
         self.order = Partitions(policy, self._facts)

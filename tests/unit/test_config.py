@@ -13,10 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore import machine
+from kvstore.arena import Arena
 from kvstore.banner import place_of
 from kvstore.config import Loaded, find_file, load
 from kvstore.errors import ConfigError
 from kvstore.lower_tiers import check_codecs
+from kvstore.machine import INDEX_SHARE, auto_slab_bytes
 from kvstore.rules import Secret, is_loopback, show_size, split_address
 from kvstore.settings import GROUPS, RULES, env_names, flag_names, written_as
 from kvstore.units import format_duration, format_size, parse_duration, parse_size
@@ -43,7 +45,7 @@ def test_without_anything_every_setting_has_a_value_and_a_default_origin() -> No
     loaded = load({}, {})
     assert set(loaded.origins) == set(RULES)
     assert set(loaded.origins.values()) == {"default", "default (auto)"}
-    assert loaded.settings.host.slab_bytes >= 64 << 20
+    assert loaded.settings.host.slab_bytes >= 60 << 20
     assert loaded.settings.limits.max_block_bytes == GIB
     assert loaded.settings.http.address == "127.0.0.1:7070"
     assert loaded.settings.drain_s == 10.0
@@ -326,10 +328,10 @@ def test_addresses(written: str, parts: tuple[str, int], loopback: bool) -> None
 
 
 def test_a_small_host_tier_takes_a_smaller_slab_but_a_named_one_is_held_against_it() -> None:
-    assert load({"host.bytes": "32MiB"}, {}).settings.host.slab_bytes == 32 << 20
-    assert load({"host.bytes": "1GiB"}, {}).settings.host.slab_bytes == 64 << 20
-    assert load({"host.bytes": "9GiB"}, {}).settings.host.slab_bytes == 256 << 20
-    assert load({"host.bytes": "900GiB"}, {}).settings.host.slab_bytes == 1 << 30
+    assert load({"host.bytes": "32MiB"}, {}).settings.host.slab_bytes == 31 << 20
+    assert load({"host.bytes": "1GiB"}, {}).settings.host.slab_bytes == 62 << 20
+    assert load({"host.bytes": "9GiB"}, {}).settings.host.slab_bytes == 254 << 20
+    assert load({"host.bytes": "900GiB"}, {}).settings.host.slab_bytes == 1022 << 20
     assert "is more than host.bytes, 32MiB" in refused({"host.bytes": "32MiB", "host.slab_bytes": "64MiB"})
 
 
@@ -453,3 +455,11 @@ def test_the_example_file_of_the_docs_changes_nothing(tmp_path: Path) -> None:
     assert set(tomllib.loads(text)) == set(GROUPS) | {key for key in RULES if "." not in key}
     with_example, without = load({}, {}, toml(tmp_path, text)), load({}, {})
     assert with_example.settings == without.settings
+
+
+@pytest.mark.parametrize("mib", [2, 16, 32, 64, 100, 256, 300, 512, 1024, 1500, 6144, 9216, 65536, 921600])
+def test_slabs_fill_what_the_index_leaves_of_the_host_tier(mib: int) -> None:
+    budget = mib << 20
+    arena = Arena(budget - budget // INDEX_SHARE, auto_slab_bytes(budget))
+    assert arena.capacity >= 0.98 * (budget - budget // INDEX_SHARE)
+    assert arena.capacity // arena.slab_bytes < 1000, "a client maps each"
