@@ -1,6 +1,7 @@
 """Every operation there is: importing this makes all of them known to `kvstore_gpu.compile.sources`."""
 
 from kvstore_gpu import (
+    carry,
     centroid,
     colsum,
     deviation,
@@ -18,6 +19,6 @@ from kvstore_gpu import (
 )
 
 __all__ = [
-    "centroid", "colsum", "deviation", "fp8", "hadamard", "kv4", "lowrank", "paged", "place", "rope", "rows",
-    "segments", "select", "slerp",
+    "carry", "centroid", "colsum", "deviation", "fp8", "hadamard", "kv4", "lowrank", "paged", "place", "rope",
+    "rows", "segments", "select", "slerp",
 ]  # fmt: skip

@@ -17,6 +17,7 @@ from kvstore.errors import ConfigError
 from kvstore_connectors.blend import Capture, LayerKV, Prompt, Selector, Span, Work, movable, move, planner
 from kvstore_connectors.blend.attention import attend, column_sums, runs, scores, segment_masses
 from kvstore_connectors.blend.capture import Chunk, assemble, capture
+from kvstore_connectors.blend.carried import carried_from
 from kvstore_connectors.blend.influence import Influences
 from kvstore_connectors.blend.llama import Llama
 from kvstore_connectors.blend.prompt import top
@@ -278,7 +279,8 @@ def test_what_relay_repairs_is_what_one_pass_leaves(part: float, guess: bool, mo
     logits = model.logits(work.hidden[-len(QUESTION) :])
     prompt, cache = assemble(model, model.rotary, SYSTEM, captured(model, "isolated"), QUESTION)
     rows = work.changed.nonzero()[:, 0]
-    once = Pass(model, prompt.ids, cache, rows).run()
+    carried = None if work.asked else carried_from(prompt, model.rotary, rows)
+    once = Pass(model, prompt.ids, cache, rows, carried=carried).run()
     torch.testing.assert_close(logits, model.logits(once.hidden[-len(logits) :]), rtol=1e-4, atol=1e-4)
     for mine, theirs in zip(work.cache, cache, strict=True):
         torch.testing.assert_close(mine.keys, theirs.keys, rtol=1e-5, atol=1e-5)
@@ -554,7 +556,7 @@ class Shard:
 
     def __init__(self, model: Llama, rank: int, meeting: Meeting) -> None:
         self._model, self._rank, self._meeting = model, rank, meeting
-        self.layers, self.scale = model.layers, model.scale
+        self.layers, self.scale, self.rotary = model.layers, model.scale, model.rotary
         self.embed, self.rope, self.logits = model.embed, model.rope, model.logits
 
     def qkv(self, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,9 +13,9 @@ How a connector repairs a prompt:
 It brings three things.
 
 `model.Model`
-    The decoder opened between projections and attention: ``layers, scale, embed, qkv, rope, attend, post, logits``, and
-    ``total``, which sums (or takes the maximum of) scores over tensor parallel ranks, so that all choose the same
-    tokens.
+    The decoder opened between projections and attention: ``layers, scale, rotary, embed, qkv, rope, attend, post,
+    logits``, and ``total``, which sums (or takes the maximum of) scores over tensor parallel ranks, so that all choose
+    the same tokens.
 `prompt.Cache`
     A `LayerKV` a layer, ``[n, kv_heads, dim]``; rows are positions of the prompt, and there may be more of them. Keys
     are rotated for those positions. Rows of spans and of the exact prefix hold loaded KV, the others anything. Repaired

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Literal, Protocol
 if TYPE_CHECKING:
     import torch
 
+    from kvstore.rope import Rotary
+
 
 class Model(Protocol):
     """A decoder, opened between its projections and its attention.
@@ -19,6 +21,11 @@ class Model(Protocol):
     @property
     def layers(self) -> int:
         """Number of decoder layers."""
+        ...
+
+    @property
+    def rotary(self) -> Rotary:
+        """How `rope` turns, for keys that are cached."""
         ...
 
     @property

@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from kvstore.errors import InternalError
 from kvstore_connectors.blend.prompt import LayerKV
+from kvstore_gpu.carry import carry
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from kvstore_connectors.blend.model import Model
     from kvstore_connectors.blend.prompt import Cache
+    from kvstore_gpu.carry import Carried
 
 
 class Narrow(Protocol):
@@ -52,6 +55,9 @@ class Pass:
         Nobody reads the hidden states behind the last layer: it ends at its keys and values.
     tries : bool
         What is overwritten is kept, until `accept` or `take_back`.
+    carried : Carried or None
+        What the rows tell is carried on to cached tokens (`carried.carried_from`). The rows stay those of the
+        beginning then: neither with ``narrow`` nor with ``tries``.
     """
 
     model: Model
@@ -64,8 +70,11 @@ class Pass:
     token_layers: int = 0
     kv_only: bool = False
     tries: bool = False
+    carried: Carried | None = None
 
     def __post_init__(self) -> None:
+        if self.carried is not None and (self.narrow is not None or self.tries):
+            raise InternalError("rows that may change tell nothing of others.")
         self.hidden = self.model.embed(self.ids[self.rows])
         self._former: list[LayerKV] = []
 
@@ -108,6 +117,9 @@ class Pass:
         if self.narrow is not None:
             cached = LayerKV(held.keys[self.rows], held.values[self.rows])
             kept = self.narrow(layer, self.rows, LayerKV(keys, values), cached)
+        if self.carried is not None:
+            kind = held.keys.dtype
+            carry(keys.to(kind), values.to(kind), held.keys, held.values, self.carried, layer=layer)
         if self.tries:
             self._former.append(LayerKV(held.keys[self.rows], held.values[self.rows]))
         held.keys.index_copy_(0, self.rows, keys.to(held.keys.dtype))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from kvstore.errors import ConfigError
+from kvstore_connectors.blend.carried import carried_from
 from kvstore_connectors.blend.recompute import Narrow, Pass, Watch
 
 if TYPE_CHECKING:
@@ -106,14 +107,23 @@ class Work:
             yield from selector.repair(self, count)
 
     def steps(
-        self, rows: Tensor, *, narrow: Narrow | None = None, watch: Watch | None = None, tries: bool = False
+        self,
+        rows: Tensor,
+        *,
+        narrow: Narrow | None = None,
+        watch: Watch | None = None,
+        tries: bool = False,
+        carries: bool = False,
     ) -> Iterator[int]:
         """One pass over these rows; yields once a layer. Who needs no more of it may leave it there.
 
         With `tries` it may turn out to be the wrong rows: until `accept` or `take_back`, what it overwrites is kept.
+        With `carries` cached tokens that are not among the rows change, too, by what the rows tell of them.
         """
+        carried = carried_from(self.prompt, self.model.rotary, rows) if carries else None
+        how = (narrow, watch, self._wait)
         one = Pass(
-            self.model, self.prompt.ids, self.cache, rows, narrow, watch, self._wait, kv_only=self._kv_only, tries=tries
+            self.model, self.prompt.ids, self.cache, rows, *how, kv_only=self._kv_only, tries=tries, carried=carried
         )
         self._running = one
         self.changed[rows] = True

@@ -20,6 +20,8 @@ from kvstore_connectors.vllm.blend_varlen import flash_varlen, reading_kernel
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from kvstore.rope import Rotary
+
 _LAYERS = ("LlamaDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 _REMEDY = "Remove `blend_gate` from kv_connector_extra_config; prefixes are reused without it."
 
@@ -49,6 +51,8 @@ class EngineModel:
     ----------
     model : Module
         For example `vllm.model_executor.models.llama.LlamaForCausalLM`.
+    rotary : Rotary
+        As its configuration says.
 
     Raises
     ------
@@ -56,7 +60,8 @@ class EngineModel:
         If its layers are not of a kind that is known.
     """
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: torch.nn.Module, rotary: Rotary) -> None:
+        self.rotary = rotary
         self._outer: Any = getattr(model, "runnable", model)
         self._inner: Any = getattr(self._outer, "model", None)
         self._layers: list[Any] = list(getattr(self._inner, "layers", ()))

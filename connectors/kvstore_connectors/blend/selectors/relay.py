@@ -103,7 +103,7 @@ class Relay:
             left[words] = False
             needed = self._needed(prompt, light, looked, part == 1)
             words = torch.cat([words, top(needed.masked_fill(~left, -torch.inf), count - len(words))])
-        yield from work.steps(work.with_missing(torch.cat([sinks, words])))
+        yield from work.steps(work.with_missing(torch.cat([sinks, words])), carries=not work.asked)
 
     def _needed(self, prompt: Prompt, light: Tensor, looked: Tensor, asked: bool) -> Tensor:
         """How much each position asks for repair."""

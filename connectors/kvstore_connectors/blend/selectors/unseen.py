@@ -35,6 +35,11 @@ class Unseen(Choice):
 
 
 def unseen(prompt: Prompt) -> torch.Tensor:
+    """`host_unseen`, where the prompt is."""
+    return brought(host_unseen(prompt), prompt.ids.device)
+
+
+def host_unseen(prompt: Prompt) -> torch.Tensor:
     """Share of its attention that each token would put on what its chunk was captured without.
 
     Returns
@@ -51,4 +56,4 @@ def unseen(prompt: Prompt) -> torch.Tensor:
             seen = torch.arange(1, span.stop - span.start + 1).log()
             whole = torch.arange(missing + 1, missing + span.stop - span.start + 1).log()
             share[span.start : span.stop] = (whole - seen) / whole.clamp(min=1e-6)
-    return brought(share, prompt.ids.device)
+    return share
