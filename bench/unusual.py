@@ -3,13 +3,16 @@
 Popular documents amid floods of prompts that never come back; a circle of documents larger than the cache, once turned
 round; a working set that is another every 1,200 requests; a prompt sampled many times behind a few examples, then never
 again; trees of thought; chunks of which half go in a circle; tenants who do all of that at rates that change; texts
-that are changed in the middle; and three continents that sleep by turns. Rules and columns are those of `replay.py`.
+that are changed in the middle; three continents that sleep by turns; and five kinds around floods: working sets that
+follow them, documents that come up amid them, circles with scans between, popularity that drifts, and talks by day
+with a job that reads a corpus by night. Rules and columns are those of `replay.py`.
 
     python bench/unusual.py --out bench/results/unusual.json
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Callable, Iterator
@@ -171,6 +174,82 @@ def days(rng: random.Random) -> list[Request]:
     return requests
 
 
+def moves(rng: random.Random) -> list[Request]:
+    """Working sets one after the other, all documents of one equally popular, and a flood before each."""
+    requests: list[Request] = []
+    for phase in range(10):
+        for _ in range(rng.randrange(300, 900)):
+            requests.append(document(("flood", len(requests)), rng.randrange(5, 40)))
+        count = rng.choice((20, 60, 150, 400))
+        lengths = [rng.randrange(3, 40) for _ in range(count)]
+        for _ in range(rng.randrange(2, 8) * count):
+            which = rng.randrange(count)
+            requests.append([*document((phase, which), lengths[which]), ("q", len(requests))])
+    return requests
+
+
+def arrivals(rng: random.Random) -> list[Request]:
+    """An endless flood; now and then a document comes up and is asked for amid it for a while, and never again."""
+    requests: list[Request] = []
+    asked: list[tuple[int, int, float]] = []
+    for number in range(12_000):
+        if rng.random() < 0.004:
+            asked.append((number, rng.randrange(4, 30), rng.choice((0.02, 0.05, 0.2))))
+            requests.append(document(("d", number), asked[-1][1]))
+        elif asked and rng.random() < 0.15:
+            found = rng.choice(asked)
+            requests.append([*document(("d", found[0]), found[1]), ("q", number)])
+            if rng.random() < found[2]:
+                asked.remove(found)
+        else:
+            requests.append(document(("f", number), rng.randrange(2, 30)))
+    return requests
+
+
+def scan_loops(rng: random.Random) -> list[Request]:
+    """Three circles of documents one after the other; in every other turn scans of what is read once between them."""
+    requests: list[Request] = []
+    for circle in range(3):
+        lengths = [rng.randrange(5, 40) for _ in range(rng.choice((60, 150, 300)))]
+        for turn in range(rng.randrange(5, 12)):
+            for which, length in enumerate(lengths):
+                requests.append([("sys", 0), *document((circle, which), length), ("q", len(requests))])
+                if turn % 2 and rng.random() < 0.5:
+                    requests.append([("sys", 0), *document(("scan", len(requests)), rng.randrange(5, 40))])
+    return requests
+
+
+def drift(rng: random.Random) -> list[Request]:
+    """Documents by Zipf's law; with every request two of them change places."""
+    lengths = [rng.randrange(3, 40) for _ in range(2000)]
+    order = list(range(len(lengths)))
+    weights = list(itertools.accumulate(1 / (rank + 1) ** 0.9 for rank in order))
+    requests: list[Request] = []
+    for number in range(9000):
+        which = rng.choices(order, cum_weights=weights)[0]
+        one, other = rng.randrange(len(order)), int(len(order) * rng.random() ** 2)
+        order[one], order[other] = order[other], order[one]
+        requests.append([("sys", 0), *document(("d", which), lengths[which]), ("q", number)])
+    return requests
+
+
+def nights(rng: random.Random) -> list[Request]:
+    """Talks that go on by day; by night a job reads a corpus once, every other night the same one."""
+    corpus = [rng.randrange(5, 40) for _ in range(400)]
+    requests: list[Request] = []
+    for day in range(10):
+        talks: list[Request] = []
+        for number in range(800):
+            if not talks or rng.random() < 0.3:
+                talks.append([])
+            talk = rng.choice(talks[-60:])
+            talk += [("t", day, number, i) for i in range(rng.randrange(2, 7))]
+            requests.append([("sys", 0), *talk])
+        edition = 0 if day % 2 else day
+        requests += [[("sys", 1), *document(("c", edition, i), length)] for i, length in enumerate(corpus)]
+    return requests
+
+
 KINDS: dict[str, tuple[Callable[[random.Random], list[Request]], bool]] = {
     "scans": (scans, True),
     "loops": (loops, True),
@@ -181,6 +260,11 @@ KINDS: dict[str, tuple[Callable[[random.Random], list[Request]], bool]] = {
     "chunk loops": (chunk_loops, False),
     "edits": (edits, True),
     "days": (days, True),
+    "moves": (moves, True),
+    "arrivals": (arrivals, True),
+    "scan loops": (scan_loops, True),
+    "drift": (drift, True),
+    "nights": (nights, True),
 }
 
 

@@ -39,30 +39,29 @@ class Explorers(Generic[Item]):
         self.level = 0
         self.waiting: OrderedDict[Item, None] = OrderedDict()
         """Explorers that would have a place in the order, in turns of being looked at."""
-        self._unused = 0
+        self.unused = 0
+        """Held blocks that were never used again."""
         self._explored = 0
-        self._counts = [0] * (_LEVELS + 1)
-        """Held blocks that were never used again, by level; the last stands for `NEVER`."""
+        self._counts = [0] * _LEVELS
+        """Those of them that have a level, by level."""
 
     def add(self, level: int) -> None:
-        """Count a block that is new, and thin out if there are too many explorers."""
-        self._unused += 1
+        """Count a new block that has a level, and thin out if there are too many explorers."""
         self._counts[level] += 1
         if level >= self.level:
             self._explored += 1
-            if self._explored > SHARE * (self._unused - FEW):
+            if self._explored > SHARE * (self.unused - FEW):
                 self._explored -= self._counts[self.level]
                 self.level += 1
 
     def discard(self, level: int) -> None:
-        """Count a block less: it leaves, or is not new any more."""
-        self._unused -= 1
+        """Count one less: it leaves, or is not new any more."""
         self._counts[level] -= 1
         if level >= self.level:
             self._explored -= 1
 
     def widen(self) -> None:
         """Take more of what comes from now on, if few explorers are left."""
-        while self.level and self._explored + self._counts[self.level - 1] < SHARE / 2 * (self._unused - FEW):
+        while self.level and self._explored + self._counts[self.level - 1] < SHARE / 2 * (self.unused - FEW):
             self.level -= 1
             self._explored += self._counts[self.level]

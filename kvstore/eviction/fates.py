@@ -123,6 +123,9 @@ class Fates:
             seen, lives = sum(uses), sum(uses) + sum(ends)
             self.proven[group] = seen > max(0.5, _RARE * (lives + sum(unended)))
             below = lent.get(group - self._below)
+            if below is not None and not lives and not any(unended):
+                lent[group], self._densities[group] = below, self._densities[group - self._below]
+                continue
             if below is not None:
                 uses, ends = ([*map(add, *pair)] for pair in zip((uses, ends), below, strict=True))
                 lives += _ENOUGH

@@ -15,9 +15,8 @@ from __future__ import annotations
 import heapq
 import math
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Iterator
-from itertools import compress, cycle
-from typing import Generic, TypeVar
+from collections.abc import Iterator
+from typing import Generic
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,18 +25,12 @@ from kvstore.eviction.base import EvictionPolicy, Item
 from kvstore.eviction.explorers import NEVER, Explorers, level_of
 from kvstore.eviction.fates import Fates
 from kvstore.eviction.heaps import InOrder, Place
-
-T = TypeVar("T")
+from kvstore.eviction.sampling import some
 
 GHOSTS_PER_ITEM = 3
 """How many blocks that left are remembered for each that is held: the longest age at which a use can be counted."""
 MAX_GHOSTS = 1 << 17
 """Beyond this only a sample is remembered, at about 200 bytes each; the statistics need no more."""
-MAX_OPEN = 1 << 15
-"""Blocks that are held, and as many that left, which are looked at while nothing better is known: some milliseconds."""
-_RUN = 1024
-"""Blocks in a row that are looked at: more than a prompt has, so that all parts of prompts are."""
-
 _LEVELS = 8
 _LEVEL = tuple(0 if n < 1 else n - 1 if n < 4 else min(_LEVELS - 1, n.bit_length()) for n in range(1 << _LEVELS))
 """Level of a number of uses: each of the first three, then powers of two."""
@@ -162,8 +155,7 @@ class LHD(EvictionPolicy[Item], Generic[Item]):
             used(entry.group, clock - entry.time)
             stamp += 1
             if entry.count == 1:
-                self._explorers.discard(entry.level)
-                entry.stem = None
+                self._forget_new(entry)
             entry.count = count = entry.count + 1
             entry.time = clock
             entry.stamp = stamp
@@ -182,7 +174,7 @@ class LHD(EvictionPolicy[Item], Generic[Item]):
         if self._bare is not None and self._bare[1] is entry:
             self._bare = None
         if entry.count == 1:
-            self._explorers.discard(entry.level)
+            self._forget_new(entry)
         if entry.children:
             self._orphans[item] = entry.children
         elif entry.ticket:
@@ -319,11 +311,21 @@ class LHD(EvictionPolicy[Item], Generic[Item]):
         """Give a new block its level: that of the block before it, if that is new, too."""
         if before is not None and before.count == 1:
             entry.level, entry.stem = before.level, before.stem
-        elif not self._fates.proven[entry.group]:
+        elif not (self._fates.proven[entry.group] or (before is not None and self._fates.proven[_INNER[1]])):
             entry.level, entry.stem = level_of(item), before
-        self._explorers.add(entry.level)
-        if self._explorers.waiting and not self._stamp % _LOOK_EVERY:
-            self._look_again(next(iter(self._explorers.waiting)))
+        explorers = self._explorers
+        explorers.unused += 1
+        if entry.level != NEVER:
+            explorers.add(entry.level)
+        if explorers.waiting and not self._stamp % _LOOK_EVERY:
+            self._look_again(next(iter(explorers.waiting)))
+
+    def _forget_new(self, entry: _Entry[Item]) -> None:
+        """A block leaves or is used again."""
+        self._explorers.unused -= 1
+        if entry.level != NEVER:
+            self._explorers.discard(entry.level)
+            entry.stem = None
 
     def _explores(self, entry: _Entry[Item]) -> bool:
         """Whether a block without children is an explorer. What is known to be of use, or not to be, is none; and what
@@ -380,8 +382,8 @@ class LHD(EvictionPolicy[Item], Generic[Item]):
 
     def _still_open(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """Class, age and weight of the blocks that are held or remembered; of very many, those in some runs of them."""
-        held, held_by = _some(self._held.values())
-        left, left_by = _some(self._ghosts.values())
+        held, held_by = some(self._held.values())
+        left, left_by = some(self._ghosts.values())
         stamps = [
             np.fromiter((entry.time << _CLASS_BITS | entry.group for entry in held), np.int64),
             np.fromiter((time << _CLASS_BITS | group for group, time, _ in left), np.int64),
@@ -389,11 +391,3 @@ class LHD(EvictionPolicy[Item], Generic[Item]):
         weights = np.repeat((held_by, left_by * self._stride), [len(each) for each in stamps])
         both = np.concatenate(stamps)
         return both & (1 << _CLASS_BITS) - 1, self._clock - (both >> _CLASS_BITS), weights
-
-
-def _some(values: Collection[T]) -> tuple[Iterable[T], int]:
-    """All values, or of very many so many in a row every so often; and how many each of them stands for."""
-    stride = 1 + len(values) // MAX_OPEN
-    if stride == 1:
-        return values, 1
-    return compress(values, cycle([True] * _RUN + [False] * (_RUN * (stride - 1)))), stride
