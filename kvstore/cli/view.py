@@ -155,7 +155,7 @@ def _encoded(now: Snapshot) -> Table | None:
                 _size(stored),
                 Text(f"{raw / max(stored, 1):.2f}x"),
             ]
-            table.add_row(Text(tier, "bold"), Text(clean(name)), *row)
+            table.add_row(Text(tier, "bold"), Text(clean(name), overflow="fold"), *row)
     return table if table.row_count else None
 
 
@@ -226,7 +226,8 @@ def _table(*heads: str, left: int = 1) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for place, head in enumerate(heads):
         justify = "left" if place < left or head == "State" else "right"
-        table.add_column(head, justify=justify, no_wrap=head != "State", ratio=1 if head == "State" else None)
+        folds = head in ("State", "Encoded by")  # names of rungs differ at their ends
+        table.add_column(head, justify=justify, no_wrap=not folds, ratio=1 if head == "State" else None)
     return table
 
 

@@ -315,6 +315,16 @@ def test_status_shows_tiers_sessions_queue_namespaces_and_trouble() -> None:
     assert "host 4, disk 6" in text
 
 
+def test_rungs_are_told_apart_however_narrow_the_screen() -> None:
+    chain = f"prerope|pca(basis={'ab' * 16},step=%d,sinks=4)|zstd(level=1)"
+    held = {chain % step: {"blocks": step, "stored_bytes": 1 << 20, "logical_bytes": step << 20} for step in (10, 15)}
+    for width in (70, 160):
+        text = drawn({"tiers": {"disk": {"codecs": {"held": held}}}}, width=width)
+        assert [word for word in text.split() if word in ("10.00x", "15.00x")] == ["10.00x", "15.00x"]
+        for step in (10, 15):
+            assert f"step={step}" in "".join(text.split())  # folded, not cut off
+
+
 def test_rates_are_the_growth_between_two_looks_at_one_daemon() -> None:
     before = SNAPSHOT | {
         "tiers": {"host": SNAPSHOT["tiers"]["host"] | {"bytes_read": 0}},
