@@ -13,12 +13,11 @@ from typing import Any, TypeVar, cast
 
 import msgspec
 
-from kvstore import __version__
 from kvstore.client import replies as answers
 from kvstore.client.blocks import Buffer, LeasedBlock, Loaded, Room, as_bytes, copy_parts
-from kvstore.client.device import Importer
+from kvstore.client.connection import Connection
 from kvstore.client.effects import Arrivals, Call, Calls, Flow, Link, Work
-from kvstore.client.slabs import Bytes, Extents, SlabMap, SlabNotMapped
+from kvstore.client.slabs import Bytes, Extents, SlabNotMapped
 from kvstore.errors import InvalidParams, LimitExceeded, ProtocolError, UnknownNamespace
 from kvstore.keys import TokenIds, as_token_array, namespace_digest
 from kvstore.quotas import QuotaRule
@@ -41,85 +40,8 @@ T = TypeVar("T")
 _header = msgspec.msgpack.Decoder(BlockHeader)
 
 
-class Core:
-    """State and operations of a client.
-
-    Parameters
-    ----------
-    namespace : Namespace or None
-        Used where an operation names none.
-    name : str
-        How the daemon lists this client.
-    token : str
-        Secret for a daemon on another host.
-    device : Importer, optional
-        How to reach the daemon's memory of this process's GPU.
-    """
-
-    def __init__(self, namespace: Namespace | None, name: str, token: str, device: Importer | None = None) -> None:
-        self.namespace, self.device = namespace, device
-        self.name = name or f"python/{__version__}"
-        self.token = token
-        self.link: Link | None = None
-        self.speeds: dict[TierCode, tuple[float, float, float]] = {}
-        self._epoch = 0
-
-    # -- connection ----------------------------------------------------------------------------------------------------
-
-    def hello(self, fd_path: str | None, timeout_s: float) -> Flow[None]:
-        """Greet the daemon on a fresh connection."""
-        namespaces = [] if self.namespace is None else [self.namespace]
-        hello = m.Hello(m.PROTOCOL_VERSION, self.name, namespaces, self.token)
-        reply: m.HelloReply = yield Call("hello", hello)
-        slabs = None
-        if reply.shared_memory:
-            if fd_path is None:
-                raise ProtocolError("the daemon offers shared memory over TCP.")
-            slabs = SlabMap(fd_path, reply.session, reply.boot, timeout_s)
-        self._epoch += 1
-        known = {namespace_digest(n) for n in namespaces}
-        self.link = Link(self._epoch, reply.boot, slabs, reply.max_block_bytes, known)
-
-    def unlink(self) -> None:
-        """Forget a connection that ended."""
-        if self.link is not None and self.link.slabs is not None:
-            self.link.slabs.close()
-        self.link = None
-
-    def current(self, epoch: int) -> bool:
-        """Whether the connection of that epoch is still the one in use."""
-        return self.link is not None and self.link.epoch == epoch
-
-    def _need_link(self) -> Link:
-        if self.link is None:
-            raise ProtocolError("an operation was begun without a connection.")
-        return self.link
-
-    def scope(self, namespace: Namespace | None) -> tuple[bytes, Namespace]:
-        """Digest and fields of the namespace to use; raises `InvalidParams` if there is none."""
-        chosen = namespace or self.namespace
-        if chosen is None:
-            raise InvalidParams("namespace: none was given, neither here nor when the client was made.", "")
-        return namespace_digest(chosen), chosen
-
-    def in_namespace(self, namespace: Namespace | None, build: Callable[[bytes], Call]) -> Flow[Any]:
-        """Run a verb in a namespace, introducing it first if the daemon may not know it."""
-        digest, fields = self.scope(namespace)
-        link = self._need_link()
-        if digest not in link.known:
-            yield from self._introduce([fields])
-        try:
-            return (yield build(digest))
-        except UnknownNamespace:  # the daemon forgot an idle namespace
-            yield from self._introduce([fields])
-            return (yield build(digest))
-
-    def _introduce(self, namespaces: list[Namespace]) -> Flow[None]:
-        yield Call("hello", m.Hello(m.PROTOCOL_VERSION, self.name, namespaces, self.token))
-        known = self._need_link().known
-        if len(known) > 4096:
-            known.clear()
-        known |= {namespace_digest(n) for n in namespaces}
+class Core(Connection):
+    """State and operations of a client; parameters as of `Connection`."""
 
     # -- looking -------------------------------------------------------------------------------------------------------
 
@@ -136,17 +58,17 @@ class Core:
         self, queries: Sequence[tuple[Namespace, Sequence[bytes]]], prefix: bool
     ) -> Flow[list[list[TierCode]]]:
         """Several lookups in one round trip."""
-        link = self._need_link()
+        link = self.need_link()
         fresh = [ns for ns, _ in queries if namespace_digest(ns) not in link.known]
         if fresh:
-            yield from self._introduce(fresh)
+            yield from self.introduce(fresh)
         calls = [
             Call("lookup", m.Lookup(namespace_digest(ns), answers.join_keys(keys), prefix)) for ns, keys in queries
         ]
         try:
             replies = yield Calls(calls)
         except UnknownNamespace:
-            yield from self._introduce([ns for ns, _ in queries])
+            yield from self.introduce([ns for ns, _ in queries])
             replies = yield Calls(calls)
         self.speeds = answers.speeds(replies)
         return [answers.codes(reply, len(keys)) for reply, (_, keys) in zip(replies, queries, strict=True)]
@@ -187,7 +109,7 @@ class Core:
         reply: m.LeaseReply = yield from self.in_namespace(
             namespace, lambda ns: Call("lease", m.Lease(ns, joined, ttl_s, headers))
         )
-        link = self._need_link()
+        link = self.need_link()
         blocks: list[LeasedBlock | Miss] = [Miss(MissReason.DEADLINE)] * len(keys)
         pending = reply.pending
         try:
@@ -220,7 +142,7 @@ class Core:
 
     def map_all(self) -> Flow[list[Bytes]]:
         """The daemon's memory for this trust domain, as far as there is any, mapped."""
-        link = self._need_link()
+        link = self.need_link()
         reply: m.SlabsReply = yield Call("slabs", m.Slabs())
         slabs = link.slabs
         if slabs is None:
@@ -299,25 +221,6 @@ class Core:
         finally:
             self.release(lease, epoch)
 
-    def release(self, lease: int, epoch: int) -> None:
-        """End a lease without waiting for an answer; nothing to do if its connection is gone."""
-        if self.current(epoch):
-            self.forget(lease)
-            self.tell("release", m.Release([lease]))
-
-    def abort(self, reservation: int, epoch: int) -> None:
-        """End a reservation without waiting for an answer; nothing to do if its connection is gone."""
-        if self.current(epoch):
-            self.tell("abort", m.Abort(reservation))
-
-    def tell(self, method: str, params: m.Message) -> None:
-        """Send a notice; set by the face that owns the connection."""
-        raise NotImplementedError
-
-    def forget(self, lease: int) -> None:
-        """Drop what still arrives for a lease; set by the face that owns the connection."""
-        raise NotImplementedError
-
     # -- writing -------------------------------------------------------------------------------------------------------
 
     def reserve(
@@ -334,7 +237,7 @@ class Core:
         reply: m.ReserveReply = yield from self.in_namespace(
             namespace, lambda ns: Call("reserve", m.Reserve(ns, wire, ttl_s, wait_s))
         )
-        link = self._need_link()
+        link = self.need_link()
         blocks: list[Room | Exists | Dropped] = [Dropped(DropReason.UNREACHABLE)] * len(offers)
         try:
             parts = yield from self._views(link, [(room.extents, offers[room.index][1]) for room in reply.rooms])

@@ -7,8 +7,8 @@ from typing import Any
 import model as models
 import pytest
 import torch
+from cache_kit import connected
 from kit import Daemon
-from test_transformers import connected
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from kvstore.codecs import importance

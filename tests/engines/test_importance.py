@@ -10,8 +10,8 @@ import model as models
 import numpy as np
 import pytest
 import torch
+from cache_kit import connected, run
 from kit import Daemon, numbers
-from test_transformers import connected, run
 from transformers import AutoModelForCausalLM
 
 from kvstore.codecs import importance

@@ -10,9 +10,9 @@ from typing import Any
 import model as models
 import pytest
 import torch
+from cache_kit import connected
 from kit import Daemon
 from test_h2o_decoding import ids, stepwise
-from test_transformers import connected
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from kvstore.codecs import clusters

@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from client_kit import Face, MakeFace
+from daemons import DaemonProcess
 from houses import House, Houses
 
 from kvstore.tiers.base import Tier
@@ -28,3 +30,23 @@ async def houses() -> AsyncIterator[Houses]:
         assert house.chain._arrivals == {}
         assert house.chain._forgotten == set()
         await house.chain.close()
+
+
+@pytest.fixture(params=["sync", "async"])
+async def make_face(request: pytest.FixtureRequest) -> AsyncIterator[MakeFace]:
+    """Makes clients of one face."""
+    made: list[Face] = []
+
+    def make(address: str, **how: Any) -> Face:
+        made.append(Face(request.param == "async", address, **how))
+        return made[-1]
+
+    yield make
+    for face in made:
+        await face.close()
+
+
+@pytest.fixture
+async def face(make_face: MakeFace, shared_daemon: DaemonProcess) -> Face:
+    """A client of the shared daemon."""
+    return make_face(shared_daemon.socket)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_blend import QUESTION, SYSTEM, captured, kl, tiny, words
+from blend_kit import QUESTION, SYSTEM, captured, kl, tiny, words
 from torch import Tensor
 
 from kvstore.errors import InternalError

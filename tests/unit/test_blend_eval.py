@@ -9,7 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from test_blend import BASE, tiny  # noqa: E402
+from blend_kit import BASE, tiny  # noqa: E402
 
 from kvstore.cli import blend_plot  # noqa: E402
 from kvstore.errors import ConfigError  # noqa: E402

@@ -6,7 +6,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from test_blend import QUESTION, SYSTEM, captured, tiny, usable  # noqa: E402
+from blend_kit import QUESTION, SYSTEM, captured, tiny, usable  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from kvstore_connectors.blend import LayerKV, Work  # noqa: E402
