@@ -26,6 +26,7 @@ from kvstore.codecs.fp8 import FP8
 from kvstore.codecs.kv4 import KV4
 from kvstore.rope import rotary
 from kvstore_gpu import (
+    carry,
     coded,
     colsum,
     deviation,
@@ -322,6 +323,7 @@ def on_tokens(memory: tuple[str, float]) -> None:
         {"ours": lambda: rows.gather(view, a, slots), "torch": lambda: flat.index_select(0, slots)},
     )
     placed(memory)
+    carried(memory)
     for count in (4096, 32768, 131072):
         scores = torch.randn(count, device="cuda")
         ours = lambda s=scores, c=count // 7: select.top(s, c)  # noqa: E731
@@ -342,6 +344,21 @@ def placed(memory: tuple[str, float]) -> None:
     turn = rope.Turn.of(rotary(LLAMA3), torch.randint(-8000, 8000, (len(pieces),), device="cuda"))
     case = f"{len(pieces)} chunks of {chunk}, {layers} layers"
     report("place", case, 2.0 * size * len(blocks), memory, {"ours": lambda: place.place(prompt, pieces, blocks, turn)})
+
+
+def carried(memory: tuple[str, float]) -> None:
+    """What 15 % recomputed tokens tell of the others, a layer of a prompt of 16,384 tokens in chunks of 512."""
+    tokens, chunk = 16384, 512
+    keys, values = (torch.randn(tokens, HEADS, DIM, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    at = torch.randperm(tokens, device="cuda")[: int(0.15 * tokens)].sort().values
+    fresh = torch.randn(len(at), 2 * HEADS, DIM, device="cuda", dtype=torch.bfloat16)
+    turn = rope.Turn.of(rotary(LLAMA3), torch.arange(tokens, device="cuda"))
+    edges = [(start, start + chunk) for start in range(0, tokens, chunk)]
+    plan = carry.Carried.of(edges, at, torch.rand(tokens, device="cuda"), turn)
+    rows, told = 2 * HEADS * DIM * 2, len(at)
+    moved = float(rows * (2 * (tokens - told) + 4 * told) + tokens * DIM * 4)
+    ours = lambda: carry.carry(fresh[:, :HEADS], fresh[:, HEADS:], keys, values, plan)  # noqa: E731
+    report("carry", f"{tokens} tokens, {told} recomputed", moved, memory, {"ours": ours})
 
 
 def on_matrices() -> None:

@@ -12,13 +12,16 @@ import torch
 from kvstore_gpu import checks, jobs
 from kvstore_gpu.carry import reference
 from kvstore_gpu.checks import FLOATS
-from kvstore_gpu.compile import Source, uses_reference
+from kvstore_gpu.compile import THREADS, Source, uses_reference
 from kvstore_gpu.rope import Turn
 
 SEGMENT = 64
 """Tokens that one thread block goes through."""
 
-STYLES = ("false", "true")
+WIDE = 4
+"""Rotary pairs, or half as many dimensions, that a thread has where they lie so; else one."""
+
+STYLES = (f"false, {WIDE}", "false, 1", "true, 1")
 SOURCE = Source(
     "carry", [f"{name}<{kind}, {i}>" for name in ("sums", "carry") for kind in FLOATS.values() for i in STYLES]
 )
@@ -149,13 +152,21 @@ def carry(
         return
     found = torch.empty((count, heads, dim, 2), dtype=torch.float32, device=keys.device)
     pairs = turn.cos.shape[1] if turned else 0
-    kind = f"<{FLOATS[keys.dtype]}, {str(turn.interleaved).lower()}>"
     strides = fresh_keys.stride(0), fresh_values.stride(0)
     both = (fresh_keys, fresh_values, *strides, keys, values, carried.row_of, carried.weights)
     table = (turn.cos, turn.sin)
-    threads, grid = min(256, -(-dim // 32) * 32), (count, heads)
+    width = 1 if turn.interleaved or not _wide(fresh_keys, fresh_values, dim, pairs) else WIDE
+    kind = f"<{FLOATS[keys.dtype]}, {str(turn.interleaved).lower()}, {width}>"
+    grid = (count, -(-heads * dim // width // THREADS))
     args = (*both, carried.segments, heads, dim, pairs, *table, found)
-    SOURCE.launch(f"sums{kind}", grid, args, keys.device, threads=threads, stream=stream)
+    SOURCE.launch(f"sums{kind}", grid, args, keys.device, stream=stream)
     args = (*both, carried.before, carried.segments, heads, dim, pairs, *table,
             float(carried.strength), float(carried.ridge), found)  # fmt: skip
-    SOURCE.launch(f"carry{kind}", grid, args, keys.device, threads=threads, stream=stream)
+    SOURCE.launch(f"carry{kind}", grid, args, keys.device, stream=stream)
+
+
+def _wide(fresh_keys: torch.Tensor, fresh_values: torch.Tensor, dim: int, pairs: int) -> bool:
+    """Whether a thread's part of every row is one access, and turns as a whole or not at all."""
+    rows = (one.stride(0) % WIDE == 0 and one.data_ptr() % (WIDE * one.element_size()) == 0
+            for one in (fresh_keys, fresh_values))  # fmt: skip
+    return dim % (2 * WIDE) == 0 and pairs % WIDE == 0 and all(rows)
