@@ -16,8 +16,8 @@ from typing import Generic
 from kvstore.eviction.base import Item
 
 SHARE = 0.25
-"""Explorers among the blocks that were never used again, at most: so much less room has what is new for a while."""
-FEW = 64
+"""Explorers among the new blocks that were drawn, at most: so much less room have those that follow, for a while."""
+FEW = 16
 """So many of those blocks have no explorers among them: from a handful nothing is learnt."""
 _LEVELS = 32
 _MIX = 0x9E3779B97F4A7C15
@@ -39,29 +39,31 @@ class Explorers(Generic[Item]):
         self.level = 0
         self.waiting: OrderedDict[Item, None] = OrderedDict()
         """Explorers that would have a place in the order, in turns of being looked at."""
-        self.unused = 0
-        """Held blocks that were never used again."""
+        self._drawn = 0
+        """Held blocks that were drawn, and not used again."""
         self._explored = 0
         self._counts = [0] * _LEVELS
-        """Those of them that have a level, by level."""
+        """Those by their level."""
 
     def add(self, level: int) -> None:
-        """Count a new block that has a level, and thin out if there are too many explorers."""
+        """Count a new block that was drawn, and thin out if there are too many explorers."""
+        self._drawn += 1
         self._counts[level] += 1
         if level >= self.level:
             self._explored += 1
-            if self._explored > SHARE * (self.unused - FEW):
+            if self._explored > SHARE * (self._drawn - FEW):
                 self._explored -= self._counts[self.level]
                 self.level += 1
 
     def discard(self, level: int) -> None:
         """Count one less: it leaves, or is not new any more."""
+        self._drawn -= 1
         self._counts[level] -= 1
         if level >= self.level:
             self._explored -= 1
 
     def widen(self) -> None:
         """Take more of what comes from now on, if few explorers are left."""
-        while self.level and self._explored + self._counts[self.level - 1] < SHARE / 2 * (self.unused - FEW):
+        while self.level and self._explored + self._counts[self.level - 1] < SHARE / 2 * (self._drawn - FEW):
             self.level -= 1
             self._explored += self._counts[self.level]

@@ -126,8 +126,10 @@ class LHD(EvictionPolicy[Item], Generic[Item]):
         children = self._orphans.pop(item, 0) if self._orphans else 0
         entry = _Entry(clock, stamp, count, parent, behind, children)
         entry.group = entry.classify()
-        if count == 1:
+        if count == 1 and not self._fates.proven[_END[1]]:
             self._draw(item, entry, before)
+        if self._explorers.waiting and not stamp % _LOOK_EVERY:
+            self._look_again()
         bare = self._bare
         if bare is not None and bare[1] is not before:
             self._place(*bare)
@@ -154,8 +156,8 @@ class LHD(EvictionPolicy[Item], Generic[Item]):
             entry = held[item]
             used(entry.group, clock - entry.time)
             stamp += 1
-            if entry.count == 1:
-                self._forget_new(entry)
+            if entry.level != NEVER:
+                self._forget_level(entry)
             entry.count = count = entry.count + 1
             entry.time = clock
             entry.stamp = stamp
@@ -173,8 +175,8 @@ class LHD(EvictionPolicy[Item], Generic[Item]):
         entry = self._held.pop(item)
         if self._bare is not None and self._bare[1] is entry:
             self._bare = None
-        if entry.count == 1:
-            self._forget_new(entry)
+        if entry.level != NEVER:
+            self._forget_level(entry)
         if entry.children:
             self._orphans[item] = entry.children
         elif entry.ticket:
@@ -311,26 +313,20 @@ class LHD(EvictionPolicy[Item], Generic[Item]):
         """Give a new block its level: that of the block before it, if that is new, too."""
         if before is not None and before.count == 1:
             entry.level, entry.stem = before.level, before.stem
-        elif not (self._fates.proven[entry.group] or (before is not None and self._fates.proven[_INNER[1]])):
+        elif before is None or not self._fates.proven[_INNER[1]]:
             entry.level, entry.stem = level_of(item), before
-        explorers = self._explorers
-        explorers.unused += 1
         if entry.level != NEVER:
-            explorers.add(entry.level)
-        if explorers.waiting and not self._stamp % _LOOK_EVERY:
-            self._look_again(next(iter(explorers.waiting)))
+            self._explorers.add(entry.level)
 
-    def _forget_new(self, entry: _Entry[Item]) -> None:
-        """A block leaves or is used again."""
-        self._explorers.unused -= 1
-        if entry.level != NEVER:
-            self._explorers.discard(entry.level)
-            entry.stem = None
+    def _forget_level(self, entry: _Entry[Item]) -> None:
+        """Note that a block leaves, or was used again and explores no more."""
+        self._explorers.discard(entry.level)
+        entry.level, entry.stem = NEVER, None
 
     def _explores(self, entry: _Entry[Item]) -> bool:
         """Whether a block without children is an explorer. What is known to be of use, or not to be, is none; and what
         stands before it must not stay for its sake alone."""
-        if entry.level < self._explorers.level or entry.count > 1 or self._fates.proven[entry.group]:
+        if entry.level < self._explorers.level or self._fates.proven[entry.group]:
             return False
         stem, before = entry.stem, None if entry.parent is None else self._held.get(entry.parent)
         if before is not None and before is not stem and self._fates.proven[before.group]:
@@ -339,8 +335,9 @@ class LHD(EvictionPolicy[Item], Generic[Item]):
             return False
         return self._clock - entry.time < self._fates.reach
 
-    def _look_again(self, item: Item) -> None:
+    def _look_again(self) -> None:
         """Let an explorer be one further, or give it its place."""
+        item = next(iter(self._explorers.waiting))
         entry = self._held[item]
         if self._explores(entry):
             self._explorers.waiting.move_to_end(item)
