@@ -9,6 +9,7 @@ import torch
 
 from kvstore.errors import ConfigError
 from kvstore_connectors.blend.carried import carried_from
+from kvstore_connectors.blend.prompt import brought
 from kvstore_connectors.blend.recompute import Narrow, Pass, Watch
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ class Work:
 
     def all_rows(self) -> Tensor:
         """The missing rows and all that may need repair, sorted."""
-        return self.with_missing(self.prompt.repairable.nonzero()[:, 0])
+        return self.with_missing(brought(self.prompt.host_repairable.nonzero()[:, 0], self.prompt.ids.device))
 
     @property
     def cost(self) -> float:
