@@ -35,7 +35,7 @@ LIMITS = {"layers": 4096, "tokens": 1 << 16, "kv_heads": 4096, "head_dim": 4096,
 MAX_BYTES = 1 << 34
 """A block larger than this is refused before anything is allocated for it."""
 UNIT = 1 << 19
-"""Elements of a unit that are worth a round of calls; many more would not stay in a core's cache."""
+"""Elements of a unit. Part of the format of codecs whose units have several layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +238,6 @@ def need(value: T | None, what: str, *, encoding: bool) -> T:
     raise (CannotEncode if encoding else CannotDecode)(f"{what} is needed and was not given.")
 
 
-def together(spec: BlockSpec) -> int:
-    """Layers of a block that make about `UNIT` elements, at least one."""
-    return max(1, UNIT // max(2 * spec.tokens * spec.channels, UNIT // spec.layers))
+def together(spec: BlockSpec, elements: int = UNIT) -> int:
+    """Layers of a block that make about so many elements, at least one."""
+    return max(1, elements // max(2 * spec.tokens * spec.channels, elements // spec.layers))

@@ -21,6 +21,9 @@ from kvstore.codecs.raw import as_bytes
 from kvstore.codecs.scratch import scratch
 from kvstore.errors import CannotDecode, CannotEncode, CorruptBlock
 
+ROUND = 1 << 20
+"""Elements of units that are coded in one round of calls: of half as many the calls cost up to a fifth, and many more
+would leave the core's cache."""
 ROOM = 16
 """Values so close to the largest of their type may be beyond it once something of them was lost."""
 
@@ -167,7 +170,7 @@ class Chain:
 
     def _several(self, spec: BlockSpec) -> int:
         """Units that the coder takes at once."""
-        return together(spec) if self.coder.stacked else 1
+        return together(spec, ROUND) if self.coder.stacked else 1
 
     def _encode_unit(
         self, layers: torch.Tensor, spec: BlockSpec, first: int, places: Sequence[Bytes], context: Context
