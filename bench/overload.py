@@ -238,6 +238,8 @@ def measure(kv: KVStoreClient, address: str, disk: Path, budgets: dict[str, int]
     flood, loaded = beside(writer, args.seconds, lambda: loads(kv, hot, cold, max(1.0, args.seconds - 5)))
     handed = flood["outcomes"].get("stored", 0) * BLOCK / args.seconds
     drained(kv)
+    fill(kv, hot, wait_s=30)  # the flood outlasted the loads, and what nobody asks for meanwhile may leave
+    drained(kv)
     short = args.idle_seconds
     copier, copying = beside(["--copier", str(handed)], short, lambda: loads(kv, hot, cold, max(1.0, short - 5)))
     stats = kv.stats()
