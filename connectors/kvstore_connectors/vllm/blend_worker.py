@@ -34,7 +34,6 @@ from kvstore_connectors.vllm.jobs import LoadJob
 from kvstore_connectors.vllm.transfers import TTL_S, fill_room
 
 if TYPE_CHECKING:
-    from kvstore.rope import Rotary
     from kvstore_connectors.blend.prompt import Cache
     from kvstore_connectors.vllm.blend_gate import Gate
     from kvstore_connectors.vllm.blend_model import EngineModel
@@ -84,8 +83,6 @@ class Blender:
         For the chunks to come.
     model : EngineModel, optional
         Without it chunks are captured, but nothing is blended.
-    rotation : Rotary, optional
-        The model's, together with it.
     gate : Gate, optional
         Whose verdict the daemon is told, for its dashboard.
     """
@@ -97,7 +94,6 @@ class Blender:
         tally: Tally,
         load_deadline_s: float,
         model: EngineModel | None = None,
-        rotation: Rotary | None = None,
         gate: Gate | None = None,
     ) -> None:
         self._rows = rows
@@ -105,7 +101,6 @@ class Blender:
         self._tally = tally
         self._deadline_s = load_deadline_s
         self._model = model
-        self._rotation = rotation
         self._gate = gate
         self._controller = Controller()
         self._asked = False  # by the last prompt; the same on all ranks
@@ -256,12 +251,12 @@ class Blender:
     # -- chunks --------------------------------------------------------------------------------------------------------
 
     def _begin_load(self, client: Any, job: BlendJob, cache: list[LayerKV]) -> ChunkLoad | None:
-        if self._rotation is None:
-            raise InternalError("a chunk was to be placed without the model's rotation.")
+        if self._model is None:
+            raise InternalError("a chunk was to be placed without the model.")
         namespace = request_namespace(self._namespace, job.scope)
         digest = namespace_digest(namespace)
         wanted = [Wanted(one.start, one.stop, one.offset, one.keys[digest], one.exact) for one in job.spans]
-        where = (job.tokens, cache, self._rotation, self._deadline_s, self._tally, self._copies)
+        where = (job.tokens, cache, self._model.rotary, self._deadline_s, self._tally, self._copies)
         return begin_load(client, namespace, wanted, *where)
 
     # -- capture -------------------------------------------------------------------------------------------------------

@@ -144,12 +144,11 @@ class WorkerSide:
             raise ConfigError("blend_gate: pipelines of several ranks are not blended.", _REMEDY)
         config = self._vllm_config.model_config.hf_text_config.to_dict()
         rows = Rows(layers, self._writes(caches), pages, page_tokens)
-        rotation = movable(config)
-        model = EngineModel(find_model(), rotation)
+        model = EngineModel(find_model(), movable(config))
         if model.layers != len(layers):
             raise ConfigError(f"blend_gate: {len(layers)} layers keep KV, {model.layers} are the model's.", _REMEDY)
         gate = Gate(self._config.blend_gate)
-        return Blender(rows, self._namespace, self.tally, deadline_s, model, rotation, gate)
+        return Blender(rows, self._namespace, self.tally, deadline_s, model, gate)
 
     def _writes(self, caches: dict[str, Any]) -> list[tuple[WriteOp, torch.Tensor]]:
         """Each layer's own write operation and its cache, in the order of `_learn`."""
