@@ -34,7 +34,7 @@ def test_relay_repairs_false_sinks_before_it_reads(mode: str) -> None:
     for _ in range(model.layers // 2):
         next(steps)
     sinks = [span.start for span in prompt.spans] if mode == "isolated" else []
-    assert false_sinks(prompt).nonzero()[:, 0].tolist() == sinks
+    assert false_sinks(prompt).tolist() == sinks
     assert (work.changed & prompt.repairable).nonzero()[:, 0].tolist() == sinks
     for _ in steps:
         pass

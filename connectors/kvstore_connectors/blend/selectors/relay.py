@@ -76,7 +76,7 @@ class Relay:
         prompt, layers = work.prompt, work.model.layers
         half, most = layers // 2, layers * 3 // 4
         light = yield from Trail().scores(work)  # on the host, while the first layers are on their way to a device
-        sinks = false_sinks(prompt).nonzero()[:, 0][:count]
+        sinks = false_sinks(prompt)[:count]
         left = prompt.repairable.clone()
         left[sinks] = False
         count -= len(sinks)
@@ -128,7 +128,6 @@ def by_words(prompt: Prompt, looked: Tensor) -> float:
 
 
 def false_sinks(prompt: Prompt) -> Tensor:
-    """Mask ``[n]`` of the tokens that drew attention because nothing stood before them, where now something does."""
-    mask = torch.zeros(len(prompt.ids), dtype=torch.bool)
-    mask[[span.start for span in prompt.spans if span.capture is Capture.ISOLATED and span.start]] = True
-    return brought(mask, prompt.ids.device)
+    """Positions of the tokens that drew attention because nothing stood before them, where now something does."""
+    places = [span.start for span in prompt.spans if span.capture is Capture.ISOLATED and span.start]
+    return brought(torch.tensor(places, dtype=torch.int64), prompt.ids.device)
