@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kvstore.codecs.scratch import scratch
+
 if TYPE_CHECKING:
     from kvstore_gpu.carry.launch import Carried
 
@@ -23,12 +25,12 @@ class Steps:
         Theirs.
     parts : list of slice
         Those of each span.
-    last : Tensor, int64, [behind]
-        For each token behind the first of them in its span, which was the last before it.
-    gain : Tensor, [behind, 1, 1]
-        How much of the sum up to that one it gets.
+    last : Tensor, int64, [others]
+        For each token of these spans, which of the first was the last before it; any if none was.
+    gain : Tensor, [others, 1, 1]
+        How much of the sum up to that one it gets; 0 if none was, and where a token is recomputed itself.
     targets : list of (slice, slice)
-        Where the tokens of a span are, among these and in the cache.
+        Where these tokens are, among themselves and in the cache: one run of adjacent spans after the other.
     back, on : (Tensor, Tensor)
         Cosines and sines that turn the first to position zero, and the latter from there.
     """
@@ -52,22 +54,21 @@ def steps(carried: Carried, dtype: torch.dtype) -> Steps:
     for start, stop, first in carried.segments.tolist():
         spans[first] = spans.get(first, (start, stop))[0], stop
     told, last, gain, parts, targets = [], [], [], [], []
-    done = behind = 0
+    done = 0
     for start, stop in spans.values():
-        here = tells[start:stop].nonzero()[:, 0] + start
+        mine, weight = tells[start:stop], weights[start:stop]
+        here = mine.nonzero()[:, 0] + start
         if not len(here):
             continue
-        begin, weight = int(here[0]), weights[int(here[0]) : stop]
-        mine = tells[begin:stop]
-        told.append(here)
-        last.append(done + mine.cumsum(0) - 1)
+        before = mine.cumsum(0)
         squares = torch.where(mine, weight.square(), 0.0).cumsum(0)
-        gain.append(
-            torch.where(carried.row_of[begin:stop] < 0, carried.strength * weight / (squares + carried.ridge), 0.0)
-        )
+        told.append(here)
+        last.append(done + (before - 1).clamp(min=0))
+        known = (carried.row_of[start:stop] < 0) & (before > 0)
+        gain.append(torch.where(known, carried.strength * weight / (squares + carried.ridge), 0.0))
         parts.append(slice(done, done + len(here)))
-        targets.append((slice(behind, behind + stop - begin), slice(begin, stop)))
-        done, behind = done + len(here), behind + stop - begin
+        _join(targets, start, stop)
+        done += len(here)
     nothing = torch.zeros(0, dtype=torch.int64)
     at = torch.cat([nothing, *told])
     places = torch.cat([nothing, *(torch.arange(where.start, where.stop) for _, where in targets)])
@@ -85,27 +86,51 @@ def steps(carried: Carried, dtype: torch.dtype) -> Steps:
     )
 
 
+def _join(targets: list[tuple[slice, slice]], start: int, stop: int) -> None:
+    """Add a span to the last run, if it goes on from there: a few large steps are faster than many small ones."""
+    at = 0
+    if targets:
+        mine, place = targets[-1]
+        at = mine.stop
+        if place.stop == start:
+            targets[-1] = slice(mine.start, at + stop - start), slice(place.start, stop)
+            return
+    targets.append((slice(at, at + stop - start), slice(start, stop)))
+
+
 def carry(fresh: torch.Tensor, kept: torch.Tensor, todo: Steps, *, turned: bool, interleaved: bool) -> None:
     """Keys, or values, in place."""
+    if not todo.parts:
+        return
     dtype = todo.weights.dtype
     away = fresh.index_select(0, todo.rows).to(dtype) - kept.index_select(0, todo.told).to(dtype)
     if turned:
-        turn_(away, *todo.back, interleaved)
+        away = turn(away, *todo.back, interleaved, "what is told")
     away.mul_(todo.weights)
     for part in todo.parts:
         away[part] = away[part].cumsum(0)
-    shift = away.index_select(0, todo.last).mul_(todo.gain)
+    room = len(todo.last), *kept.shape[1:]
+    shift = torch.index_select(away, 0, todo.last, out=scratch("what is carried on", room, dtype))
     if turned:
-        turn_(shift, *todo.on, interleaved)
+        shift = turn(shift, *todo.on, interleaved, "what is carried on, turned")
     for mine, place in todo.targets:
-        kept[place] += shift[mine]
+        if kept.dtype == dtype:
+            kept[place].addcmul_(shift[mine], todo.gain[mine])
+        else:  # of two types it would take three times as long
+            kept[place] += shift[mine].mul_(todo.gain[mine])
 
 
-def turn_(keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> None:
-    """Keys ``[token, head, dim]`` turned by a table ``[token, 1, pair]``, in place."""
+def turn(keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, name: str) -> torch.Tensor:
+    """Keys ``[token, head, dim]`` turned by a table ``[token, 1, pair]``, in memory of this name."""
     pairs = cos.shape[-1]
-    part = keys[..., : 2 * pairs]
-    first, second = (part[..., 0::2], part[..., 1::2]) if interleaved else (part[..., :pairs], part[..., pairs:])
-    new = (first * cos).addcmul_(second, sin, value=-1)
-    second.mul_(cos).addcmul_(first, sin)
-    first.copy_(new)
+    out = scratch(name, tuple(keys.shape), keys.dtype)
+    out[..., 2 * pairs :] = keys[..., 2 * pairs :]
+    (first, second), (x, y) = (
+        (one[..., 0 : 2 * pairs : 2], one[..., 1 : 2 * pairs : 2])
+        if interleaved
+        else (one[..., :pairs], one[..., pairs : 2 * pairs])
+        for one in (keys, out)
+    )
+    torch.mul(first, cos, out=x).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=y).addcmul_(first, sin)
+    return out
