@@ -24,7 +24,7 @@ from typing import Any
 
 from common import arguments, finish
 
-from kvstore.eviction import make_policy
+from kvstore.eviction import make_policy, names
 from kvstore.eviction.base import EvictionPolicy, Item
 
 SHARES = (1, 2, 5, 10, 20)
@@ -229,7 +229,7 @@ MADE_UP: dict[str, tuple[Callable[[random.Random], list[Request]], bool]] = {
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("traces", nargs="*", type=Path, help="trace files; none for made-up ones")
-    parser.add_argument("--policies", nargs="*", default=POLICIES, help="policies to replay")
+    parser.add_argument("--policies", nargs="*", default=POLICIES, choices=names(), help="policies to replay")
     parser.add_argument("--seed", type=int, default=1, help="seed of the made-up traces (default 1)")
     args = parser.parse_args()
     traces = [read_trace(path) for path in args.traces]

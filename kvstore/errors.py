@@ -93,6 +93,7 @@ class InvalidParams(ProtocolError):
     """A request's parameters have a wrong type, an unknown field or a value out of range."""
 
     code = "KV203"
+    default_remedy = "docs/protocol.md says what each request takes."
 
 
 class VersionMismatch(ProtocolError):

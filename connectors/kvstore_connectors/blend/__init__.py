@@ -19,7 +19,8 @@ It brings three things.
 `prompt.Cache`
     A `LayerKV` a layer, ``[n, kv_heads, dim]``; rows are positions of the prompt, and there may be more of them. Keys
     are rotated for those positions. Rows of spans and of the exact prefix hold loaded KV, the others anything. Repaired
-    rows are written in place.
+    rows are written in place, and other rows of their chunks may be moved by what these tell (`carried`); exact ones
+    never change.
 ``wait_layer(layer)``
     Called once before a layer is first read, in order; returns when its rows have come. What it raises ends the work:
     the cache is then half repaired and must be thrown away, the prompt recomputed.

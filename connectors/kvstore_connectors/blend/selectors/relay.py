@@ -20,6 +20,8 @@ then repairs what was chosen, and the question with it. Where the prompt before 
 words are repaired while the question is read, and if that is so the pass goes on to the end. If not, what words led to
 is put back as it was, since half repaired is worse than not at all.
 
+Where text goes on, what the repaired tokens differ by is carried on to those behind them (`blend.carried`).
+
 A fact of which one half is repaired can be worse than one of which nothing is, so a token asked for also counts by
 those around. Reading costs half of the question's tokens once more, or three quarters, or nothing where it was rightly
 believed that something is asked; where it was not, half of the share.
