@@ -17,8 +17,8 @@ from kvstore.eviction.base import Item
 
 SHARE = 0.25
 """Explorers among the new blocks that were drawn, at most: so much less room have those that follow, for a while."""
-FEW = 16
-"""So many of those blocks have no explorers among them: from a handful nothing is learnt."""
+FEW = 64
+"""So many of those blocks have no explorers among them: little is learnt from few, and a small tier keeps its order."""
 _LEVELS = 32
 _MIX = 0x9E3779B97F4A7C15
 """Spreads hashes that are numbers in a row (Fibonacci hashing)."""
@@ -51,7 +51,8 @@ class Explorers(Generic[Item]):
         self._counts[level] += 1
         if level >= self.level:
             self._explored += 1
-            if self._explored > SHARE * (self._drawn - FEW):
+            most = max(0.0, SHARE * (self._drawn - FEW))
+            while self._explored > most:
                 self._explored -= self._counts[self.level]
                 self.level += 1
 

@@ -95,3 +95,13 @@ def test_explorers_keep_nothing_that_was_used_from_leaving() -> None:
     for number in range(FLOOD // 2):
         cache.use(10**6 + number)
     assert sum(item < 10**6 for item in cache.held) < 0.04 * ROOM
+
+
+@pytest.mark.parametrize("room", [1, 4, 16, 64])
+def test_a_small_tier_lets_the_oldest_go(room: int) -> None:
+    """Whatever the hashes of its blocks are: nothing is explored among so few."""
+    for start in range(0, 1 << 20, 1 << 15):
+        cache = Cache(make_policy("lhd"), room)
+        for item in range(start, start + 3 * room):
+            cache.use(item)
+            assert cache.held == set(range(max(start, item - room + 1), item + 1))
