@@ -177,3 +177,11 @@ class House:
 
 
 Houses = Callable[..., House]
+
+
+def gated(houses: Houses, verb: str, *held: int, **how: Any) -> tuple[Gate, FakeTier, House]:
+    """A house over a tier that holds these blocks, and holds calls of a verb back; the gate before it, and the tier."""
+    gate = Gate(verb)
+    below = FakeTier(gate)
+    below.blocks.update({block_id(number): (BlockHeader(), payload(key(number))) for number in held})
+    return gate, below, houses(below, **how)

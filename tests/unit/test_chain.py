@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from houses import NBYTES, SCOPE, FakeTier, Gate, Houses, block_id, key, payload
+from houses import NBYTES, SCOPE, FakeTier, Houses, block_id, gated, key, payload
 
 from kvstore.admission import Doorkeeper
 from kvstore.tiers.host_block import HostBlock
@@ -81,9 +81,7 @@ def test_the_doorkeeper_remembers_a_bounded_number() -> None:
 
 
 async def test_many_who_ask_at_once_read_once(houses: Houses) -> None:
-    gate = Gate("get")
-    below = FakeTier(gate)
-    house = houses(below)
+    gate, below, house = gated(houses, "get")
     below.blocks[block_id(1)] = (BlockHeader(position=1), payload(key(1)))
     waiting = [house.promote(1) for _ in range(20)]
     await gate.waiting.wait()
@@ -98,10 +96,7 @@ async def test_many_who_ask_at_once_read_once(houses: Houses) -> None:
 
 
 async def test_asking_again_without_waiting_holds_nothing(houses: Houses) -> None:
-    gate = Gate("get")
-    below = FakeTier(gate)
-    house = houses(below)
-    below.blocks[block_id(1)] = (BlockHeader(), payload(key(1)))
+    gate, below, house = gated(houses, "get", 1)
     for _ in range(1000):  # prefetches, while the tier hangs
         house.chain.prefetch(block_id(1))
     await gate.waiting.wait()
@@ -174,10 +169,7 @@ async def test_no_room_for_what_comes_up_is_said(houses: Houses) -> None:
 
 
 async def test_a_block_stored_afresh_while_it_comes_up_wins(houses: Houses) -> None:
-    gate = Gate("get")
-    below = FakeTier(gate)
-    house = houses(below)
-    below.blocks[block_id(1)] = (BlockHeader(), payload(key(1)))
+    gate, _, house = gated(houses, "get", 1)
     coming = house.promote(1)
     await gate.waiting.wait()
     house.admit(1)

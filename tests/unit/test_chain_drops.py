@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from houses import SCOPE, FakeTier, Gate, House, Houses, block_id, key, payload
+from houses import SCOPE, FakeTier, House, Houses, block_id, gated, key, payload
 
 from kvstore.errors import TierDown
 from kvstore.types import BlockHeader, BlockId, Dropped, DropReason, Miss, MissReason
@@ -24,9 +24,7 @@ async def gone(house: House, below: FakeTier, number: int) -> None:
 
 @pytest.mark.parametrize("everything", [False, True])
 async def test_dropped_while_queued(houses: Houses, everything: bool) -> None:
-    gate = Gate("put")
-    below = FakeTier(gate)
-    house = houses(below, parallel=1)
+    gate, below, house = gated(houses, "put", parallel=1)
     for number in range(3):
         house.admit(number)
     await gate.waiting.wait()
@@ -38,9 +36,7 @@ async def test_dropped_while_queued(houses: Houses, everything: bool) -> None:
 
 
 async def test_dropped_while_it_is_written(houses: Houses) -> None:
-    gate = Gate("put")
-    below = FakeTier(gate)
-    house = houses(below)
+    gate, below, house = gated(houses, "put")
     queued = house.admit(1)
     assert queued is not None
     await gate.waiting.wait()
@@ -52,10 +48,7 @@ async def test_dropped_while_it_is_written(houses: Houses) -> None:
 
 @pytest.mark.parametrize("everything", [False, True])
 async def test_dropped_while_it_comes_up(houses: Houses, everything: bool) -> None:
-    gate = Gate("get")
-    below = FakeTier(gate)
-    house = houses(below)
-    below.blocks[block_id(1)] = (BlockHeader(), payload(key(1)))
+    gate, below, house = gated(houses, "get", 1)
     coming = house.promote(1)
     await gate.waiting.wait()
     assert await house.chain.drop(SCOPE, None if everything else [key(1)]) == 1
@@ -67,10 +60,7 @@ async def test_dropped_while_it_comes_up(houses: Houses, everything: bool) -> No
 @pytest.mark.parametrize("everything", [False, True])
 async def test_what_comes_up_while_it_is_being_dropped_does_not_stay(houses: Houses, everything: bool) -> None:
     """A tier may take a while to forget. Who asks meanwhile may still get the block, who asks afterwards may not."""
-    gate = Gate("drop")
-    below = FakeTier(gate)
-    house = houses(below)
-    below.blocks[block_id(1)] = (BlockHeader(), payload(key(1)))
+    gate, below, house = gated(houses, "drop", 1)
     dropping = asyncio.ensure_future(house.chain.drop(SCOPE, None if everything else [key(1)]))
     await gate.waiting.wait()
     await house.promote(1)
@@ -80,9 +70,7 @@ async def test_what_comes_up_while_it_is_being_dropped_does_not_stay(houses: Hou
 
 
 async def test_dropped_and_stored_again_is_there(houses: Houses) -> None:
-    gate = Gate("put")
-    below = FakeTier(gate)
-    house = houses(below, parallel=1)
+    gate, below, house = gated(houses, "put", parallel=1)
     house.admit(1)
     await gate.waiting.wait()
     assert await house.chain.drop(SCOPE, [key(1)]) == 1

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from houses import SCOPE, FakeTier, Gate, Houses, block_id, key, payload
+from houses import SCOPE, FakeTier, Gate, Houses, block_id, gated, key, payload
 
 from kvstore.tiers.host_block import HostBlock
 from kvstore.tiers.wrappers import Breaker
@@ -19,9 +19,7 @@ from kvstore.writebehind import LINGER_S, WriteBehind
 
 async def test_what_is_queued_is_readable_and_stays(houses: Houses) -> None:
     """Blocks on their way down are hits, and are not evicted; the rest of memory is."""
-    gate = Gate("put")
-    below = FakeTier(gate)
-    house = houses(below)
+    gate, below, house = gated(houses, "put")
     stored = 0
     while house.admit(stored) is not None:
         stored += 1

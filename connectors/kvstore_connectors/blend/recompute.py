@@ -117,13 +117,13 @@ class Pass:
         if self.narrow is not None:
             cached = LayerKV(held.keys[self.rows], held.values[self.rows])
             kept = self.narrow(layer, self.rows, LayerKV(keys, values), cached)
+        keys, values = keys.to(held.keys.dtype), values.to(held.values.dtype)
         if self.carried is not None:
-            kind = held.keys.dtype
-            carry(keys.to(kind), values.to(kind), held.keys, held.values, self.carried, layer=layer)
+            carry(keys, values, held.keys, held.values, self.carried, layer=layer)
         if self.tries:
             self._former.append(LayerKV(held.keys[self.rows], held.values[self.rows]))
-        held.keys.index_copy_(0, self.rows, keys.to(held.keys.dtype))
-        held.values.index_copy_(0, self.rows, values.to(held.values.dtype))
+        held.keys.index_copy_(0, self.rows, keys)
+        held.values.index_copy_(0, self.rows, values)
         if kept is not None:
             self.rows, self.hidden, queries = self.rows[kept], self.hidden[kept], queries[kept]
         self.token_layers += len(self.rows)

@@ -122,9 +122,17 @@ class Work:
         With `carries` cached tokens that are not among the rows change, too, by what the rows tell of them.
         """
         carried = carried_from(self.prompt, self.model.rotary, rows) if carries else None
-        how = (narrow, watch, self._wait)
         one = Pass(
-            self.model, self.prompt.ids, self.cache, rows, *how, kv_only=self._kv_only, tries=tries, carried=carried
+            self.model,
+            self.prompt.ids,
+            self.cache,
+            rows,
+            narrow,
+            watch,
+            self._wait,
+            kv_only=self._kv_only,
+            tries=tries,
+            carried=carried,
         )
         self._running = one
         self.changed[rows] = True

@@ -56,28 +56,13 @@ class Blend(NamedTuple):
 
 
 class Chunks(ChunkStore):
-    """Chunks of one model, behind one system prompt.
-
-    Parameters
-    ----------
-    kv : KVStoreCache
-        The model's connector; exact prefixes in front of chunks come from it.
-    system : ids, optional
-        Token ids that stand in front of every prompt. Chunks that `store` computes have seen them.
-    labels : sequence of str
-        Rights that are needed to read what is stored here, and that whoever loads here has.
-    salt : str, optional
-        In place of the connector's own.
+    """Chunks of one model, behind one system prompt: stored (`ChunkStore`, of whom the parameters and errors are), and
+    put together. Exact prefixes in front of chunks come from the model's connector.
 
     Attributes
     ----------
     last : Blend
         What became of the last prompt.
-
-    Raises
-    ------
-    ConfigError
-        If chunks of this model can not be moved, or it is of a kind that can not be opened.
 
     Examples
     --------

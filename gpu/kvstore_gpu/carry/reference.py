@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kvstore.codecs.scratch import scratch
+from kvstore_gpu.rope.reference import turn
 
 if TYPE_CHECKING:
     from kvstore_gpu.carry.launch import Carried
@@ -72,7 +73,7 @@ def steps(carried: Carried, dtype: torch.dtype) -> Steps:
     nothing = torch.zeros(0, dtype=torch.int64)
     at = torch.cat([nothing, *told])
     places = torch.cat([nothing, *(torch.arange(where.start, where.stop) for _, where in targets)])
-    cos, sin = (one.to(dtype)[:, None] for one in (carried.turn.cos, carried.turn.sin))
+    cos, sin = (one.to(dtype) for one in (carried.turn.cos, carried.turn.sin))
     return Steps(
         rows=carried.row_of[at].long(),
         told=at,
@@ -105,32 +106,16 @@ def carry(fresh: torch.Tensor, kept: torch.Tensor, todo: Steps, *, turned: bool,
     dtype = todo.weights.dtype
     away = fresh.index_select(0, todo.rows).to(dtype) - kept.index_select(0, todo.told).to(dtype)
     if turned:
-        away = turn(away, *todo.back, interleaved, "what is told")
+        away = turn(away, *todo.back, interleaved, scratch("what is told", tuple(away.shape), dtype))
     away.mul_(todo.weights)
     for part in todo.parts:
         away[part] = away[part].cumsum(0)
     room = len(todo.last), *kept.shape[1:]
     shift = torch.index_select(away, 0, todo.last, out=scratch("what is carried on", room, dtype))
     if turned:
-        shift = turn(shift, *todo.on, interleaved, "what is carried on, turned")
+        shift = turn(shift, *todo.on, interleaved, scratch("what is carried on, turned", room, dtype))
     for mine, place in todo.targets:
         if kept.dtype == dtype:
             kept[place].addcmul_(shift[mine], todo.gain[mine])
         else:  # of two types it would take three times as long
             kept[place] += shift[mine].mul_(todo.gain[mine])
-
-
-def turn(keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, name: str) -> torch.Tensor:
-    """Keys ``[token, head, dim]`` turned by a table ``[token, 1, pair]``, in memory of this name."""
-    pairs = cos.shape[-1]
-    out = scratch(name, tuple(keys.shape), keys.dtype)
-    out[..., 2 * pairs :] = keys[..., 2 * pairs :]
-    (first, second), (x, y) = (
-        (one[..., 0 : 2 * pairs : 2], one[..., 1 : 2 * pairs : 2])
-        if interleaved
-        else (one[..., :pairs], one[..., pairs : 2 * pairs])
-        for one in (keys, out)
-    )
-    torch.mul(first, cos, out=x).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=y).addcmul_(first, sin)
-    return out

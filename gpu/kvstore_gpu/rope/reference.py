@@ -10,16 +10,24 @@ from kvstore_gpu.cache import PagedCache
 from kvstore_gpu.jobs import Part
 
 
-def turn(keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
-    """Keys ``[token, head, dim]`` turned by a table ``[token or 1, pair]``, in the table's precision."""
+def turn(
+    keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Keys ``[token, head, dim]`` turned by a table ``[token or 1, pair]``, in the table's precision; made in `out`, other
+    memory, if it is given."""
     pairs = cos.shape[-1]
-    out = keys.to(cos.dtype, copy=True)
-    part = out[..., : 2 * pairs]
-    first, second = (part[..., 0::2], part[..., 1::2]) if interleaved else (part[..., :pairs], part[..., pairs:])
+    keys = keys.to(cos.dtype)
+    out = torch.empty_like(keys) if out is None else out
+    out[..., 2 * pairs :] = keys[..., 2 * pairs :]
+    (first, second), (x, y) = (
+        (one[..., 0 : 2 * pairs : 2], one[..., 1 : 2 * pairs : 2])
+        if interleaved
+        else (one[..., :pairs], one[..., pairs : 2 * pairs])
+        for one in (keys, out)
+    )
     cos, sin = cos[:, None, :], sin[:, None, :]
-    new = first * cos - second * sin
-    second.copy_(second * cos + first * sin)
-    first.copy_(new)
+    torch.mul(first, cos, out=x).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=y).addcmul_(first, sin)
     return out
 
 
