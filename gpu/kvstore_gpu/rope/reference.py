@@ -13,8 +13,10 @@ from kvstore_gpu.jobs import Part
 def turn(
     keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Keys ``[token, head, dim]`` turned by a table ``[token or 1, pair]``, in the table's precision; made in `out`, other
-    memory, if it is given."""
+    """Keys ``[token, head, dim]`` turned by a table ``[token or 1, pair]``, in the table's precision.
+
+    Made in `out`, which is other memory than the keys', if it is given.
+    """
     pairs = cos.shape[-1]
     keys = keys.to(cos.dtype)
     out = torch.empty_like(keys) if out is None else out
