@@ -17,7 +17,8 @@ import xxhash
 
 from kvstore.codecs import frame
 from kvstore.codecs.base import BlockCoder, BlockSpec, BlockStep, Bytes, ByteStep, Context, Step, together
-from kvstore.codecs.raw import as_bytes
+from kvstore.codecs.plan import Plan, planned
+from kvstore.codecs.raw import as_bytes, finite, largest
 from kvstore.codecs.scratch import scratch
 from kvstore.errors import CannotDecode, CannotEncode, CorruptBlock
 
@@ -152,7 +153,7 @@ class Chain:
             self._try(out[:nbytes], plan, spec, context)
         return nbytes
 
-    def _try(self, data: Bytes, plan: _Plan, spec: BlockSpec, context: Context) -> None:
+    def _try(self, data: Bytes, plan: Plan, spec: BlockSpec, context: Context) -> None:
         """Whether what was lost has made values too large for their type: then no plane of it could be read back."""
         found = torch.empty(spec.shape, dtype=spec.torch_dtype)
         for planes in range(self.coder.required() or plan.planes, plan.planes + 1):
@@ -160,7 +161,7 @@ class Chain:
                 self.decode(data, spec, found, context, planes=planes)
             except CorruptBlock as error:
                 raise CannotEncode(f"the block's values are too large for {self}: {error.cause}") from None
-            if not bool(torch.isfinite(found).all()):
+            if not finite(found):
                 raise CannotEncode(f"the block's values are too large for {self} in {spec.dtype}.")
 
     @property
@@ -179,10 +180,9 @@ class Chain:
         most = 0.0
         if not self.coder.native:
             layers = layers.to(torch.float32)
-            ends = [abs(float(end)) for end in layers.aminmax()] if layers.numel() else [0.0]
-            if not all(map(math.isfinite, ends)):
+            most = largest(layers)
+            if not math.isfinite(most):
                 raise CannotEncode(f"layer {first} has values that are not finite.")
-            most = max(ends)
         for step in self.blocks:
             layers = step.forward(layers, spec, first, context)
         self.coder.encode(layers, spec, first, places, context)
@@ -224,10 +224,9 @@ class Chain:
             of ``out`` are of no meaning.
         """
         context = context or Context()
-        parsed = frame.read(data)
-        if parsed.spec != spec or parsed.chain != str(self):
+        parsed, plan = frame.read(data), self._plan(spec, context, decoding=True)
+        if parsed.spec != spec or parsed.chain != plan.chain:
             raise CannotDecode(f"the block is {parsed.spec} by {parsed.chain}, not {spec} by {self}.")
-        plan = self._plan(spec, context, decoding=True)
         for step, wanted in zip(self.steps, parsed.references, strict=True):
             if wanted != step.reference(context):
                 raise CannotDecode(f"{step.name} used {wanted or 'nothing'}, but {step.reference(context)!r} is here.")
@@ -251,8 +250,14 @@ class Chain:
             parts: list[Bytes] = []
             for plane in range(used):
                 sizes = plan.raw[plane]
-                own = [self._part(parsed, data, plane, unit, int(sizes[unit]), context) for unit in some]
-                parts.append(np.stack(own) if len(own) > 1 else own[0])
+                own = [self._part(parsed, data, plane, unit, sizes.item(unit), context) for unit in some]
+                if len(own) == 1:
+                    parts.append(own[0])
+                elif self.byte_steps:
+                    parts.append(np.stack(own))
+                else:  # they lie in one piece
+                    start = parsed.offsets.item(plane, some.start)
+                    parts.append(data[start : start + len(own) * own[0].size].reshape(len(own), -1))
             self._decode_unit(parts, spec.of(len(target)), first, target, context)
 
     def tolerance(
@@ -309,78 +314,24 @@ class Chain:
             unit = scratch("unit", spec.shape, torch.float32)
             self.coder.decode(parts, spec, first, unit, context)
             target.copy_(self._undone(unit, spec, first, context))
-        if self.lossy and spec.dtype == "float16" and not bool(torch.isfinite(target).all()):
+        if self.lossy and spec.dtype == "float16" and not finite(target):
             raise CorruptBlock("a decoded value is outside the range of float16.")
 
     def _undone(self, unit: torch.Tensor, spec: BlockSpec, first: int, context: Context) -> torch.Tensor:
+        """What it was before the steps in front of the coder; by turning, the largest values of a type can leave it."""
         for step in reversed(self.blocks):
             unit = step.inverse(unit, spec, first, context)
+        if not largest(unit) <= torch.finfo(spec.torch_dtype).max:
+            raise CorruptBlock(f"a decoded value is outside the range of {spec.dtype}.")
         return unit
 
-    def _plan(self, spec: BlockSpec, context: Context, *, decoding: bool = False) -> _Plan:
+    def _plan(self, spec: BlockSpec, context: Context, *, decoding: bool = False) -> Plan:
         try:
-            for step in self.steps:
-                step.check(spec)
-            span = self.coder.span(spec, context)
-            firsts = tuple(range(0, spec.layers, span))
-            shapes = {layers: spec.of(layers) for layers in (min(span, spec.layers), spec.layers - firsts[-1])}
-            rows = [self.coder.planes(shapes[min(span, spec.layers - first)], first, context) for first in firsts]
-            references = tuple(step.reference(context) for step in self.steps)
+            return planned(self, spec, context)
         except CannotEncode as error:
             if decoding:
                 raise CannotDecode(error.cause) from None
             raise
-        raw = np.array(rows, np.int64).T
-        sizes = raw.copy()
-        for step in self.byte_steps:
-            sizes = np.vectorize(step.bound, otypes=[np.int64])(sizes)
-        label = frame.head(spec, str(self), references, len(firsts), len(raw))
-        return _Plan(span, firsts, raw, sizes, label)
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """Where everything of a block goes: ``raw`` and ``sizes`` are ``[plane, unit]``, before and after byte steps."""
-
-    span: int
-    firsts: tuple[int, ...]
-    raw: np.ndarray
-    sizes: np.ndarray
-    label: bytes
-
-    @property
-    def units(self) -> int:
-        return len(self.firsts)
-
-    @property
-    def planes(self) -> int:
-        return len(self.raw)
-
-    def rounds(self, several: int, units: range | None = None) -> list[range]:
-        """Units, all by default, so many at a time."""
-        units = range(self.units) if units is None else units
-        return [units[at : at + several] for at in range(0, len(units), several)]
-
-    @property
-    def offsets(self) -> np.ndarray:
-        flat = self.sizes.ravel()
-        start = frame.head_nbytes(self.label, self.units, self.planes)
-        return (start + np.cumsum(flat) - flat).reshape(self.sizes.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return frame.head_nbytes(self.label, self.units, self.planes) + int(self.sizes.sum())
-
-    def units_of(self, layers: range, count: int) -> range:
-        first, last = layers.start, layers.stop
-        if (
-            layers.step != 1
-            or not 0 <= first < last <= count
-            or first % self.span
-            or (last % self.span and last < count)
-        ):
-            raise CannotDecode(f"layers {first} to {last} are not whole units of {self.span} layers.")
-        return range(first // self.span, -(-last // self.span))
 
 
 def _copied(block: Bytes, out: Bytes, sizes: np.ndarray, offsets: np.ndarray) -> np.ndarray:

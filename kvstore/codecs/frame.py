@@ -82,19 +82,22 @@ class Frame:
             at += part.size
 
     def _bytes(self, data: Bytes, plane: int, unit: int) -> Bytes:
-        start, size = int(self.offsets[plane, unit]), int(self.sizes[plane, unit])
+        start, size = self.offsets.item(plane, unit), self.sizes.item(plane, unit)
         found = data[start : start + size]
         if found.size != size:
             raise CorruptBlock(f"part {unit} of plane {plane} is cut off.")
         return found
 
     def _check(self, found: int, plane: int, unit: int) -> None:
-        if found != int(self.checks[plane, unit]):
+        if found != self.checks.item(plane, unit):
             raise CorruptBlock(f"part {unit} of plane {plane} has a wrong checksum.")
 
 
 def copied(source: Bytes, out: Bytes) -> int:
     """Copy bytes; their checksum. By pieces, so that what is checked is still in the core's cache."""
+    if source.size <= PIECE:
+        out[:] = source
+        return xxhash.xxh3_64_intdigest(out.data)
     check = xxhash.xxh3_64()
     for at in range(0, source.size, PIECE):
         piece = out[at : at + PIECE]

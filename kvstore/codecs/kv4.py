@@ -22,7 +22,7 @@ import torch
 
 from kvstore.codecs import hadamard, quant
 from kvstore.codecs.base import BlockCoder, BlockSpec, Bytes, Context
-from kvstore.codecs.raw import as_bytes, from_bytes
+from kvstore.codecs.raw import as_bytes, finite, from_bytes
 from kvstore.codecs.scratch import scratch
 from kvstore.errors import CannotEncode, CorruptBlock
 
@@ -164,7 +164,7 @@ class KV4(BlockCoder):
         first, k_low, k_scale, v_low, v_scale, _ = np.split(planes[0], ends, axis=-1)
         k_bits, v_bits = self.slots(spec, planes, int(ends[-1]))
         exact = from_bytes(np.ascontiguousarray(first).reshape(-1), spec.torch_dtype)
-        if kept and not bool(torch.isfinite(exact).all()):
+        if kept and not finite(exact):
             raise CorruptBlock("a kept value is not finite.")
         k = torch.from_numpy(quant.unpack(k_bits, codes)).view(spec.layers, rows, spec.channels)
         v = torch.from_numpy(quant.unpack(v_bits, codes)).view(spec.layers, rows, *spec.shape[3:])

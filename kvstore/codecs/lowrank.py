@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from kvstore.codecs import hadamard, quant
 from kvstore.codecs.base import BlockCoder, BlockSpec, Bytes, Context
 from kvstore.codecs.kv4 import unrotated
-from kvstore.codecs.raw import as_bytes, from_bytes
+from kvstore.codecs.raw import as_bytes, finite, from_bytes
 from kvstore.errors import CannotEncode, CorruptBlock
 
 
@@ -93,13 +93,13 @@ class LowRank(BlockCoder):
             from_bytes(part, dtype)
             for part, dtype in ((kept, spec.torch_dtype), (left, torch.bfloat16), (right, torch.bfloat16))
         )
-        if not all(bool(torch.isfinite(part).all()) for part in (first, a, b)):
+        if not all(finite(part) for part in (first, a, b)):
             raise CorruptBlock("a factor or a kept value is not finite.")
         out[0, :, :sinks] = first.view(2, sinks, *spec.shape[3:])
         if not rows:
             return
         keys = a.view(rows, rank).float() @ b.view(rank, spec.channels).float()
-        if not bool(torch.isfinite(keys).all()):
+        if not finite(keys):
             raise CorruptBlock("the factors are out of bounds.")
         out[0, 0, sinks:] = keys.view(rows, *spec.shape[3:])
         codes = torch.from_numpy(quant.unpack(bits, rows * spec.channels)).view(rows, *spec.shape[3:])

@@ -22,6 +22,7 @@ import torch
 from kvstore.codecs import quant
 from kvstore.codecs.base import BlockCoder, BlockSpec, Bytes, Context, need
 from kvstore.codecs.kv4 import KV4, Side, unrotated, write
+from kvstore.codecs.raw import finite
 from kvstore.codecs.scratch import scratch
 from kvstore.errors import CannotEncode, CorruptBlock
 
@@ -75,7 +76,7 @@ class MiKV(BlockCoder):
     def encode(self, unit: torch.Tensor, spec: BlockSpec, layer: int, out: Sequence[Bytes], context: Context) -> None:
         rows, high = self._rows(spec)
         weights = need(context.importance, "the importance of the tokens", encoding=True)
-        if tuple(weights.shape) != (spec.tokens,) or not bool(torch.isfinite(weights).all()):
+        if tuple(weights.shape) != (spec.tokens,) or not finite(weights):
             raise CannotEncode(f"importance is {tuple(weights.shape)}, not one finite number for {spec.tokens} tokens.")
         order = weights[spec.tokens - rows :].argsort(descending=True, stable=True)
         chosen = torch.zeros(rows, dtype=torch.uint8).index_fill(0, order[:high].cpu(), 1)

@@ -22,7 +22,7 @@ import torch
 from kvstore.codecs import quant
 from kvstore.codecs.base import BlockCoder, BlockSpec, Bytes, Context
 from kvstore.codecs.kv4 import KV4
-from kvstore.codecs.raw import as_bytes, from_bytes
+from kvstore.codecs.raw import as_bytes, finite, from_bytes
 from kvstore.errors import CannotEncode, CorruptBlock
 
 PARALLEL = 1e-4
@@ -101,7 +101,7 @@ class MiniCache(BlockCoder):
             chosen = _farthest(angle, count, max(4 - spec.position, 0))
             rows = unit[:, which, chosen].to(spec.torch_dtype)
             half = lengths.to(torch.float16)
-            if not bool(torch.isfinite(half).all()):
+            if not finite(half):
                 raise CannotEncode(f"layer {layer} has keys or values longer than float16 can say.")
             parts = (np.packbits(chosen.numpy(), bitorder="little"), as_bytes(half), as_bytes(rows.contiguous()))
             for size, part in zip(side, parts, strict=True):
@@ -120,7 +120,7 @@ class MiniCache(BlockCoder):
             bits, half, raw = np.split(planes[0][which * sum(side) :][: sum(side)], np.cumsum(side)[:-1])
             chosen = torch.from_numpy(np.unpackbits(bits, count=spec.tokens, bitorder="little").astype(bool))
             rows = from_bytes(raw, spec.torch_dtype)
-            if int(chosen.sum()) != count or not bool(torch.isfinite(rows).all()):
+            if int(chosen.sum()) != count or not finite(rows):
                 raise CorruptBlock("the kept tokens of a pair of layers are not as many, or not numbers.")
             lengths = quant.numbers(half, np.float16, positive=True).view(2, spec.tokens, spec.kv_heads, 1)
             direction = merged[0, which]

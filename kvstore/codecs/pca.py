@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from kvstore.codecs import processor
 from kvstore.codecs.base import BlockCoder, BlockSpec, Bytes, Context, need
 from kvstore.codecs.basis import Basis
-from kvstore.codecs.raw import as_bytes, from_bytes
+from kvstore.codecs.raw import as_bytes, finite, from_bytes
 from kvstore.errors import CannotEncode, CorruptBlock
 
 UNIT = 1e-4
@@ -119,7 +119,7 @@ class PCA(BlockCoder):
         rows, head = spec.tokens - sinks, 2 * spec.layers * sinks * spec.channels * spec.torch_dtype.itemsize
         if sinks:
             kept = from_bytes(planes[0][:head], spec.torch_dtype)
-            if not bool(torch.isfinite(kept).all()):
+            if not finite(kept):
                 raise CorruptBlock("a kept value is not finite.")
             out[:, :, :sinks] = kept.view(spec.layers, 2, sinks, *spec.shape[3:])
         codes = [

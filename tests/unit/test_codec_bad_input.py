@@ -75,6 +75,22 @@ def test_numbers_that_are_none_are_found(what: str) -> None:
             opened(chain, data, spec)
 
 
+@pytest.mark.parametrize("chain", ["prerope|kv4", "prerope|mikv", "prerope|lowrank(rank=50)", "prerope|fp8"])
+def test_numbers_that_turning_makes_too_large_are_found(chain: str) -> None:
+    spec = dataclasses.replace(ONE, position=1)  # at position 0 keys are not turned
+    data = packed(chain, spec=spec)
+    start = int(read(data).offsets[0, 0])
+    if "fp8" in chain:
+        scales, codes = 2 * 64 * 2, 2 * 64 * 2 * 16
+        data[start : start + scales], data[start + scales : start + scales + codes] = 246, 0x7E
+    else:
+        most = torch.full((2, 3, 32), torch.finfo(torch.bfloat16).max, dtype=torch.bfloat16)
+        data[start : start + 2 * most.numel()] = most.view(torch.uint8).view(-1).numpy()
+    resign(data)
+    with pytest.raises(CorruptBlock, match="range"):
+        opened(chain, data, spec)
+
+
 # -- groups and planes that do not fit ---------------------------------------------------------------------------------
 
 
