@@ -10,14 +10,16 @@ A profile is a JSON file, sealed with its own digest; a basis lies beside it, na
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
+import numpy as np
 
-from kvstore.codecs import Chain, Context, parse
+from kvstore.codecs import BlockSpec, Chain, Context, parse
 from kvstore.codecs.basis import Basis, load_basis
-from kvstore.errors import CodecError, ConfigError
+from kvstore.errors import CannotEncode, CodecError, ConfigError, CorruptBlock
 from kvstore.namespaces import is_exact
 from kvstore.patterns import PROFILE, in_words
 from kvstore.rope import Rotary
@@ -239,12 +241,21 @@ class Profiles:
             raise ConfigError(f"codecs.profiles: {folder} is no folder.", "`kvstore calibrate` makes one.")
         for path in sorted(folder.glob("*.json")) if folder is not None else ():
             profile = load_profile(path)
-            bases = {}
-            if profile.basis:
-                bases = {profile.basis: _basis_of(profile, path.parent)}
+            if path.stem != profile.name:
+                raise ConfigError(
+                    f"{path}: holds profile {profile.name!r}, which stands in {profile.name}.json.",
+                    "Two of one name would be told apart by nobody: remove it, or calibrate with another --name.",
+                )
+            bases = {profile.basis: _basis_of(profile, path.parent)} if profile.basis else {}
             chains = [(rung, parse(rung.chain)) for rung in profile.passed]
+            try:
+                context = Context(rotary=profile.rotary, bases=bases)
+                for rung, chain in chains:
+                    _try(profile, rung, chain, context)
+            except (CodecError, ConfigError, CorruptBlock) as error:
+                raise ConfigError(f"{path}: {error.cause}", "Run `kvstore calibrate` again.") from None
             self._allowed[profile.name] = profile.allowed
-            self._found[profile.name] = (profile, chains, Context(rotary=profile.rotary, bases=bases))
+            self._found[profile.name] = (profile, chains, context)
 
     def __len__(self) -> int:
         return len(self._found)
@@ -293,6 +304,22 @@ def _shown(profile: Profile) -> dict[str, Any]:
     ]
     names = ("name", "model", "revision", "most_kl", "least_top1", "contexts", "tokens")
     return {name: getattr(profile, name) for name in names} | {"rungs": rungs}
+
+
+def _try(profile: Profile, rung: Rung, chain: Chain, context: Context) -> None:
+    """Send some tokens of the model's shape through a rung: what is missing for it shows here, not as blocks that stay
+    raw. Raises a `CodecError`, `CorruptBlock` or `ConfigError` if it does not work.
+    """
+    import torch
+
+    if not chain.lossy:
+        raise CannotEncode(f"{chain} loses nothing, so blocks would never step down from it: it is no rung.")
+    spec = BlockSpec(profile.layers, 8, profile.kv_heads, profile.head_dim, position=256)
+    block, weights = torch.zeros(spec.shape, dtype=spec.torch_dtype), torch.ones(spec.tokens)
+    context = replace(context, importance=weights)
+    out = np.empty(chain.bound(spec, context), np.uint8)
+    size = chain.encode(block, spec, out, context)
+    chain.decode(out[:size], spec, block, context, planes=rung.planes or None)
 
 
 def _basis_of(profile: Profile, folder: Path) -> Basis:

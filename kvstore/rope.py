@@ -13,6 +13,7 @@ import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from kvstore.errors import ConfigError
@@ -41,13 +42,12 @@ class Rotary:
 
     def __post_init__(self) -> None:
         if not self.frequencies or not all(math.isfinite(f) for f in self.frequencies):
-            raise ConfigError("rotary frequencies must be finite and at least one", "Check the model's RoPE settings.")
+            raise ConfigError("rotary frequencies must be finite and at least one.", "Check the model's RoPE settings.")
 
     @property
     def digest(self) -> str:
         """Identity of the rotation: two keys may be mixed only if it is equal."""
-        text = struct.pack(f"<?{len(self.frequencies)}d", self.interleaved, *self.frequencies)
-        return hashlib.sha256(text + repr(sorted(self.skipped_layers)).encode()).hexdigest()[:32]
+        return _digest(self)
 
     def table(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines in float32, ``[token, pair]``, of these positions (or differences of positions)."""
@@ -83,6 +83,12 @@ class Rotary:
         second.mul_(cos).addcmul_(first, sin)
         first.copy_(new)
         return keys
+
+
+@lru_cache(maxsize=64)
+def _digest(rotary: Rotary) -> str:
+    text = struct.pack(f"<?{len(rotary.frequencies)}d", rotary.interleaved, *rotary.frequencies)
+    return hashlib.sha256(text + repr(sorted(rotary.skipped_layers)).encode()).hexdigest()[:32]
 
 
 def rotary(config: Mapping[str, Any]) -> Rotary:

@@ -274,6 +274,39 @@ def test_a_profile_with_a_chain_that_is_unknown_or_too_large_to_be_one(tmp_path:
         load_profile(path)
 
 
+KV4 = msgspec.structs.replace(PROFILE.rungs[0], chain="prerope|kv4")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"basis": ""}, "basis"),
+        ({"rungs": [msgspec.structs.replace(KV4, planes=9)]}, "9 of 3 planes"),
+        ({"rungs": [msgspec.structs.replace(KV4, chain="prerope|kv4|seal")]}, "sealing key"),
+        ({"rungs": [msgspec.structs.replace(KV4, chain="lossless")]}, "loses nothing"),
+        ({"rungs": [KV4], "frequencies": [1.0] * 9}, "do not fit a head"),
+        ({"rungs": [KV4], "frequencies": []}, "at least one"),
+        ({"rungs": [KV4], "layers": 1 << 40}, "layers"),
+        ({"rungs": [KV4], "kv_heads": -2}, "kv_heads"),
+    ],
+)  # fmt: skip
+def test_a_profile_whose_rungs_cannot_encode_its_model_is_refused(
+    tmp_path: Path, change: dict[str, object], says: str
+) -> None:
+    fields = {"basis": ""} if "rungs" in change else {}
+    save_profile(msgspec.structs.replace(PROFILE, **(fields | change)), tmp_path)
+    with pytest.raises(ConfigError, match=says) as found:
+        Profiles(tmp_path)
+    assert "calibrate" in found.value.remedy
+
+
+def test_an_old_copy_of_a_profile_beside_it_is_refused(tmp_path: Path) -> None:
+    path = save_profile(PROFILE, tmp_path, BASIS)
+    path.with_name("small.of-yesterday.json").write_bytes(path.read_bytes())
+    with pytest.raises(ConfigError, match=r"holds profile 'small', which stands in small\.json"):
+        Profiles(tmp_path)
+
+
 # -- in a tier ---------------------------------------------------------------------------------------------------------
 
 
