@@ -38,6 +38,7 @@ def calibrate(
         float, Parameter(help="Most divergence (upper end of the interval) of a rung that may run.")
     ] = 0.012,
     min_top1: Annotated[float, Parameter(help="Least share of unchanged first choices.")] = 0.95,
+    seed: Annotated[int, Parameter(help="Of the places in the texts: another seed tells whether a verdict holds.")] = 0,
     device: Annotated[str, Parameter(help="Where to compute: cpu, cuda.")] = "cpu",
     plot: Annotated[Path | None, Parameter(help="Also draw size against loss, as SVG.")] = None,
     json: Json = False,
@@ -53,7 +54,7 @@ def calibrate(
     first, *others = [Identity(*each) for each in identities(model)]
     first, others = (Identity(first.model, revision), []) if revision else (first, others)
     found = evaluate(
-        model, texts, contexts=contexts, fit_contexts=fit_contexts, tokens=tokens, span=span, device=device,
+        model, texts, contexts=contexts, fit_contexts=fit_contexts, tokens=tokens, span=span, seed=seed, device=device,
         weighed=importance, identity=(first.model, first.revision), told=out.progress,
     )  # fmt: skip
     out.progress("")

@@ -9,7 +9,7 @@ from cyclopts import Parameter
 
 from kvstore.cli import blend_plot, codec_plot, out
 from kvstore.cli.flags import Json
-from kvstore.errors import ConfigError, InvalidParams
+from kvstore.errors import ConfigError
 
 KL_LIMIT = 0.012
 """Divergence marked in the plot of codecs: the gate of `kvstore calibrate`, unless it is told otherwise."""
@@ -53,7 +53,10 @@ def evaluate(
     seed: Annotated[int, Parameter(help="Of the places in the texts; the same seed gives the same prompts.")] = 0,
     device: Annotated[str, Parameter(help="Where to compute: cpu, cuda.")] = "cpu",
     max_kl: Annotated[
-        float | None, Parameter(help="Also name the least share of each selector that keeps the KL below this.")
+        float | None,
+        Parameter(
+            help="Name the least share of each selector that keeps the KL below this, or mark it in the plot of codecs."
+        ),
     ] = None,
     codecs: Annotated[
         bool, Parameter(negative=(), help="Measure codecs of the precision ladder instead of blending.")
@@ -63,7 +66,10 @@ def evaluate(
 ) -> None:
     """Measure divergence from full prefill, agreement and time saved, of blended chunks or of codecs, on a model."""
     if codecs:
-        _codecs(model, texts, prompts, device, plot, json)
+        for flag, value in (("--selectors", selectors), ("--captures", captures), ("--shares", shares)):
+            if value:
+                raise ConfigError(f"eval --codecs: {flag} is of blending.", "Leave out --codecs, or that.")
+        _codecs(model, texts, prompts, seed, device, max_kl or KL_LIMIT, plot, json)
         return
     try:
         from kvstore_connectors.blend.evaluate import CAPTURES, DEFAULT, SHARES, least_shares
@@ -101,23 +107,27 @@ def evaluate(
         print("\n".join(f"  {row.capture:9} {row.selector:18} {row.share:4.0%}" for row in enough))
 
 
-def _codecs(model: Path, texts: list[Path] | None, contexts: int, device: str, plot: Path | None, json: bool) -> None:
+def _codecs(
+    model: Path, texts: list[Path] | None, contexts: int, seed: int, device: str, limit: float, plot: Path | None,
+    json: bool,
+) -> None:  # fmt: skip
     if not texts:
-        raise InvalidParams("eval --codecs: there are no texts.", "Name text files or folders with --texts.")
+        raise ConfigError("eval --codecs: there are no texts.", "Name text files or folders with --texts.")
     try:
         from kvstore_connectors.transformers.codec_eval import CHAINS
         from kvstore_connectors.transformers.codec_eval import evaluate as measure
     except ImportError as error:
         raise ConfigError(f"eval: {error}.", "It needs torch and transformers in this environment.") from None
     found = measure(
-        model, texts, contexts=contexts, device=device, chains=("lossless", *CHAINS), weighed=True, told=out.progress
-    )
+        model, texts, contexts=contexts, seed=seed, device=device, chains=("lossless", *CHAINS), weighed=True,
+        told=out.progress,
+    )  # fmt: skip
     out.progress("")
     name = model.resolve().name
     if plot is not None:
-        plot.write_text(codec_plot.svg(found.rows, name, KL_LIMIT))
+        plot.write_text(codec_plot.svg(found.rows, name, limit))
     if json:
-        out.print_json({"model": name, **found.to_json()})
+        out.print_json({"model": name, "seed": seed, **found.to_json()})
         return
     print(f"{name}: {found.contexts} contexts of {found.tokens} tokens")
     print("\n".join(codec_plot.table(found.rows)))

@@ -111,6 +111,7 @@ def calibrated(tmp_path: Path, **options: str) -> Path:
 
     path = models.tiny_llama(layers=3, heads=4, kv_heads=2, head_dim=16)
     text = tmp_path / "text.txt"
+    text.parent.mkdir(exist_ok=True)
     text.write_text("The keeper of the lighthouse wrote down each ship that passed, and the colour of the sea. " * 150)
     flags = {"texts": str(text), "out": str(tmp_path / "p"), "contexts": "2", "fit-contexts": "3", "tokens": "256",
              "span": "2", "max-kl": "10", "min-top1": "0", "name": "tiny",
@@ -121,6 +122,7 @@ def calibrated(tmp_path: Path, **options: str) -> Path:
 
 def test_the_profile_is_for_this_model_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = calibrated(tmp_path)
+    assert load_profile(calibrated(tmp_path / "elsewhere", seed="1")).texts != load_profile(path).texts
     assert "passed" in capsys.readouterr().out
     assert (tmp_path / "p.svg").read_text().startswith("<svg")
     profile, profiles = load_profile(path), Profiles(path.parent)
@@ -173,6 +175,12 @@ def test_eval_shows_each_chain_with_its_intervals(
     rows = {row["chain"]: row for row in found["chains"]}
     assert rows["lossless"]["kl"] == rows["lossless"]["nll"] == 0.0
     assert rows["lossless"]["ratio"] > 1
+    judged = [found["texts"]]
+    for seed in ("0", "1"):
+        assert run(["eval", str(path), *flags, "--seed", seed]) == 0
+        judged.append(json.loads(capsys.readouterr().out)["texts"])
+    assert judged[0] == judged[1] != judged[2]
+    assert run(["eval", str(path), *flags, "--shares", "0.1"]) == run(["eval", str(path), "--codecs"]) == 2
     assert rows["prerope|kv4"]["kl"] < rows["prerope|kv4(k=2,v=2)"]["kl"]
     assert rows["prerope|kv4"]["ratio"] < rows["prerope|kv4(k=2,v=2)"]["ratio"]
     assert sum("pca" in chain for chain in rows) == len(codec_eval.STEPS)

@@ -113,7 +113,7 @@ def evaluate(
     tokens: int = 1024,
     following: int = 64,
     span: int = 5,
-    seed: int = 2,
+    seed: int = 0,
     device: str = "cpu",
     chains: Sequence[str] = CHAINS,
     steps: Sequence[int] = STEPS,
@@ -136,7 +136,7 @@ def evaluate(
     span : int
         Layers that share a basis.
     seed : int
-        Of the choice of contexts.
+        Of the places in the texts, of what the basis is fitted on and of what is judged.
     device : str
         Where the model computes.
     chains, steps
@@ -158,11 +158,11 @@ def evaluate(
     basis: Basis | None = None
     names = [*chains, *(WITH_IMPORTANCE if weighed else ())]
     if fit_contexts:
-        samples = cut(halves[0], fit_contexts, (tokens, tokens), 256, seed=seed - 1)
+        samples = cut(halves[0], fit_contexts, (tokens, tokens), 256, seed=2 * seed + 1)
         shape = (min(span, probe.shape.layers), True)
         (basis,) = fit(probe, samples, [shape], model=identity[0], revision=identity[1], told=told)
         names += [pca(basis, step) for step in steps]
-    judged = cut(halves[1], contexts, (tokens, tokens), following, seed=seed)
+    judged = cut(halves[1], contexts, (tokens, tokens), following, seed=2 * seed + 2)
     context = Context(rotary=probe.rotary, bases={} if basis is None else {basis.digest: basis})
     references = [Reference(probe, sample) for sample in judged]
     weights = stored_importance if weighed else None
