@@ -88,7 +88,7 @@ class Desk:
                 reachable,
                 age_s=now - in_host.since,
                 readers=in_host.refs,
-                pinned=in_host.pin_until > now,
+                pinned=self._chain.host.pins.until(in_host.id) > now,
                 waiting=in_host.dirty > 0,
                 chunk=in_host.header.chunk.capture if in_host.header.chunk is not None else "",
                 chains=chains,

@@ -16,6 +16,7 @@ from kvstore.disk.format import ALIGN, ENTRY_COST, Shape
 from kvstore.eviction.base import EvictionPolicy
 from kvstore.eviction.cost import recompute_cost
 from kvstore.eviction.partitions import Facts, Partitions
+from kvstore.eviction.pins import Pins
 from kvstore.types import BlockHeader, BlockId, Gone, Scope, TierCode
 from kvstore.watcher import Watcher
 
@@ -99,10 +100,7 @@ class Index:
         self._hot: set[BlockId] = set()
         self._cold: list[tuple[int, BlockId]] | None = []
         self._cold_at = 0
-        self._pins: dict[BlockId, float] = {}
-        self._pin_share = pin_share
-        self._pinned_bytes = 0
-        self.pins_refused = 0
+        self.pins = Pins(self.order, lambda: int(pin_share * self.capacity))
         self.open_reads = 0
         self._reads: dict[BlockId, Reading] = {}
         self.quarantine: dict[str, int] = {}
@@ -218,8 +216,7 @@ class Index:
         space.nbytes += shape.cost - old.cost
         self.order.charge(block.scope, shape.cost)
         self.order.discharge(block.scope, old.cost)
-        if block in self._pins:
-            self._pinned_bytes += shape.cost - old.cost
+        self.pins.resize(block, shape.cost)
         leaving = Departure([(block, old)])
         reading = self._reads.pop(block, None)
         if reading is None:
@@ -253,28 +250,7 @@ class Index:
     def pin(self, block: BlockId, until: float) -> bool:
         """Keep a block from eviction until a monotonic time; whether it is here, and pins had room for it."""
         shape = self.find(block)
-        if shape is None:
-            return False
-        if until <= time.monotonic():
-            self._unpin(block)
-            return True
-        if block not in self._pins:
-            most = int(self._pin_share * self.capacity)
-            if self._pinned_bytes + shape.cost > most:
-                now = time.monotonic()
-                for ended in [each for each, end in self._pins.items() if end <= now]:
-                    self._unpin(ended)
-            if self._pinned_bytes + shape.cost > most:
-                self.pins_refused += 1
-                return False
-            self._pinned_bytes += shape.cost
-        self._pins[block] = until
-        return True
-
-    def _unpin(self, block: BlockId) -> None:
-        """End a pin, while the block is still here."""
-        if self._pins.pop(block, None) is not None:
-            self._pinned_bytes -= self.spaces[block.scope].blocks[block.key].cost
+        return shape is not None and self.pins.pin(block, shape.cost, until)
 
     def begin_read(self, block: BlockId) -> Reading:
         """Keep a block's bytes charged, and it from eviction, until `end_read`."""
@@ -295,14 +271,7 @@ class Index:
             del self._reads[block]
 
     def _may_leave(self, block: BlockId, now: float) -> bool:
-        if block in self._reads:
-            return False
-        until = self._pins.get(block)
-        if until is None:
-            return True
-        if until <= now:
-            self._unpin(block)
-        return until <= now
+        return block not in self._reads and self.pins.until(block) <= now
 
     # -- leaving -------------------------------------------------------------------------------------------------------
 
@@ -314,6 +283,7 @@ class Index:
         """
         leaving, chosen = Departure(), []
         now = time.monotonic()
+        self.pins.end_due()
 
         def size(block: BlockId) -> int:
             return self.spaces[block.scope].blocks[block.key].cost if self._may_leave(block, now) else 0
@@ -351,7 +321,7 @@ class Index:
             self.insert(block, shape)
 
     def _forget(self, block: BlockId, leaving: Departure, keep: Scope | None, reason: Gone) -> None:
-        self._unpin(block)
+        self.pins.end(block)
         space = self.spaces[block.scope]
         shape = space.blocks.pop(block.key)
         space.nbytes -= shape.cost

@@ -52,6 +52,15 @@ class EvictionPolicy(ABC, Generic[Item]):
     def remove(self, item: Item, *, evicted: bool = False) -> None:
         """Take out an item that is there: `evicted` for want of room, else dropped, which leaves no ghost."""
 
+    def hold(self, item: Item) -> None:
+        """Note that an item may not leave until `release`; one that is not there is passed over.
+
+        `victims` SHOULD yield it after all others: to find one that may leave, nobody should look at all that may not.
+        """
+
+    def release(self, item: Item) -> None:
+        """Note that an item may leave again; one that is not there is passed over."""
+
     @abstractmethod
     def victims(self) -> Iterator[Item]:
         """Items in the order in which they should leave."""

@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 _AGES = 24
+OLDEST = _AGES - 1
+"""The bucket of all ages beyond those that are told apart."""
 _BUCKETS_HELD = 64
 """Parts of the time in which as many blocks are used as are held; a part is the width of the first buckets."""
 _FORGET = 0.995
@@ -28,19 +30,13 @@ _RARE = 0.001
 """Uses among the lives of a class, or of an age among its uses: fewer are chance and prove nothing."""
 
 
-def _bucket(units: int) -> int:
-    """Bucket of an age: 4 even ones, then two for each doubling."""
-    if units < 4:
-        return units
-    bits = units.bit_length()
-    return min(_AGES - 1, 2 * bits + (units >> (bits - 2) & 1) - 2)
-
-
-_SMALL = tuple(_bucket(units) for units in range(1024))
 _WIDTHS = tuple(1 if bucket < 4 else 1 << (bucket // 2 - 1) for bucket in range(_AGES))
-"""Units between the ends of each bucket."""
+"""Units between the ends of each bucket: 4 even ones, then two for each doubling."""
 _STARTS = np.cumsum((0, *_WIDTHS[:-1]))
 """Units at which each bucket begins."""
+FAR = int(_STARTS[-1])
+BUCKET = tuple(bucket for bucket in range(OLDEST) for _ in range(_WIDTHS[bucket]))
+"""Bucket of each number of units below `FAR`; from there on it is `OLDEST`."""
 _MIDDLES = tuple(sum(_WIDTHS[:bucket]) + _WIDTHS[bucket] // 2 for bucket in range(_AGES))
 
 
@@ -59,42 +55,44 @@ class Fates:
         self._below = classes if below is None else below
         self.proven = [False] * classes
         """Whether blocks of a class are known to be used again. If not, all its ages are worth the same."""
-        self._unit = 1
+        self.unit = 1
+        """Width of the first buckets, in uses."""
         self._uses = [[0.0] * _AGES for _ in range(classes)]
         self._ends = [[0.0] * _AGES for _ in range(classes)]
-        self._densities = [[float(_AGES - age) for age in range(_AGES)] for _ in range(classes)]
+        self.densities = [[float(_AGES - age) for age in range(_AGES)] for _ in range(classes)]
         """Until something is known, what was used longest ago is worth least."""
 
     def _age(self, age: int) -> int:
-        units = age // self._unit
-        return _SMALL[units] if units < 1024 else _bucket(units)
+        units = age // self.unit
+        return BUCKET[units] if units < FAR else OLDEST
 
     def used(self, group: int, age: int, weight: int = 1) -> None:
         """Count a block of a class that was used at this age."""
-        units = age // self._unit
-        self._uses[group][_SMALL[units] if units < 1024 else _bucket(units)] += weight
+        units = age // self.unit
+        self._uses[group][BUCKET[units] if units < FAR else OLDEST] += weight
 
     def faded(self, group: int, age: int, weight: int = 1) -> None:
         """Count a block of a class that had not been used until this age, and is now forgotten."""
-        self._ends[group][self._age(age)] += weight
+        units = age // self.unit
+        self._ends[group][BUCKET[units] if units < FAR else OLDEST] += weight
 
     def density(self, group: int, age: int) -> float:
         """Hits to come per block and use, of a block of a class that has this age."""
-        units = age // self._unit
-        return self._densities[group][_SMALL[units] if units < 1024 else _bucket(units)]
+        units = age // self.unit
+        return self.densities[group][BUCKET[units] if units < FAR else OLDEST]
 
     @property
     def reach(self) -> int:
         """An age in the midst of those that are all one to the estimates: nothing is learnt from waiting longer."""
-        return 4 * int(_STARTS[-1]) * self._unit
+        return 4 * FAR * self.unit
 
     def scale(self, held: int) -> None:
         """Fit the buckets to how many blocks are held; counts move to the bucket that now has the middle of theirs."""
         unit = max(1, held // _BUCKETS_HELD)
-        if self._unit <= unit < 2 * self._unit:
+        if self.unit <= unit < 2 * self.unit:
             return
-        middles = [middle * self._unit for middle in _MIDDLES]
-        self._unit = unit
+        middles = [middle * self.unit for middle in _MIDDLES]
+        self.unit = unit
         for table in (self._uses, self._ends):
             for group, counts in enumerate(table):
                 moved = [0.0] * _AGES
@@ -124,7 +122,7 @@ class Fates:
             self.proven[group] = seen > max(0.5, _RARE * (lives + sum(unended)))
             below = lent.get(group - self._below)
             if below is not None and not lives and not any(unended):
-                lent[group], self._densities[group] = below, self._densities[group - self._below]
+                lent[group], self.densities[group] = below, self.densities[group - self._below]
                 continue
             if below is not None:
                 uses, ends = ([*map(add, *pair)] for pair in zip((uses, ends), below, strict=True))
@@ -138,12 +136,12 @@ class Fates:
             if lives:
                 share = _ENOUGH / lives
                 lent[group] = [share * n for n in uses], [share * n for n in ends]
-            self._densities[group] = found
+            self.densities[group] = found
             known.append(found)
         if known:
             mean = [sum(column) / len(known) for column in zip(*known, strict=True)]
             for group in unknown:
-                self._densities[group] = mean
+                self.densities[group] = mean
         if still_open is None:
             for counts in (*self._uses, *self._ends):
                 counts[:] = [count * _FORGET for count in counts]
@@ -152,7 +150,7 @@ class Fates:
         self, groups: NDArray[np.int64], ages: NDArray[np.int64], weights: NDArray[np.int64]
     ) -> list[list[float]]:
         """Sum of the weights by class and bucket."""
-        buckets = np.searchsorted(_STARTS, ages // self._unit, side="right") - 1
+        buckets = np.searchsorted(_STARTS, ages // self.unit, side="right") - 1
         classes = len(self._uses)
         counts = np.bincount(groups * _AGES + buckets, weights, classes * _AGES)
         return [[*map(float, row)] for row in counts.reshape(classes, _AGES)]
@@ -189,7 +187,7 @@ class Fates:
                 hits += found
                 room += taken
             later.append((hits, room))
-            density[bucket] = (hits * reached + 0.02) / ((room * reached + 0.5) * self._unit + 1.0)
+            density[bucket] = (hits * reached + 0.02) / ((room * reached + 0.5) * self.unit + 1.0)
         last = oldest if latest < 0 else latest
         for bucket in range(last + 1, _AGES if last >= 0 else 0):
             far = density[last] * ((_MIDDLES[last] + 1) / (_MIDDLES[bucket] + 1)) ** _FALL

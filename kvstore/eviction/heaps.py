@@ -17,7 +17,7 @@ class InOrder(Generic[Item]):
 
     def __init__(self, heap: list[Place[Item]]) -> None:
         self._heap = heap
-        self._open: list[tuple[float, int, int]] = [(*heap[0][:2], 0)] if heap else []
+        self._open: list[tuple[Place[Item], int]] = [(heap[0], 0)] if heap else []
 
     def __iter__(self) -> Iterator[Place[Item]]:
         return self
@@ -25,8 +25,11 @@ class InOrder(Generic[Item]):
     def __next__(self) -> Place[Item]:
         if not self._open:
             raise StopIteration
-        _, _, at = heapq.heappop(self._open)
-        for child in (2 * at + 1, 2 * at + 2):
-            if child < len(self._heap):
-                heapq.heappush(self._open, (*self._heap[child][:2], child))
-        return self._heap[at]
+        heap = self._heap
+        place, at = heapq.heappop(self._open)
+        child = 2 * at + 1
+        if child < len(heap):
+            heapq.heappush(self._open, (heap[child], child))
+            if child + 1 < len(heap):
+                heapq.heappush(self._open, (heap[child + 1], child + 1))
+        return place

@@ -22,8 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvstore.eviction.base import EvictionPolicy, Item
+from kvstore.eviction.entries import BEHIND, BELOW, CLASSES, END, INNER, MOST, Entry
 from kvstore.eviction.explorers import NEVER, Explorers, level_of
-from kvstore.eviction.fates import Fates
+from kvstore.eviction.fates import BUCKET, FAR, OLDEST, Fates
 from kvstore.eviction.heaps import InOrder, Place
 from kvstore.eviction.sampling import some
 
@@ -31,15 +32,7 @@ GHOSTS_PER_ITEM = 3
 """How many blocks that left are remembered for each that is held: the longest age at which a use can be counted."""
 MAX_GHOSTS = 1 << 17
 """Beyond this only a sample is remembered, at about 200 bytes each; the statistics need no more."""
-_LEVELS = 8
-_LEVEL = tuple(0 if n < 1 else n - 1 if n < 4 else min(_LEVELS - 1, n.bit_length()) for n in range(1 << _LEVELS))
-"""Level of a number of uses: each of the first three, then powers of two."""
-_CLASSES = 3 * _LEVELS
-_CLASS_BITS = _CLASSES.bit_length()
-_END = tuple(3 * level + 2 for level in _LEVEL)
-_INNER = tuple(3 * level for level in _LEVEL)
-"""Class of a block by its number of uses: at the end of a prompt, and within one."""
-_MOST = len(_LEVEL) - 1
+_BITS = CLASSES.bit_length()
 _EXPLORES = -1
 """Ticket of an explorer: it has no place in a queue."""
 _LEARN_EVERY = 1024
@@ -50,47 +43,17 @@ _CLEARLY = 1.25
 more blocks are used in a circle than can be held, the oldest is the next to be used."""
 
 
-class _Entry(Generic[Item]):
-    """A block that is held: when it was last used (`stamp` also orders the blocks of one use), how often, its class,
-    and the ticket of its place in the queue of that class; 0 if it has none, since a block behind it is held. While it
-    is new also its level as an explorer, and the block that the first new one of its prompt stands behind (`stem`)."""
-
-    __slots__ = ("behind", "children", "count", "group", "level", "parent", "parted", "stamp", "stem", "ticket", "time")
-
-    def __init__(self, time: int, stamp: int, count: int, parent: Item | None, behind: bool, children: int) -> None:
-        self.time = time
-        self.stamp = stamp
-        self.count = count
-        self.parent = parent
-        self.behind = behind
-        self.children = children
-        self.parted = children > 0
-        self.group = 0
-        self.ticket = 0
-        self.level = NEVER
-        self.stem: _Entry[Item] | None = None
-
-    def classify(self) -> int:
-        """Its class: the number of uses by powers of two, and what kind of place it has in prompts."""
-        count = self.count
-        if count > _MOST:
-            count = _MOST
-        if not self.parted:
-            return _END[count]
-        return 1 if count == 1 and self.behind else _INNER[count]
-
-
 class LHD(EvictionPolicy[Item], Generic[Item]):
     """Evict the block with the fewest hits to come per block and time. Blocks with a child that is held never leave."""
 
     name = "lhd"
 
     def __init__(self) -> None:
-        self._held: dict[Item, _Entry[Item]] = {}
-        self._queues: list[list[Place[Item]]] = [[] for _ in range(_CLASSES)]
-        self._latest: list[list[Place[Item]]] = [[] for _ in range(_CLASSES)]
+        self._held: dict[Item, Entry[Item]] = {}
+        self._queues: list[list[Place[Item]]] = [[] for _ in range(CLASSES)]
+        self._latest: list[list[Place[Item]]] = [[] for _ in range(CLASSES)]
         """The same places in the order in which they were given, the last of which may be worth least."""
-        self._live = [0] * _CLASSES
+        self._live = [0] * CLASSES
         """Places of each queue that still count."""
         self._orphans: dict[Item, int] = {}
         """Blocks that are not held to how many are that were computed behind them."""
@@ -100,50 +63,48 @@ class LHD(EvictionPolicy[Item], Generic[Item]):
         """One in so many evicted blocks is remembered, and counts for all of them."""
         self._faded = 0
         """Ghosts that were never used again."""
-        self._fates = Fates(_CLASSES, below=3)
+        self._fates = Fates(CLASSES, BELOW)
         self._explorers: Explorers[Item] = Explorers()
         self._clock = 0
         self._stamp = 0
         self._tickets = 0
-        self._bare: tuple[Item, _Entry[Item]] | None = None
+        self._bare: tuple[Item, Entry[Item]] | None = None
         """A block without children that has no place yet: the next call most often makes one unnecessary."""
         self._next = _LEARN_EVERY
 
     # -- the contract --------------------------------------------------------------------------------------------------
 
     def insert(self, item: Item, nbytes: int, *, cost: float = 1.0, parent: Item | None = None) -> None:
-        held = self._held
         self._clock = clock = self._clock + 1
         self._stamp = stamp = self._stamp + 1
         count = 1
-        parent = None if parent == item else parent
+        before: Entry[Item] | None = None
+        behind = False
+        if parent is not None:
+            if parent == item:
+                parent = None
+            elif (before := self._held.get(parent)) is not None:
+                behind = before.behind or (before.count > 1 and before.parent is not None)
         if self._ghosts and (ghost := self._ghosts.pop(hash(item), None)) is not None:
             group, time, uses = ghost
             self._fates.used(group, clock - time, self._stride)
             count += uses
-        before = None if parent is None else held.get(parent)
-        behind = before is not None and (before.behind or (before.count > 1 and before.parent is not None))
         children = self._orphans.pop(item, 0) if self._orphans else 0
-        entry = _Entry(clock, stamp, count, parent, behind, children)
-        entry.group = entry.classify()
-        if count == 1 and not self._fates.proven[_END[1]]:
+        entry = Entry(clock, stamp, count, parent, behind, children)
+        if count == 1 and not self._fates.proven[END[1]]:
             self._draw(item, entry, before)
         if self._explorers.waiting and not stamp % _LOOK_EVERY:
             self._look_again()
         bare = self._bare
         if bare is not None and bare[1] is not before:
             self._place(*bare)
-        held[item] = entry
+        self._held[item] = entry
         self._bare = None if children else (item, entry)
-        if before is not None:
-            if parent is not None and before.ticket:
-                self._displace(parent, before)
-            before.children += 1
-            if not before.parted:
-                before.parted = True
-                before.group = before.classify()
-        elif parent is not None:
-            self._orphans[parent] = self._orphans.get(parent, 0) + 1
+        if parent is not None:
+            if before is None:
+                self._orphans[parent] = self._orphans.get(parent, 0) + 1
+            else:
+                self._stand_behind(parent, before)
         if clock >= self._next:
             self._learn()
 
@@ -161,11 +122,11 @@ class LHD(EvictionPolicy[Item], Generic[Item]):
             entry.count = count = entry.count + 1
             entry.time = clock
             entry.stamp = stamp
-            if entry.ticket:
-                self._displace(item, entry)
             if entry.children:
-                entry.group = _INNER[count] if count < _MOST else _INNER[_MOST]
+                entry.group = (INNER if entry.parted else END)[count if count < MOST else MOST]
             else:
+                if entry.ticket:
+                    self._displace(item, entry)
                 self._place(item, entry)
         self._stamp = stamp
         if clock >= self._next:
@@ -177,61 +138,64 @@ class LHD(EvictionPolicy[Item], Generic[Item]):
             self._bare = None
         if entry.level != NEVER:
             self._forget_level(entry)
-        if entry.children:
-            self._orphans[item] = entry.children
+        if entry.children > entry.stays:
+            self._orphans[item] = entry.children - entry.stays
         elif entry.ticket:
             self._displace(item, entry)
             self._first(self._queues[entry.group])
         if evicted:
             self._remember(item, entry)
-        if entry.parent is not None:
-            self._part(entry.parent)
+        parent = entry.parent
+        if parent is None:
+            return
+        if (before := self._held.get(parent)) is not None:
+            self._part(parent, before)
+        elif self._orphans[parent] > 1:
+            self._orphans[parent] -= 1
+        else:
+            del self._orphans[parent]
+
+    def hold(self, item: Item) -> None:
+        entry = self._held.get(item)
+        if entry is None or entry.stays:
+            return
+        if self._bare is not None and self._bare[1] is entry:
+            self._bare = None
+        elif entry.ticket:
+            self._displace(item, entry)
+        entry.stays = True
+        entry.children += 1
+
+    def release(self, item: Item) -> None:
+        entry = self._held.get(item)
+        if entry is not None and entry.stays:
+            entry.stays = False
+            self._part(item, entry)
 
     def victims(self) -> Iterator[Item]:
         self._place_bare()
-        held, clock, density = self._held, self._clock, self._fates.density
+        held, clock, unit, densities = self._held, self._clock, self._fates.unit, self._fates.densities
         freed: dict[Item, int] = {}
         walks: dict[int, Iterator[Place[Item]]] = {}
-        backwards: set[int] = set()
-        heads: list[tuple[float, float, int, Item]] = []
-        for group, queue in enumerate(self._queues):
-            if queue and (entry := self._first(queue)) is not None:
-                stamp, _, item = queue[0]
-                worth = density(group, clock - entry.time)
-                latest = self._last(self._latest[group])
-                newer = held[latest[2]]
-                less = density(group, clock - newer.time)
-                if _CLEARLY * less < worth:
-                    backwards.add(group)
-                    worth, stamp, item = less, newer.stamp, latest[2]
-                heads.append((worth, stamp, group, item))
-        if waiting := self._explorers.waiting:  # they leave last: what they are worth is not known
-            walks[_CLASSES] = ((held[item].stamp, _EXPLORES, item) for item in waiting)
-            stamp, _, item = next(walks[_CLASSES])
-            heads.append((math.inf, stamp, _CLASSES, item))
-        heapq.heapify(heads)
-        while heads:
-            _, _, group, item = heapq.heappop(heads)
+        heads = self._heads(walks)
+        place = heapq.heappop(heads) if heads else None
+        while place is not None:
+            _, _, group, item = place
             yield item
+            if group >= 0 and (following := self._following(group, walks)) is not None:
+                heapq.heappush(heads, following)
             parent = held[item].parent
-            before = None if parent is None else held.get(parent)
-            if parent is not None and before is not None:
-                freed[parent] = freed.get(parent, 0) + 1
-                if freed[parent] == before.children:  # its last child would be gone: it could leave next
-                    heapq.heappush(heads, (density(before.group, clock - before.time), before.stamp, -1, parent))
-            if group >= 0:
-                if group not in walks:
-                    back = group in backwards
-                    walks[group] = reversed(self._latest[group]) if back else InOrder(self._queues[group])
-                    next(walks[group])
-                for place in walks[group]:
-                    entry = held.get(place[2])
-                    if entry is not None and entry.ticket == place[1]:
-                        worth = math.inf if group == _CLASSES else density(group, clock - entry.time)
-                        heapq.heappush(heads, (worth, place[0], group, place[2]))
-                        break
-        # What is left are blocks whose headers name each other as parents, and those before them: no client needs them.
-        yield from (item for item, entry in held.items() if entry.children > freed.get(item, 0))
+            if parent is not None and (before := held.get(parent)) is not None:
+                freed[parent] = gone = freed.get(parent, 0) + 1
+                if gone == before.children:  # its last child would be gone: it could leave next
+                    units = (clock - before.time) // unit
+                    worth = densities[before.group][BUCKET[units] if units < FAR else OLDEST]
+                    place = heapq.heappushpop(heads, (worth, before.stamp, -1, parent))
+                    continue
+            place = heapq.heappop(heads) if heads else None
+        # What is left must stay, or are blocks whose headers name each other as parents, which no client needs, and
+        # those before them.
+        yield from (item for item, entry in reversed(held.items()) if entry.children > freed.get(item, 0))
 
     def __len__(self) -> int:
         return len(self._held)
@@ -243,37 +207,81 @@ class LHD(EvictionPolicy[Item], Generic[Item]):
             (item, entry), self._bare = self._bare, None
             self._place(item, entry)
 
-    def _part(self, parent: Item) -> None:
-        """Note that a block behind this one is gone."""
-        before = self._held.get(parent)
-        if before is not None:
-            before.children -= 1
-            if not before.children:
-                self._place_bare()
-                self._bare = parent, before
-        elif self._orphans[parent] > 1:
-            self._orphans[parent] -= 1
-        else:
-            del self._orphans[parent]
+    def _stand_behind(self, parent: Item, before: Entry[Item]) -> None:
+        """Note that a block comes behind this one."""
+        if before.ticket:
+            self._displace(parent, before)
+        before.children += 1
+        if not before.parted:
+            before.parted = True
+            count = before.count
+            before.group = BEHIND if count == 1 and before.behind else INNER[count if count < MOST else MOST]
 
-    def _place(self, item: Item, entry: _Entry[Item]) -> None:
+    def _part(self, item: Item, entry: Entry[Item]) -> None:
+        """Note that a block behind this one is gone, or that it need not stay any longer."""
+        entry.children -= 1
+        if not entry.children:
+            self._place_bare()
+            self._bare = item, entry
+
+    def _heads(self, walks: dict[int, Iterator[Place[Item]]]) -> list[tuple[float, int, int, Item]]:
+        """The block of each class that should leave first, with its worth and stamp, as a heap. Where that is not the
+        oldest of its class, and where it is an explorer, it begins the walk to those that follow."""
+        held, clock, unit = self._held, self._clock, self._fates.unit
+        heads: list[tuple[float, int, int, Item]] = []
+        for group, queue in enumerate(self._queues):
+            if not queue or (entry := self._first(queue)) is None:
+                continue
+            densities = self._fates.densities[group]
+            units = (clock - entry.time) // unit
+            worth, stamp, item = densities[BUCKET[units] if units < FAR else OLDEST], entry.stamp, queue[0][2]
+            latest = self._last(self._latest[group])[2]
+            if latest != item:
+                newer = held[latest]
+                units = (clock - newer.time) // unit
+                less = densities[BUCKET[units] if units < FAR else OLDEST]
+                if _CLEARLY * less < worth:
+                    worth, stamp, item = less, newer.stamp, latest
+                    walks[group] = reversed(self._latest[group])
+                    next(walks[group])
+            heads.append((worth, stamp, group, item))
+        if waiting := self._explorers.waiting:  # they leave last: what they are worth is not known
+            walks[CLASSES] = ((held[item].stamp, _EXPLORES, item) for item in waiting)
+            stamp, _, item = next(walks[CLASSES])
+            heads.append((math.inf, stamp, CLASSES, item))
+        heapq.heapify(heads)
+        return heads
+
+    def _following(self, group: int, walks: dict[int, Iterator[Place[Item]]]) -> tuple[float, int, int, Item] | None:
+        """The next block of a class behind those that were taken."""
+        if group not in walks:
+            walks[group] = InOrder(self._queues[group])
+            next(walks[group])
+        for stamp, ticket, item in walks[group]:
+            entry = self._held.get(item)
+            if entry is not None and entry.ticket == ticket:
+                worth = math.inf if group == CLASSES else self._fates.density(group, self._clock - entry.time)
+                return worth, stamp, group, item
+        return None
+
+    def _place(self, item: Item, entry: Entry[Item]) -> None:
         """Put a block without children into the queue of its class, or among the explorers."""
         entry.group = group = entry.classify()
-        if self._explores(entry):
+        if entry.level >= self._explorers.level and self._explores(entry):
             self._explorers.waiting[item] = None
             entry.ticket = _EXPLORES
             return
-        queue = self._queues[group]
-        self._tickets = entry.ticket = self._tickets + 1
-        place = entry.stamp, entry.ticket, item
+        queue, latest = self._queues[group], self._latest[group]
+        self._tickets = entry.ticket = ticket = self._tickets + 1
+        place = entry.stamp, ticket, item
         heapq.heappush(queue, place)
-        latest = self._latest[group]
         latest.append(place)
-        self._live[group] += 1
-        if len(queue) > 2 * self._live[group] + 64:
+        self._live[group] = live = self._live[group] + 1
+        most = 2 * live + 64
+        if len(queue) > most:
             queue[:] = self._counting(queue)
             heapq.heapify(queue)
-        if len(latest) > 2 * self._live[group] + 64:
+        if len(latest) > most:
             latest[:] = self._counting(latest)
 
     def _counting(self, places: list[Place[Item]]) -> list[Place[Item]]:
@@ -281,7 +289,7 @@ class LHD(EvictionPolicy[Item], Generic[Item]):
         held = self._held
         return [p for p in places if (seen := held.get(p[2])) is not None and seen.ticket == p[1]]
 
-    def _displace(self, item: Item, entry: _Entry[Item]) -> None:
+    def _displace(self, item: Item, entry: Entry[Item]) -> None:
         """Take away its place; what stands in the queue, with a ticket of before, does not count any more."""
         if entry.ticket == _EXPLORES:
             del self._explorers.waiting[item]
@@ -289,7 +297,7 @@ class LHD(EvictionPolicy[Item], Generic[Item]):
             self._live[entry.group] -= 1
         entry.ticket = 0
 
-    def _first(self, queue: list[Place[Item]]) -> _Entry[Item] | None:
+    def _first(self, queue: list[Place[Item]]) -> Entry[Item] | None:
         """The block whose place is first, once places in front of it that do not count any more are gone."""
         held = self._held
         while queue:
@@ -309,21 +317,21 @@ class LHD(EvictionPolicy[Item], Generic[Item]):
 
     # -- explorers -----------------------------------------------------------------------------------------------------
 
-    def _draw(self, item: Item, entry: _Entry[Item], before: _Entry[Item] | None) -> None:
+    def _draw(self, item: Item, entry: Entry[Item], before: Entry[Item] | None) -> None:
         """Give a new block its level: that of the block before it, if that is new, too."""
         if before is not None and before.count == 1:
             entry.level, entry.stem = before.level, before.stem
-        elif before is None or not self._fates.proven[_INNER[1]]:
+        elif before is None or not self._fates.proven[INNER[1]]:
             entry.level, entry.stem = level_of(item), before
         if entry.level != NEVER:
             self._explorers.add(entry.level)
 
-    def _forget_level(self, entry: _Entry[Item]) -> None:
+    def _forget_level(self, entry: Entry[Item]) -> None:
         """Note that a block leaves, or was used again and explores no more."""
         self._explorers.discard(entry.level)
         entry.level, entry.stem = NEVER, None
 
-    def _explores(self, entry: _Entry[Item]) -> bool:
+    def _explores(self, entry: Entry[Item]) -> bool:
         """Whether a block without children is an explorer. What is known to be of use, or not to be, is none; and what
         stands before it must not stay for its sake alone."""
         if entry.level < self._explorers.level or self._fates.proven[entry.group]:
@@ -347,14 +355,16 @@ class LHD(EvictionPolicy[Item], Generic[Item]):
 
     # -- learning ------------------------------------------------------------------------------------------------------
 
-    def _remember(self, item: Item, entry: _Entry[Item]) -> None:
+    def _remember(self, item: Item, entry: Entry[Item]) -> None:
         mark, ghosts, stride = hash(item), self._ghosts, self._stride
-        if mark % stride:
+        if stride > 1 and mark % stride:
             return
-        ghosts[mark] = (entry.group, entry.time, entry.count)
-        most = max(64, GHOSTS_PER_ITEM * len(self._held) // stride)
+        ghosts[mark] = entry.group, entry.time, entry.count
+        most = GHOSTS_PER_ITEM * len(self._held) // stride
+        if most < 64:
+            most = 64
         while len(ghosts) > most:
-            _, (group, time, _) = ghosts.popitem(last=False)
+            _, (group, time, _) = ghosts.popitem(False)
             self._fates.faded(group, self._clock - time, stride)
             self._faded += stride
         if len(ghosts) > MAX_GHOSTS:
@@ -382,9 +392,9 @@ class LHD(EvictionPolicy[Item], Generic[Item]):
         held, held_by = some(self._held.values())
         left, left_by = some(self._ghosts.values())
         stamps = [
-            np.fromiter((entry.time << _CLASS_BITS | entry.group for entry in held), np.int64),
-            np.fromiter((time << _CLASS_BITS | group for group, time, _ in left), np.int64),
+            np.fromiter((entry.time << _BITS | entry.group for entry in held), np.int64),
+            np.fromiter((time << _BITS | group for group, time, _ in left), np.int64),
         ]
         weights = np.repeat((held_by, left_by * self._stride), [len(each) for each in stamps])
         both = np.concatenate(stamps)
-        return both & (1 << _CLASS_BITS) - 1, self._clock - (both >> _CLASS_BITS), weights
+        return both & (1 << _BITS) - 1, self._clock - (both >> _BITS), weights

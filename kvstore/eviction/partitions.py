@@ -79,6 +79,8 @@ class Partitions:
         self._facts = facts
         self._loose = loose
         self._clock = clock
+        self._held: dict[BlockId, int] = {}
+        """Blocks that may not leave, whether or not they are in an order yet, and for how many reasons."""
         self.ruled = False
         self.expiring = False
         self.on_arranged: Callable[[], None] = lambda: None
@@ -123,6 +125,8 @@ class Partitions:
             for item in list(old.victims()):
                 nbytes, cost, parent = self._facts(item)
                 partition.policy.insert(item, nbytes, cost=cost, parent=parent)
+                if item in self._held:
+                    partition.policy.hold(item)
 
     def reassign(self, scope: Scope) -> None:
         """Find out anew which rule a namespace falls under: more is known of it now."""
@@ -209,6 +213,8 @@ class Partitions:
         used_at: float | None = None,
     ) -> None:
         partition.policy.insert(item, nbytes, cost=cost, parent=parent)
+        if item in self._held:
+            partition.policy.hold(item)
         if partition.share.ttl_s:
             partition.uses[item] = self._clock() if used_at is None else used_at
 
@@ -224,9 +230,23 @@ class Partitions:
                 partition.uses[item] = now
                 partition.uses.move_to_end(item)
 
+    def hold(self, item: BlockId) -> None:
+        """Give a reason why a block may not leave; it need not be in an order."""
+        self._held[item] = self._held.get(item, 0) + 1
+        self.of(item.scope).policy.hold(item)
+
+    def release(self, item: BlockId) -> None:
+        """Take a reason back, unless the block was removed."""
+        reasons = self._held.pop(item, 0) - 1
+        if reasons > 0:
+            self._held[item] = reasons
+        else:
+            self.of(item.scope).policy.release(item)
+
     def remove(self, item: BlockId, *, evicted: bool = False) -> None:
         """Take a block out of the order."""
         partition = self.of(item.scope)
+        self._held.pop(item, None)
         partition.policy.remove(item, evicted=evicted)
         partition.uses.pop(item, None)
 

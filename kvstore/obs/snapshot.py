@@ -86,7 +86,7 @@ def _host(service: Service) -> dict[str, Any]:
         "dropping_bytes": host.arena.dropping,
         "index_bytes": host.index_bytes,
         "huge_pages": host.arena.huge,
-        "pins_refused": host.pins_refused,
+        "pins_refused": host.pins.refused,
         **host.breakdown(),
     }
 

@@ -172,3 +172,30 @@ class PolicySuite(ABC):
                     model.discard(each)
             assert len(policy) == len(model)
         assert sorted(policy.victims()) == sorted(model)
+
+    def test_what_is_held_is_still_a_victim_once_whatever_happens_to_it(self) -> None:
+        policy, rng = self.make(), random.Random(3)
+        parents: dict[int, int | None] = {}
+        kept: set[int] = set()
+        for number in range(3000):
+            item = number % 150
+            if item in parents:
+                policy.remove(item, evicted=rng.random() < 0.5)
+                del parents[item]
+                kept.discard(item)
+            parents[item] = rng.choice([None, *sorted(parents)[-5:]])
+            policy.insert(item, self.size, parent=parents[item])
+            for _ in range(2):
+                some = rng.randrange(160)  # perhaps one that is not there
+                act, change = (policy.release, kept.discard) if some in kept else (policy.hold, kept.add)
+                act(some)
+                if some in parents:
+                    change(some)
+            policy.touch([each for each in {rng.randrange(150), rng.randrange(150)} if each in parents])
+            assert len(policy) == len(parents)
+            if not number % 20:
+                assert sorted(policy.victims()) == sorted(parents)
+        for item in kept:
+            policy.release(item)
+        order = list(policy.victims())
+        assert sorted(order) == sorted(parents)

@@ -170,7 +170,7 @@ class DiskTier(Tier):
         return {
             "path": str(self._store.root),
             "direct_io": self.direct_io,
-            "pins_refused": index.pins_refused,
+            "pins_refused": index.pins.refused,
             "direct_io_reason": self._store.directory.direct_io_reason if self._store.ready else "not running",
             **self._store.found,
             "quarantined_files": len(index.quarantine),

@@ -14,6 +14,7 @@ from kvstore.arena import PAGE_BYTES, Arena
 from kvstore.errors import InternalError
 from kvstore.eviction.base import EvictionPolicy
 from kvstore.eviction.partitions import Facts, Partitions
+from kvstore.eviction.pins import Pins
 from kvstore.machine import INDEX_SHARE
 from kvstore.tiers.base import TierCounters, Usage
 from kvstore.tiers.host_block import INDEX_BYTES, HostBlock, footprint_of
@@ -61,10 +62,7 @@ class HostTier:
         self.leased_bytes = 0
         self.dirty_bytes = 0
         self.busy_bytes = 0
-        self.pins_refused = 0
-        self._pin_bytes = int(pin_share * self.arena.capacity)
-        self._pinned: set[HostBlock] = set()
-        self._pinned_bytes = 0
+        self.pins = Pins(self.order, lambda: int(pin_share * self.arena.capacity))
         self._scopes: dict[Scope, dict[bytes, HostBlock]] = {}
         self._scope_bytes: dict[Scope, int] = {}
         self._detached: set[HostBlock] = set()
@@ -162,7 +160,7 @@ class HostTier:
 
     def evictable(self, block: HostBlock, now: float) -> bool:
         """Whether a block may leave now."""
-        return not block.refs and not block.dirty and block.pin_until <= now
+        return not block.refs and not block.dirty and self.pins.until(block.id) <= now
 
     def _evict(
         self,
@@ -182,6 +180,7 @@ class HostTier:
         if not idle_bytes or bytes_needed > idle_bytes:
             return 0  # without looking at each block: in a burst this is asked for every one that is offered
         now = time.monotonic()
+        self.pins.end_due()
 
         def size(item: BlockId) -> int:
             block = self._scopes[item.scope][item.key]
@@ -237,7 +236,7 @@ class HostTier:
         self.order.remove(block.id, evicted=reason is Gone.EVICTED)
         self.watcher.removed(TierCode.HOST, block.id, reason)
         self.order.discharge(scope, block.footprint)
-        self._unpin(block)
+        self.pins.end(block.id)
         block.gone = True
         if block.refs or block.dirty:
             self._detached.add(block)
@@ -267,6 +266,7 @@ class HostTier:
             self.dirty_bytes += block.footprint
             if not block.refs:
                 self.busy_bytes += block.footprint
+            self.order.hold(block.id)
         block.dirty += 1
 
     def clean(self, block: HostBlock) -> None:
@@ -274,6 +274,8 @@ class HostTier:
         block.dirty -= 1
         if not block.dirty:
             self.dirty_bytes -= block.footprint
+            if not block.gone:
+                self.order.release(block.id)
             self._settle(block)
 
     def pin(self, block: HostBlock, until: float) -> bool:
@@ -281,31 +283,7 @@ class HostTier:
 
         False if that many bytes are pinned already that the tier could no longer do its work.
         """
-        if until <= time.monotonic():
-            self._unpin(block)
-            return True
-        if block not in self._pinned:
-            if self._pinned_bytes + block.footprint > self._pin_bytes:
-                self._end_pins()
-            if self._pinned_bytes + block.footprint > self._pin_bytes:
-                self.pins_refused += 1
-                return False
-            self._pinned.add(block)
-            self._pinned_bytes += block.footprint
-        block.pin_until = until
-        return True
-
-    def _unpin(self, block: HostBlock) -> None:
-        block.pin_until = 0.0
-        if block in self._pinned:
-            self._pinned.discard(block)
-            self._pinned_bytes -= block.footprint
-
-    def _end_pins(self) -> None:
-        """Forget pins whose time is over."""
-        now = time.monotonic()
-        for block in [block for block in self._pinned if block.pin_until <= now]:
-            self._unpin(block)
+        return self.pins.pin(block.id, block.footprint, until)
 
     def _settle(self, block: HostBlock) -> None:
         """Note that it is no longer read, or no longer dirty."""
@@ -340,12 +318,12 @@ class HostTier:
 
     def breakdown(self) -> dict[str, int]:
         """Bytes by what keeps them: leased, dirty (not yet in a lower tier), pinned, lent for writing, free."""
-        self._end_pins()
+        self.pins.end_old()
         return {
             "blocks_bytes": self.used_bytes,
             "leased_bytes": self.leased_bytes,
             "dirty_bytes": self.dirty_bytes,
-            "pinned_bytes": self._pinned_bytes,
+            "pinned_bytes": self.pins.nbytes,
             "writing_bytes": self.arena.used() - self.used_bytes,
             "free": self.arena.capacity - self.arena.used() - self.arena.dropping,
         }
@@ -368,8 +346,8 @@ class HostTier:
             raise InternalError("host: the eviction policy does not hold exactly the blocks of the index.")
         if wrong := self.order.check():
             raise InternalError(f"host: {wrong}.")
-        if self._pinned_bytes != sum(block.footprint for block in self._pinned):
-            raise InternalError("host: pinned bytes are miscounted.")
+        if wrong := self.pins.check():
+            raise InternalError(f"host: {wrong}.")
         if any(block.refs < 0 or block.dirty < 0 for block in self._every()):
             raise InternalError("host: a block was released more often than acquired.")
         leased = sum(block.footprint for block in self._every() if block.refs)

@@ -26,8 +26,6 @@ class HostBlock:
         Leases that read it now. It keeps its memory while there are any, even after it was dropped.
     dirty : int
         Lower tiers that have yet to be told of it.
-    pin_until : float
-        Monotonic time until which it may not be evicted.
     since : float
         Monotonic time at which it came.
     gone : bool
@@ -43,7 +41,6 @@ class HostBlock:
         "header_bytes",
         "id",
         "nbytes",
-        "pin_until",
         "refs",
         "since",
     )
@@ -59,7 +56,6 @@ class HostBlock:
         self.footprint = footprint_of(extents)
         self.refs = 0
         self.dirty = 0
-        self.pin_until = 0.0
         self.since = time.monotonic()
         self.gone = False
 

@@ -129,13 +129,13 @@ def test_pins_are_bounded_and_make_room_when_they_end() -> None:
     blocks = fill(host, 2 * PAGE_BYTES)
     granted = [block for block in blocks if host.pin(block, time.monotonic() + 0.1)]
     assert 0 < sum(block.footprint for block in granted) <= host.arena.capacity // 2
-    assert host.pins_refused == len(blocks) - len(granted) > 0
+    assert host.pins.refused == len(blocks) - len(granted) > 0
     assert put(host, 1000, 2 * PAGE_BYTES) is not None, "the other half still works"
     assert host.pin(granted[0], time.monotonic() + 0.1), "one that is pinned may be pinned for longer"
     assert host.pin(granted[1], 0.0)
     assert host.pin(next(host.all_blocks()), time.monotonic() + 0.1), "what was unpinned made room"
     time.sleep(0.11)
-    assert host.pin(max(host.all_blocks(), key=lambda block: block.pin_until == 0), time.monotonic() + 1)
+    assert host.pin(max(host.all_blocks(), key=lambda block: host.pins.until(block.id) == 0), time.monotonic() + 1)
     host.check()
     host.arena.close()
 
@@ -148,7 +148,7 @@ def test_a_pinned_block_that_is_dropped_is_forgotten(host: HostTier) -> None:
         host.pin(block, time.monotonic() + 60)
         assert host.breakdown()["pinned_bytes"] == PAGE_BYTES
         host.remove(block)
-    assert not host._pinned
+    assert not len(host.pins)
 
 
 def test_a_dropped_block_keeps_its_memory_while_it_is_read(host: HostTier) -> None:
