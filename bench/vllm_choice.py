@@ -6,6 +6,10 @@ throttled disk when it is asked for again. Figures are ratios of first-token tim
 the connector exports of its forecasts and its regret stands beside them. A second, much slower disk shows the other
 side: there computing is faster, and loading always is what it costs not to choose.
 
+With ``--changes`` the bandwidth of one disk changes while the engines run, and each prompt is told by how much its
+first token was later or sooner, in the order in which they were asked.
+
+    python bench/vllm_choice.py --changes 50 8 200 8 --host-mib 64 --out bench/results/vllm_choice_changes.json
     python bench/vllm_choice.py --out bench/results/vllm_choice.json      (in the environment of `make engines`)
 """
 
@@ -14,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import sys
 import tempfile
@@ -30,6 +35,36 @@ from kit import Daemon, Engine, numbers, set_environment  # noqa: E402
 LENGTHS = (400, 800, 1200, 1600)
 PER_LENGTH = 3
 """Prompts of each length; together they are several times what host memory holds."""
+
+
+_CHANGEABLE = """
+import signal
+from pathlib import Path
+from kvstore.tiers import throttle
+from kvstore.__main__ import main
+paces = []
+made = throttle.Pace.__init__
+def make(pace, rate):
+    made(pace, rate)
+    paces.append(pace)
+throttle.Pace.__init__ = make
+def change(*_):
+    for pace in paces:
+        pace.bytes_per_s = float(Path("rate").read_text())
+signal.signal(signal.SIGUSR1, change)
+main()
+"""
+
+
+class ChangingDaemon(Daemon):
+    """A daemon of which the disk gets slower and faster while it runs."""
+
+    entry = ("-c", _CHANGEABLE)
+
+    def change(self, mb_s: int) -> None:
+        """Give the disk another bandwidth."""
+        (self.folder / "rate").write_text(str(mb_s * 1e6))
+        self.send(signal.SIGUSR1)
 
 
 def serve_work(model: str, address: str) -> None:
@@ -99,6 +134,62 @@ def run(folder: Path, rounds: int, disk_mb_s: int) -> dict[str, Any]:
     }
 
 
+def run_changes(folder: Path, rounds: int, mb_s: list[int], host_mib: int) -> dict[str, Any]:
+    """One run through several bandwidths."""
+    from model import smollm2
+
+    model = smollm2("float32")
+    daemon = ChangingDaemon(
+        folder, host_bytes=f"{host_mib}MiB", disk=True, flags=["--disk-max-bandwidth", f"{mb_s[0]}MB"]
+    )
+    daemon.start()
+    engines = {
+        "computed": EngineProcess(HERE, model, "none", folder / "plain.log"),
+        "faster": EngineProcess(HERE, model, daemon.address, folder / "faster.log"),
+    }
+    phases: list[dict[str, Any]] = []
+    try:
+        for length, seed in prompts():  # stored, and speeds learned
+            for engine in engines.values():
+                engine.tell("first", length=length, seed=seed)
+        for rate in mb_s:
+            daemon.change(rate)
+            seen: dict[str, list[dict[str, Any]]] = {name: [] for name in engines}
+            for number in range(rounds):
+                for length, seed in prompts():
+                    for name in list(engines) if number % 2 else list(engines)[::-1]:
+                        seen[name].append(engines[name].tell("first", length=length, seed=seed))
+            asked = prompts() * rounds
+            pairs = zip(asked, seen["faster"], seen["computed"], strict=True)
+            tokens = [{engine[i]["token"] for engine in seen.values()} for i in range(len(asked))]
+            phases.append(
+                {
+                    "disk_mb_s": rate,
+                    "same_first_tokens": all(
+                        len({e[i]["token"] for e in seen.values()}) == 1 for i in range(len(asked))
+                    ),
+                    "ratio_to_computing": _ratios(seen["faster"], seen["computed"], asked),
+                    "loaded_tokens": sum(each["cached"] or 0 for each in seen["faster"]),
+                    "in_order": [
+                        [length, round(a["seconds"], 3), round(b["seconds"], 3), a["cached"] or 0]
+                        for (length, _), a, b in pairs
+                    ],
+                }
+            )
+            print(f"  {rate} MB/s: {phases[-1]['ratio_to_computing']}", file=sys.stderr, flush=True)
+        counted = engines["faster"].tell("metrics")
+    finally:
+        for engine in engines.values():
+            engine.close()
+        daemon.kill()
+    return {
+        "host_mib": host_mib,
+        "phases": phases,
+        "in_order_is": "tokens, seconds with the connector, seconds computed, tokens loaded",
+        "connector": {name: value for name, value in counted.items() if "kvstore_" in name and value},
+    }
+
+
 def _ratios(ours: list[dict[str, Any]], plain: list[dict[str, Any]], asked: list[tuple[int, int]]) -> dict[str, Any]:
     """Median of the paired ratios, of all prompts and by length, and that of the prompt that fares worst."""
     pairs = [(length, a["seconds"] / b["seconds"]) for (length, _), a, b in zip(asked, ours, plain, strict=True)]
@@ -121,13 +212,18 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--disk-mb-s", type=int, nargs="+", default=[50, 8], help="of the disk tier (default 50 8)")
     parser.add_argument("--engine", nargs=2, metavar=("MODEL", "ADDRESS"), help=argparse.SUPPRESS)
+    parser.add_argument("--changes", type=int, nargs="+", metavar="MB_S", help="bandwidths of one disk, in turn")
+    parser.add_argument("--host-mib", type=int, default=128, help="host memory with --changes (default 128)")
     options = parser.parse_args()
     if options.engine:
         serve_work(*options.engine)
         return 0
     set_environment()
     result = {}
-    for disk_mb_s in options.disk_mb_s:
+    if options.changes:
+        with tempfile.TemporaryDirectory(prefix="kvstore-choice-") as folder:
+            result["changes"] = run_changes(Path(folder), options.rounds, options.changes, options.host_mib)
+    for disk_mb_s in () if options.changes else options.disk_mb_s:
         with tempfile.TemporaryDirectory(prefix="kvstore-choice-") as folder:
             result[f"{disk_mb_s} MB/s"] = run(Path(folder), options.rounds, disk_mb_s)
     report = {"bench": "vllm_choice", "machine": facts(), "results": result}

@@ -46,7 +46,14 @@ class Daemon:
     host_bytes : str
     flags : sequence of str
         Further flags.
+
+    Attributes
+    ----------
+    entry : sequence of str
+        What the interpreter runs.
     """
+
+    entry: Sequence[str] = ("-m", "kvstore")
 
     def __init__(
         self, folder: Path, *, disk: bool = False, host_bytes: str = "256MiB", flags: Sequence[str] = ()
@@ -62,7 +69,7 @@ class Daemon:
 
     def start(self, wait_s: float = 20.0) -> None:
         """Start it and wait until it answers."""
-        command = [sys.executable, "-m", "kvstore", "serve", "--socket", self.address, "--http", ""]
+        command = [sys.executable, *self.entry, "serve", "--socket", self.address, "--http", ""]
         command += ["--host-bytes", self._host_bytes, *self._disk, *self._flags]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.folder)
