@@ -165,9 +165,7 @@ def run_changes(folder: Path, rounds: int, mb_s: list[int], host_mib: int) -> di
             phases.append(
                 {
                     "disk_mb_s": rate,
-                    "same_first_tokens": all(
-                        len({e[i]["token"] for e in seen.values()}) == 1 for i in range(len(asked))
-                    ),
+                    "same_first_tokens": all(len(each) == 1 for each in tokens),
                     "ratio_to_computing": _ratios(seen["faster"], seen["computed"], asked),
                     "loaded_tokens": sum(each["cached"] or 0 for each in seen["faster"]),
                     "in_order": [
