@@ -23,14 +23,46 @@ MOST = len(_LEVEL) - 1
 
 
 class Entry(Generic[Item]):
-    """A block that is held: when it was last used (`stamp` also orders the blocks of one use), how often, its class,
-    and the ticket of its place in the queue of that class; 0 if it has none, since a block behind it is held, or it
-    must stay (`stays`, which is counted as one more block behind it). While it is new also its level as an explorer,
-    and the block that the first new one of its prompt stands behind (`stem`)."""
+    """A block that is held.
+
+    Attributes
+    ----------
+    time, stamp, count : int
+        When it was last used, which also orders the blocks of one use (`stamp`), and how often.
+    parent : Item or None
+        The block before it, held or not.
+    behind : bool
+        Whether it was computed behind text that had been used before.
+    children : int
+        Held blocks behind it, and one more while it must stay.
+    parted : bool
+        Whether there ever was one behind it.
+    group : int
+        Its class.
+    ticket : int
+        Of its place in the queue of that class; 0 if it has none, since it has children.
+    stays : bool
+        Whether it must stay (`EvictionPolicy.hold`).
+    level : int
+        While it is new, its level as an explorer.
+    stem : Entry or None
+        While it is new, the block that the first new one of its prompt stands behind.
+    """
 
     __slots__ = (
-        "behind", "children", "count", "group", "level", "parent", "parted", "stamp", "stays", "stem", "ticket", "time",
-    )  # fmt: skip
+        "behind",
+        "children",
+        "count",
+        "group",
+        "level",
+        "parent",
+        "parted",
+        "stamp",
+        "stays",
+        "stem",
+        "ticket",
+        "time",
+    )
 
     def __init__(self, time: int, stamp: int, count: int, parent: Item | None, behind: bool, children: int) -> None:
         self.time = time
@@ -39,11 +71,11 @@ class Entry(Generic[Item]):
         self.parent = parent
         self.behind = behind
         self.children = children
-        self.parted = parted = children > 0
-        self.group = self.classify() if parted or count > 1 else END[1]
+        self.parted = children > 0
+        self.group = self.classify() if children or count > 1 else END[1]
         self.ticket = 0
-        self.level = NEVER
         self.stays = False
+        self.level = NEVER
         self.stem: Entry[Item] | None = None
 
     def classify(self) -> int:

@@ -29,7 +29,6 @@ to go on like what was used four times, until it shows otherwise. With fewer and
 _RARE = 0.001
 """Uses among the lives of a class, or of an age among its uses: fewer are chance and prove nothing."""
 
-
 _WIDTHS = tuple(1 if bucket < 4 else 1 << (bucket // 2 - 1) for bucket in range(_AGES))
 """Units between the ends of each bucket: 4 even ones, then two for each doubling."""
 _STARTS = np.cumsum((0, *_WIDTHS[:-1]))
@@ -37,7 +36,10 @@ _STARTS = np.cumsum((0, *_WIDTHS[:-1]))
 FAR = int(_STARTS[-1])
 BUCKET = tuple(bucket for bucket in range(OLDEST) for _ in range(_WIDTHS[bucket]))
 """Bucket of each number of units below `FAR`; from there on it is `OLDEST`."""
+_NONE = [0.0] * _AGES
 _MIDDLES = tuple(sum(_WIDTHS[:bucket]) + _WIDTHS[bucket] // 2 for bucket in range(_AGES))
+_FALLEN = [[((here + 1) / (there + 1)) ** _FALL for there in _MIDDLES] for here in _MIDDLES]
+"""What is left at a bucket of what is believed at another."""
 
 
 class Fates:
@@ -108,11 +110,8 @@ class Fates:
         still_open : (classes, ages, weights), optional
             Lives that have not ended, three arrays of one length. With them nothing is aged: too little was seen yet.
         """
-        tally = self._tally(*still_open) if still_open else [[0.0] * _AGES for _ in self._uses]
-        pooled = [sum(column) for column in zip(*self._uses, strict=True)]
-        total = sum(pooled)
-        # What a life that is still open tells: by its age, so many of those that end with a use would have ended.
-        telling = [share / total for share in accumulate(pooled)] if total else [1.0] * _AGES
+        tally = self._tally(*still_open) if still_open else [_NONE] * len(self._uses)
+        telling = self._telling() if still_open else _NONE
         known: list[list[float]] = []
         unknown: list[int] = []
         lent: dict[int, tuple[list[float], list[float]]] = {}
@@ -144,7 +143,14 @@ class Fates:
                 self.densities[group] = mean
         if still_open is None:
             for counts in (*self._uses, *self._ends):
-                counts[:] = [count * _FORGET for count in counts]
+                if any(counts):
+                    counts[:] = [count * _FORGET for count in counts]
+
+    def _telling(self) -> list[float]:
+        """What a life that is still open tells: by its age, so many of those that end with a use would have ended."""
+        pooled = [sum(column) for column in zip(*self._uses, strict=True)]
+        total = sum(pooled)
+        return [share / total for share in accumulate(pooled)] if total else [1.0] * _AGES
 
     def _tally(
         self, groups: NDArray[np.int64], ages: NDArray[np.int64], weights: NDArray[np.int64]
@@ -181,7 +187,8 @@ class Fates:
             at_risk = reached - 0.5 * unended[bucket]
             hits, gone = uses[bucket] / at_risk, (uses[bucket] + ends[bucket]) / at_risk
             room = _WIDTHS[bucket] * (1.0 - 0.5 * gone)
-            later = [(found * (1.0 - gone), taken * (1.0 - gone)) for found, taken in later]
+            stay = 1.0 - gone
+            later = [(found * stay, taken * stay) for found, taken in later]
             while later and later[-1][0] * room >= hits * later[-1][1]:
                 found, taken = later.pop()
                 hits += found
@@ -190,6 +197,6 @@ class Fates:
             density[bucket] = (hits * reached + 0.02) / ((room * reached + 0.5) * self.unit + 1.0)
         last = oldest if latest < 0 else latest
         for bucket in range(last + 1, _AGES if last >= 0 else 0):
-            far = density[last] * ((_MIDDLES[last] + 1) / (_MIDDLES[bucket] + 1)) ** _FALL
+            far = density[last] * _FALLEN[last][bucket]
             density[bucket] = far if bucket > oldest else min(far, density[bucket])
         return density

@@ -1,10 +1,10 @@
-"""Reading a heap in order without changing it."""
+"""Places in a queue: a heap read in order without changing it, and what does not count any more."""
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
-from typing import Generic
+from collections.abc import Iterator, Mapping
+from typing import Generic, Protocol
 
 from kvstore.eviction.base import Item
 
@@ -33,3 +33,27 @@ class InOrder(Generic[Item]):
             if child + 1 < len(heap):
                 heapq.heappush(self._open, (heap[child + 1], child + 1))
         return place
+
+
+class Placed(Protocol):
+    """Who has a place: the number of that place, which those of before do not have."""
+
+    ticket: int
+
+
+def counting(places: list[Place[Item]], held: Mapping[Item, Placed]) -> list[Place[Item]]:
+    """The places that still count."""
+    return [p for p in places if (seen := held.get(p[2])) is not None and seen.ticket == p[1]]
+
+
+def drop_first(heap: list[Place[Item]], held: Mapping[Item, Placed]) -> bool:
+    """Take away places at the front of a heap that do not count any more; whether one is left that does."""
+    while heap and ((entry := held.get(heap[0][2])) is None or entry.ticket != heap[0][1]):
+        heapq.heappop(heap)
+    return bool(heap)
+
+
+def drop_last(places: list[Place[Item]], held: Mapping[Item, Placed]) -> None:
+    """Take away places at the end that do not count any more. There is one that counts."""
+    while (entry := held.get(places[-1][2])) is None or entry.ticket != places[-1][1]:
+        places.pop()

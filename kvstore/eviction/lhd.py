@@ -25,7 +25,7 @@ from kvstore.eviction.base import EvictionPolicy, Item
 from kvstore.eviction.entries import BEHIND, BELOW, CLASSES, END, INNER, MOST, Entry
 from kvstore.eviction.explorers import NEVER, Explorers, level_of
 from kvstore.eviction.fates import BUCKET, FAR, OLDEST, Fates
-from kvstore.eviction.heaps import InOrder, Place
+from kvstore.eviction.heaps import InOrder, Place, counting, drop_first, drop_last
 from kvstore.eviction.sampling import some
 
 GHOSTS_PER_ITEM = 3
@@ -104,13 +104,19 @@ class LHD(EvictionPolicy[Item], Generic[Item]):
             if before is None:
                 self._orphans[parent] = self._orphans.get(parent, 0) + 1
             else:
-                self._stand_behind(parent, before)
+                if before.ticket:
+                    self._displace(parent, before)
+                before.children += 1
+                if not before.parted:
+                    before.parted = True
+                    uses = before.count
+                    before.group = BEHIND if uses == 1 and before.behind else INNER[uses if uses < MOST else MOST]
         if clock >= self._next:
             self._learn()
 
     def touch(self, items: list[Item]) -> None:
         self._place_bare()
-        held, used = self._held, self._fates.used
+        held, used, live = self._held, self._fates.used, self._live
         self._clock = clock = self._clock + len(items)
         stamp = self._stamp
         for item in reversed(items):
@@ -125,8 +131,10 @@ class LHD(EvictionPolicy[Item], Generic[Item]):
             if entry.children:
                 entry.group = (INNER if entry.parted else END)[count if count < MOST else MOST]
             else:
-                if entry.ticket:
-                    self._displace(item, entry)
+                if entry.ticket > 0:
+                    live[entry.group] -= 1
+                elif entry.ticket:
+                    del self._explorers.waiting[item]
                 self._place(item, entry)
         self._stamp = stamp
         if clock >= self._next:
@@ -142,14 +150,17 @@ class LHD(EvictionPolicy[Item], Generic[Item]):
             self._orphans[item] = entry.children - entry.stays
         elif entry.ticket:
             self._displace(item, entry)
-            self._first(self._queues[entry.group])
         if evicted:
             self._remember(item, entry)
         parent = entry.parent
         if parent is None:
             return
         if (before := self._held.get(parent)) is not None:
-            self._part(parent, before)
+            before.children -= 1
+            if not before.children:
+                if self._bare is not None:
+                    self._place(*self._bare)
+                self._bare = parent, before
         elif self._orphans[parent] > 1:
             self._orphans[parent] -= 1
         else:
@@ -170,7 +181,10 @@ class LHD(EvictionPolicy[Item], Generic[Item]):
         entry = self._held.get(item)
         if entry is not None and entry.stays:
             entry.stays = False
-            self._part(item, entry)
+            entry.children -= 1
+            if not entry.children:
+                self._place_bare()
+                self._bare = item, entry
 
     def victims(self) -> Iterator[Item]:
         self._place_bare()
@@ -207,43 +221,37 @@ class LHD(EvictionPolicy[Item], Generic[Item]):
             (item, entry), self._bare = self._bare, None
             self._place(item, entry)
 
-    def _stand_behind(self, parent: Item, before: Entry[Item]) -> None:
-        """Note that a block comes behind this one."""
-        if before.ticket:
-            self._displace(parent, before)
-        before.children += 1
-        if not before.parted:
-            before.parted = True
-            count = before.count
-            before.group = BEHIND if count == 1 and before.behind else INNER[count if count < MOST else MOST]
-
-    def _part(self, item: Item, entry: Entry[Item]) -> None:
-        """Note that a block behind this one is gone, or that it need not stay any longer."""
-        entry.children -= 1
-        if not entry.children:
-            self._place_bare()
-            self._bare = item, entry
-
     def _heads(self, walks: dict[int, Iterator[Place[Item]]]) -> list[tuple[float, int, int, Item]]:
         """The block of each class that should leave first, with its worth and stamp, as a heap. Where that is not the
         oldest of its class, and where it is an explorer, it begins the walk to those that follow."""
         held, clock, unit = self._held, self._clock, self._fates.unit
         heads: list[tuple[float, int, int, Item]] = []
         for group, queue in enumerate(self._queues):
-            if not queue or (entry := self._first(queue)) is None:
+            if not queue:
                 continue
+            stamp, ticket, item = queue[0]
+            entry = held.get(item)
+            if entry is None or entry.ticket != ticket:
+                if not drop_first(queue, held):
+                    continue
+                stamp, _, item = queue[0]
+                entry = held[item]
             densities = self._fates.densities[group]
             units = (clock - entry.time) // unit
-            worth, stamp, item = densities[BUCKET[units] if units < FAR else OLDEST], entry.stamp, queue[0][2]
-            latest = self._last(self._latest[group])[2]
-            if latest != item:
+            worth = densities[BUCKET[units] if units < FAR else OLDEST]
+            places = self._latest[group]
+            _, ticket, latest = places[-1]
+            newer = held.get(latest)
+            if newer is None or newer.ticket != ticket:
+                drop_last(places, held)
+                latest = places[-1][2]
                 newer = held[latest]
-                units = (clock - newer.time) // unit
-                less = densities[BUCKET[units] if units < FAR else OLDEST]
-                if _CLEARLY * less < worth:
-                    worth, stamp, item = less, newer.stamp, latest
-                    walks[group] = reversed(self._latest[group])
-                    next(walks[group])
+            units = (clock - newer.time) // unit
+            less = densities[BUCKET[units] if units < FAR else OLDEST]
+            if _CLEARLY * less < worth:
+                worth, stamp, item = less, newer.stamp, latest
+                walks[group] = reversed(places)
+                next(walks[group])
             heads.append((worth, stamp, group, item))
         if waiting := self._explorers.waiting:  # they leave last: what they are worth is not known
             walks[CLASSES] = ((held[item].stamp, _EXPLORES, item) for item in waiting)
@@ -279,15 +287,10 @@ class LHD(EvictionPolicy[Item], Generic[Item]):
         self._live[group] = live = self._live[group] + 1
         most = 2 * live + 64
         if len(queue) > most:
-            queue[:] = self._counting(queue)
+            queue[:] = counting(queue, self._held)
             heapq.heapify(queue)
         if len(latest) > most:
-            latest[:] = self._counting(latest)
-
-    def _counting(self, places: list[Place[Item]]) -> list[Place[Item]]:
-        """Those that still count."""
-        held = self._held
-        return [p for p in places if (seen := held.get(p[2])) is not None and seen.ticket == p[1]]
+            latest[:] = counting(latest, self._held)
 
     def _displace(self, item: Item, entry: Entry[Item]) -> None:
         """Take away its place; what stands in the queue, with a ticket of before, does not count any more."""
@@ -296,24 +299,6 @@ class LHD(EvictionPolicy[Item], Generic[Item]):
         else:
             self._live[entry.group] -= 1
         entry.ticket = 0
-
-    def _first(self, queue: list[Place[Item]]) -> Entry[Item] | None:
-        """The block whose place is first, once places in front of it that do not count any more are gone."""
-        held = self._held
-        while queue:
-            _, ticket, item = queue[0]
-            entry = held.get(item)
-            if entry is not None and entry.ticket == ticket:
-                return entry
-            heapq.heappop(queue)
-        return None
-
-    def _last(self, places: list[Place[Item]]) -> Place[Item]:
-        """The last place, once those behind it that do not count any more are gone. There is one that counts."""
-        held = self._held
-        while (entry := held.get(places[-1][2])) is None or entry.ticket != places[-1][1]:
-            places.pop()
-        return places[-1]
 
     # -- explorers -----------------------------------------------------------------------------------------------------
 
@@ -364,7 +349,7 @@ class LHD(EvictionPolicy[Item], Generic[Item]):
         if most < 64:
             most = 64
         while len(ghosts) > most:
-            _, (group, time, _) = ghosts.popitem(False)
+            group, time, _ = ghosts.popitem(False)[1]
             self._fates.faded(group, self._clock - time, stride)
             self._faded += stride
         if len(ghosts) > MAX_GHOSTS:
