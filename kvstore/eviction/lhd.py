@@ -221,11 +221,11 @@ class LHD(EvictionPolicy[Item], Generic[Item]):
             (item, entry), self._bare = self._bare, None
             self._place(item, entry)
 
-    def _heads(self, walks: dict[int, Iterator[Place[Item]]]) -> list[tuple[float, int, int, Item]]:
+    def _heads(self, walks: dict[int, Iterator[Place[Item]]]) -> list[tuple[float, float, int, Item]]:
         """The block of each class that should leave first, with its worth and stamp, as a heap. Where that is not the
         oldest of its class, and where it is an explorer, it begins the walk to those that follow."""
         held, clock, unit = self._held, self._clock, self._fates.unit
-        heads: list[tuple[float, int, int, Item]] = []
+        heads: list[tuple[float, float, int, Item]] = []
         for group, queue in enumerate(self._queues):
             if not queue:
                 continue
@@ -260,7 +260,7 @@ class LHD(EvictionPolicy[Item], Generic[Item]):
         heapq.heapify(heads)
         return heads
 
-    def _following(self, group: int, walks: dict[int, Iterator[Place[Item]]]) -> tuple[float, int, int, Item] | None:
+    def _following(self, group: int, walks: dict[int, Iterator[Place[Item]]]) -> tuple[float, float, int, Item] | None:
         """The next block of a class behind those that were taken."""
         if group not in walks:
             walks[group] = InOrder(self._queues[group])
