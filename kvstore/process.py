@@ -16,6 +16,7 @@ import sys
 import uvloop
 
 from kvstore.banner import banner
+from kvstore.collector import QuietCollector
 from kvstore.config import Loaded
 from kvstore.daemon import Daemon
 from kvstore.errors import KVStoreError
@@ -44,7 +45,9 @@ async def _main(loaded: Loaded) -> int:
         loop.add_signal_handler(number, interrupted)
     _say(banner(daemon))
     _notify_systemd("READY=1")
+    collecting = asyncio.create_task(QuietCollector(daemon.traffic.calls).run())
     await daemon.wait()
+    collecting.cancel()
     _notify_systemd("STOPPING=1")
     queued = daemon.chain.dirty_blocks
     _say(f"\nStopping: writing {queued} blocks to disk." if queued else "\nStopping.")

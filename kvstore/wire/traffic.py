@@ -62,6 +62,10 @@ class Traffic:
     recorder: Callable[[str, float, KVStoreError | None], None] | None = None
     """Told of each call, if there is one (`kvstore.obs.trace`)."""
 
+    def calls(self) -> int:
+        """How many calls there have been."""
+        return sum(stats.count for stats in self.verbs.values())
+
     def record(self, method: str, started: float, failed: KVStoreError | None = None) -> None:
         """Count a finished call."""
         stats = self.verbs.get(method)
