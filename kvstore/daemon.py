@@ -271,7 +271,8 @@ class Daemon:
             self._beat = time.monotonic()
             self.service.ledger.expire()
             self.chain.host.expire()
-            self.service.desk.tick()
+            for _ in self.service.desk.tick():
+                await asyncio.sleep(0)
             for tier in self.chain.below:
                 self._spawn(tier.expire())
 

@@ -5,7 +5,7 @@ things an operator changes while the daemon runs. The same for the wire, the CLI
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvstore.chain import TierChain
@@ -51,10 +51,10 @@ class Desk:
         fields = self._service.namespaces.fields(scope)
         self.savings.computed(BlockId(scope, key), 0 if fields is None else fields.block_tokens)
 
-    def tick(self) -> None:
-        """Once a second: work off what was noted."""
-        self.reuse.tick()
+    def tick(self) -> Iterator[None]:
+        """Once a second: work off what was noted, in steps between which others may have their turn."""
         self.savings.tick()
+        return self.reuse.steps()
 
     @property
     def _chain(self) -> TierChain:

@@ -9,18 +9,21 @@ Only keys below a threshold are looked at. Keys are digests, so that is a fair s
 the sampled ones, divided by the share that is sampled, estimates the true one (SHARDS: Waldspurger et al., "Efficient
 MRC Construction with SHARDS", FAST 2015). The threshold falls as soon as there are too many, so memory and time are
 bounded. Accesses are gathered and worked off by the second; repeats within one are taken as that second's distance.
+That is done in steps, between which others may have their turn.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 
 MAX_KEYS = 8192
 MAX_A_TICK = 1024
 """Distinct keys worked off at once; each takes a few microseconds."""
+STEP = 32
+"""Of these so many before others have their turn: tenths of a millisecond."""
 MAX_PENDING = 65_536
 _SPACE = 1 << 64
 _STEPS = 4
@@ -34,6 +37,15 @@ class ByteSums:
         self._tree = [0] * (length + 1)
         self.length = length
         self.total = 0
+
+    def fill(self, values: Sequence[int]) -> None:
+        """Have bytes at the first places, and nowhere else, in linear time."""
+        tree = self._tree = [0, *values, *[0] * (self.length - len(values))]
+        for at in range(1, self.length + 1):
+            above = at + (at & -at)
+            if above <= self.length:
+                tree[above] += tree[at]
+        self.total = sum(values)
 
     def add(self, place: int, nbytes: int) -> None:
         """Add bytes at a place, counted from 0."""
@@ -76,6 +88,8 @@ class ReuseSampler:
         self._below = _SPACE
         self._limit = b"\xff" * 33
         self._pending: list[tuple[bytes, int]] = []
+        self._under_way = 0
+        """Accesses that are being worked off."""
         self._last: OrderedDict[bytes, tuple[int, int]] = OrderedDict()
         """Place and bytes of each sampled key, least recently wanted first."""
         self._sums = ByteSums(2 * max_keys)
@@ -103,20 +117,32 @@ class ReuseSampler:
 
     def tick(self) -> None:
         """Work off what was noted since the last time."""
+        for _ in self.steps():
+            pass
+
+    def steps(self) -> Iterator[None]:
+        """As `tick`, step by step; more may be noted in between."""
         seen = Counter(self._pending)
         self._pending.clear()
         while len(seen) > self._max_a_tick:
             self._lower()
             seen = Counter({block: times for block, times in seen.items() if block[0] < self._limit})
         near = sum(nbytes for _, nbytes in seen)
-        for (key, nbytes), times in seen.items():
-            self._access(key, nbytes)
-            if times > 1:
-                self._count(near, times - 1)
+        self._under_way += seen.total()
+        for number, ((key, nbytes), times) in enumerate(seen.items(), 1):
+            self._under_way -= times
+            if key < self._limit:  # it may have been lowered meanwhile
+                self._access(key, nbytes)
+                if times > 1:
+                    self._count(near, times - 1)
+            if not number % STEP:
+                yield
         while len(self._last) > self._max_keys:
             self._lower()
 
     def _access(self, key: bytes, nbytes: int) -> None:
+        if self._next == self._sums.length:
+            self._renumber()
         known = self._last.get(key)
         if known is None:
             self._weighed += 1 / self.share
@@ -124,8 +150,6 @@ class ReuseSampler:
             place, old = known
             self._count(self._sums.after(place) + nbytes)
             self._sums.add(place, -old)
-        if self._next == self._sums.length:
-            self._renumber()
         self._sums.add(self._next, nbytes)
         self._last[key] = (self._next, nbytes)
         self._last.move_to_end(key)
@@ -141,21 +165,18 @@ class ReuseSampler:
 
     def _renumber(self) -> None:
         """Put the keys on places from 0 again, in their order."""
-        entries = [(key, nbytes) for key, (_, nbytes) in self._last.items()]
-        self._sums = ByteSums(self._sums.length)
-        self._next = 0
-        for key, nbytes in entries:
-            self._sums.add(self._next, nbytes)
-            self._last[key] = (self._next, nbytes)
-            self._next += 1
+        for place, (key, (_, nbytes)) in enumerate(self._last.items()):
+            self._last[key] = (place, nbytes)
+        self._next = len(self._last)
+        self._sums.fill([nbytes for _, nbytes in self._last.values()])
 
     def _lower(self) -> None:
         """Sample half as many keys from now on, and forget the others."""
         self._below //= 2
         self._limit = self._below.to_bytes(8, "big")
-        for key in [key for key in self._last if key >= self._limit]:
-            place, nbytes = self._last.pop(key)
-            self._sums.add(place, -nbytes)
+        limit = self._limit
+        self._last = OrderedDict((key, known) for key, known in self._last.items() if key < limit)
+        self._renumber()
 
     def curve(self, sizes: Iterable[int]) -> list[float]:
         """Hit rates of stores of these sizes in bytes that forget the least recently used; 0 while nothing was wanted.
@@ -165,7 +186,7 @@ class ReuseSampler:
         """
         if self.wanted <= 0:
             return [0.0 for _ in sizes]
-        missing = self.wanted - len(self._pending) / self.share - self._weighed
+        missing = self.wanted - (len(self._pending) + self._under_way) / self.share - self._weighed
         buckets = sorted(self._histogram)
         below = [0.0, *accumulate(self._histogram[bucket] for bucket in buckets)]
         rates: list[float] = []

@@ -62,6 +62,42 @@ def test_sums_after_a_place(added: list[tuple[int, int]], place: int):
     assert sums.after(place) == sum(nbytes for at, nbytes in added if at > place)
 
 
+@given(st.lists(st.integers(0, 1000), max_size=32), st.integers(0, 31), st.integers(0, 31))
+def test_sums_filled_at_once_are_those_added_one_by_one(values: list[int], place: int, more: int):
+    sums, added = ByteSums(32), ByteSums(32)
+    sums.add(place, 7)  # is gone afterwards
+    sums.fill(values)
+    for at, nbytes in enumerate(values):
+        added.add(at, nbytes)
+    for each in (sums, added):
+        each.add(more, 5)
+    assert [sums.after(at) for at in range(32)] == [added.after(at) for at in range(32)]
+    assert sums.total == added.total
+
+
+def test_what_is_wanted_between_steps_is_counted_like_what_is_wanted_before():
+    at_once, stepped = ReuseSampler(max_keys=128), ReuseSampler(max_keys=128)
+    chance = random.Random(4)
+    for _ in range(40):
+        first, second = ([(key(chance.randrange(400)), KIB) for _ in range(100)] for _ in range(2))
+        for blocks in (first, second):
+            at_once.note(blocks)
+            at_once.tick()
+        stepped.note(first)
+        steps = stepped.steps()
+        next(steps, None)
+        stepped.note(second)
+        assert stepped.curve([0])[0] == pytest.approx(0, abs=0.05), "what is under way is not taken for hits"
+        for _ in steps:
+            pass
+        stepped.tick()
+    assert stepped.wanted == at_once.wanted
+    assert stepped.share == at_once.share < 1
+    assert stepped.reusable == pytest.approx(at_once.reusable)
+    sizes = [KIB << shift for shift in range(12)]
+    assert stepped.curve(sizes) == pytest.approx(at_once.curve(sizes))
+
+
 def test_with_every_key_sampled_the_curve_is_that_of_an_exact_stack():
     chance = random.Random(1)
     trace = [(number, (1 + number % 3) * 64 * KIB) for number in zipf(chance, 300, 3000, 0.8)]
