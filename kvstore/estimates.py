@@ -18,6 +18,9 @@ WINDOW_S = 0.02
 
 DECAY = 0.8
 """Weight that a window keeps when the next one comes: the last ten or so make the estimate."""
+JUST_NOW = 0.3
+"""The same for the last two. Where those say that it is slower they are believed: who loads from a tier that has become
+slow is late, who computes instead for a moment loses little."""
 
 
 class Speed(NamedTuple):
@@ -40,6 +43,9 @@ class TierEstimate:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._fit = MovingFit(2, main=1, decay=DECAY)
+        self._just_now = MovingFit(2, main=1, decay=JUST_NOW)
+        self._window = (0, 0)
+        """Blocks and bytes of the last window."""
         self._ahead_blocks = 0
         self._ahead_bytes = 0
         self._reading = 0
@@ -83,14 +89,17 @@ class TierEstimate:
     def _learn(self) -> None:
         """Close the window: so many blocks in the time until the last of them ended."""
         if self._blocks:
-            self._fit.add((self._blocks, self._bytes), self._last - self._mark, 1 / self._blocks)
+            self._window = self._blocks, self._bytes
+            for fit in (self._fit, self._just_now):
+                fit.add(self._window, self._last - self._mark, 1 / self._blocks)
         self._mark, self._blocks, self._bytes = self._last, 0, 0
 
     def speed(self) -> Speed | None:
         """What a load costs now; None before the first block has come."""
         if not self._fit.count:
             return None
-        block_s, byte_s = self._fit.coefficients
+        slower = max(self._fit, self._just_now, key=lambda fit: fit(self._window))
+        block_s, byte_s = slower.coefficients
         wait_s = block_s * self._ahead_blocks + byte_s * self._ahead_bytes
         if self._reading and self._ahead_blocks:
             # A tier that stands still gets slower by the second, though no read ends to tell of it.

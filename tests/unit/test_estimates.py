@@ -79,6 +79,31 @@ def test_a_tier_that_was_never_read_says_nothing() -> None:
     assert estimate.speed() is None
 
 
+def test_a_tier_that_has_become_slow_is_believed_at_once_and_one_that_has_become_fast_after_some_reads() -> None:
+    clock = Clock()
+    estimate = TierEstimate(clock)
+
+    def block_s() -> float:
+        speed = estimate.speed()
+        assert speed is not None
+        return speed.block_s + speed.byte_s * MIB
+
+    for _ in range(20):
+        read(estimate, clock, MIB, 0.02)
+    read(estimate, clock, MIB, 0.13)
+    assert 0.09 < block_s() < 0.13
+    for _ in range(3):
+        read(estimate, clock, MIB, 0.02)
+    assert block_s() < 0.035, "once is a hiccup"
+    for _ in range(20):
+        read(estimate, clock, MIB, 0.13)
+    read(estimate, clock, MIB, 0.02)
+    assert block_s() > 0.09
+    for _ in range(12):
+        read(estimate, clock, MIB, 0.02)
+    assert block_s() < 0.03
+
+
 def test_reads_one_by_one() -> None:
     clock = Clock()
     estimate = TierEstimate(clock)
