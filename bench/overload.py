@@ -240,6 +240,7 @@ def measure(kv: KVStoreClient, address: str, disk: Path, budgets: dict[str, int]
     drained(kv)
     fill(kv, hot, wait_s=30)  # the flood outlasted the loads, and what nobody asks for meanwhile may leave
     drained(kv)
+    loads(kv, hot, cold, 2)  # from the disk, if it had left memory only
     short = args.idle_seconds
     copier, copying = beside(["--copier", str(handed)], short, lambda: loads(kv, hot, cold, max(1.0, short - 5)))
     stats = kv.stats()
