@@ -97,18 +97,23 @@ class StoreDesk:
         self, reservation: Reservation, scope: Scope, todo: _Offers, reply: m.ReserveReply, wait: bool
     ) -> None:
         """Answer offers in order, and take them out of `todo`. With `wait`, stop at one that may get room later."""
+        full: tuple[int, int] | None = None
+        """Bytes of a block and of its header for which there was no room; nor is there for one that is no smaller."""
         while todo:
             index, offer, header = todo[0]
             block = BlockId(scope, offer.key)
             status = self._refusal(block, offer)
             if status is None:
-                extents = self.host.allocate(scope.domain, offer.nbytes, len(offer.header), scope, new=True)
+                size = offer.nbytes, len(offer.header)
+                hopeless = full is not None and size[0] >= full[0] and size[1] >= full[1]
+                extents = None if hopeless else self.host.allocate(scope.domain, *size, scope, new=True)
                 if extents is not None:
                     self.ledger.reserve(reservation, index, Place(block, header, offer.header, offer.nbytes, extents))
                     reply.rooms.append(m.Room(index, () if reservation.session.remote else extents))
                 elif wait and self.chain.dirty_blocks:
                     return
                 else:
+                    full = full if hopeless else size
                     status = self.host.why_full(scope, offer.nbytes).value
             self.desk.offered(scope, offer.key, offer.nbytes)
             if status is not None:
