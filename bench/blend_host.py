@@ -93,7 +93,7 @@ def following(prompts: Prompts, rounds: int) -> dict[str, dict[str, float]]:
     spans = tuple(Span(start, stop, Capture.SYSTEM) for start, stop in prompts.spans)
     for number in range(rounds + 1):
         ids = torch.from_numpy(prompts.ids(number).astype(np.int64))
-        clocks.take("words" if number else "first", partial(_choose, Trail(), Prompt(ids, spans, 0, ids)))
+        clocks.take("words" if number else "first", partial(_choose, Trail(), Prompt(ids, spans)))
     return {"words": clocks.medians()["words"]}
 
 

@@ -57,7 +57,7 @@ def test_what_is_looked_at_counts_by_how_long_it_is(lengths: tuple[int, ...]) ->
     stops = list(itertools.accumulate(lengths))
     spans = tuple(Span(stop - n, stop, Capture.SYSTEM) for n, stop in zip(lengths, stops, strict=True))
     ids = torch.arange(stops[-1] + 3)
-    prompt, before, last = Prompt(ids, spans, 0, ids), stops[-2], lengths[-1]
+    prompt, before, last = Prompt(ids, spans), stops[-2], lengths[-1]
 
     def beyond(share: float) -> Tensor:
         part = last / stops[-1]
@@ -70,7 +70,7 @@ def test_what_is_looked_at_counts_by_how_long_it_is(lengths: tuple[int, ...]) ->
 
 def test_a_single_chunk_is_all_that_can_be_looked_at() -> None:
     ids = torch.arange(12)
-    assert by_words(Prompt(ids, (Span(2, 9, Capture.ISOLATED),), 0, ids), torch.rand(12)) == 0
+    assert by_words(Prompt(ids, (Span(2, 9, Capture.ISOLATED),)), torch.rand(12)) == 0
 
 
 def followed(prompt: Prompt, count: int) -> Tensor:

@@ -68,13 +68,10 @@ def defined(prompt: Prompt) -> list[float]:
 
 
 def faded(lit: list[float], reach: int, joined: Callable[[int, int], bool]) -> list[float]:
-    out, peak, at = [0.0] * len(lit), 0.0, 0
-    for i, light in enumerate(lit):
-        left = peak * (1 - (i - at) / reach) if joined(at, i) else 0.0
-        if light >= left:
-            peak, at, left = light, i, light
-        out[i] = max(0.0, left)
-    return out
+    return [
+        max(lit[j] * (1 - (i - j) / reach) if joined(j, i) else 0.0 for j in range(max(0, i - reach + 1), i + 1))
+        for i in range(len(lit))
+    ]
 
 
 def faded_back(lit: list[float], owner: list[int]) -> list[float]:

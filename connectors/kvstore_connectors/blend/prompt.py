@@ -59,8 +59,6 @@ class Prompt:
         Cached chunks, in prompt order.
     exact : int
         Leading tokens whose KV is there and exact; they are read, never computed.
-    told : Tensor, optional
-        The ids in host memory, where whoever asks has them there; bringing them back would wait for the device.
 
     Raises
     ------
@@ -71,7 +69,6 @@ class Prompt:
     ids: Tensor
     spans: tuple[Span, ...]
     exact: int = 0
-    told: Tensor | None = None
 
     def __post_init__(self) -> None:
         end = self.exact
@@ -89,11 +86,6 @@ class Prompt:
                 f"{end} of {len(self.ids)} tokens are cached: the last one has to be computed",
                 "Leave at least the last token of a prompt out of its spans.",
             )
-
-    @cached_property
-    def host_ids(self) -> Tensor:
-        """The ids in host memory."""
-        return self.ids.cpu() if self.told is None else self.told
 
     @cached_property
     def host_chunk_of(self) -> Tensor:

@@ -85,6 +85,21 @@ class Varlen(Protocol):
         ...
 
 
+class Merge(Protocol):
+    """Puts two parts of attention over the same queries into one, in place of the first."""
+
+    def __call__(self, out: Tensor, mass: Tensor, other: Tensor, other_mass: Tensor) -> None:
+        """Outputs ``[query, head, dim]``, log-sum-exps ``[head, query]``."""
+        ...
+
+
+def merge(out: Tensor, mass: Tensor, other: Tensor, other_mass: Tensor) -> None:
+    """See `Merge`; in torch."""
+    weight = torch.sigmoid(other_mass - mass).t()[..., None]
+    # In float32: next to 1, where one of the two has nearly all, bfloat16 knows no weight of the other.
+    out.copy_(torch.lerp(out.float(), other.float(), weight))
+
+
 @dataclass(frozen=True)
 class Plan:
     """How sorted positions fall into sequences.
@@ -173,7 +188,9 @@ def looked_at_by_kernel(varlen: Varlen, queries: Tensor, keys: Tensor, end: Endi
     return column_sums(queries.contiguous(), end.positions, *where, scale)
 
 
-def attend_by_runs(varlen: Varlen, queries: Tensor, keys: Tensor, values: Tensor, plan: Plan, scale: float) -> Tensor:
+def attend_by_runs(
+    varlen: Varlen, queries: Tensor, keys: Tensor, values: Tensor, plan: Plan, scale: float, merged: Merge = merge
+) -> Tensor:
     """As `attention.attend`, by an engine's attention.
 
     Parameters
@@ -184,6 +201,8 @@ def attend_by_runs(varlen: Varlen, queries: Tensor, keys: Tensor, values: Tensor
     keys, values : Tensor
         ``[keys, kv_heads, dim]``, dense, a multiple of `PAGE` of them.
     plan : Plan
+    merged : Merge
+        The engine's, if it has one.
 
     Returns
     -------
@@ -195,8 +214,5 @@ def attend_by_runs(varlen: Varlen, queries: Tensor, keys: Tensor, values: Tensor
     if plan.before is not None:
         asked = queries[plan.alone :]
         earlier, earlier_mass = varlen(asked, k, v, plan.before, scale, causal=False)
-        weight = torch.sigmoid(earlier_mass - mass[:, plan.alone :]).t()[..., None]
-        later = out[plan.alone :]
-        # In float32: next to 1, where one of the two has nearly all, bfloat16 knows no weight of the other.
-        later.copy_(torch.lerp(later.float(), earlier.float(), weight))
+        merged(out[plan.alone :], mass[:, plan.alone :], earlier, earlier_mass)
     return out.flatten(1)

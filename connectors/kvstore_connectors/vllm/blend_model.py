@@ -13,9 +13,9 @@ import torch
 
 from kvstore.errors import ConfigError
 from kvstore_connectors.blend.attention import attend, column_sums
-from kvstore_connectors.blend.varlen import PAGE, Ending, Plan, attend_by_runs, looked_at_by_kernel
+from kvstore_connectors.blend.varlen import PAGE, Ending, Plan, attend_by_runs, looked_at_by_kernel, merge
 from kvstore_connectors.vllm.blend_paged import paged_attention
-from kvstore_connectors.vllm.blend_varlen import flash_varlen, reading_kernel
+from kvstore_connectors.vllm.blend_varlen import flash_varlen, merge_kernel, reading_kernel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,6 +79,7 @@ class EngineModel:
         kind = (self._heads, self._kv_heads, self._dim, sample.dtype, sample.device)
         self._varlen, self._paged = flash_varlen(*kind), paged_attention(*kind)
         self._reading = reading_kernel(self._varlen, *kind)
+        self._merge = merge_kernel(self._heads, self._dim, sample.dtype, sample.device) or merge
         self._plan: tuple[Tensor, Plan] | None = None
         self._end: tuple[tuple[int, int], Ending] | None = None
 
@@ -124,7 +125,7 @@ class EngineModel:
             return attend(queries, keys, values, positions, self.scale)
         if self._plan is None or self._plan[0] is not positions:  # the same rows pass one layer after the other
             self._plan = positions, Plan.of(positions)
-        return attend_by_runs(self._varlen, queries, keys, values, self._plan[1], self.scale)
+        return attend_by_runs(self._varlen, queries, keys, values, self._plan[1], self.scale, self._merge)
 
     def looked_at(self, queries: Tensor, keys: Tensor, tokens: int) -> Tensor:
         """See `Model.looked_at`; on a device by kernels, where these can be had."""

@@ -37,7 +37,10 @@ LONGEST_TAIL = 512
 STALE = 0.5
 """Where the best variant's fix overhead is above this, a prompt that is computed exactly brings a better one."""
 
-_TAINT = b"kvstore/blended/1"
+NAME = 32
+"""Bytes of a block's name in place of its hash."""
+
+_TAINT = b"kvstore/blended/2"
 
 
 @dataclass(slots=True)
@@ -213,10 +216,10 @@ class Blends:
         how = f"{state.wish.share!r}/{state.wish.amount}/{state.wish.selector}".encode()
         tag = hashlib.sha256(_TAINT + how + state.tokens.tobytes()).digest()
         hashes = request.block_hashes
-        parent = bytes(hashes[first - 1]) if first else b""
-        for index in range(first, len(hashes)):
-            parent = hashlib.sha256(tag + parent + bytes(hashes[index])).digest()
-            hashes[index] = type(hashes[index])(parent)
+        before = b"".join(bytes(one) for one in hashes[max(0, first - 1) :])
+        names = hashlib.shake_256(tag + first.to_bytes(8, "little") + before).digest(NAME * (len(hashes) - first))
+        for place, index in enumerate(range(first, len(hashes))):
+            hashes[index] = type(hashes[index])(names[NAME * place : NAME * (place + 1)])
         state.tainted = first
 
     def allocated(self, name: str, n_external: int) -> None:

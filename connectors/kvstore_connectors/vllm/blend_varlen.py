@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvstore_connectors.blend.attention import attend_fused, column_sums
-from kvstore_connectors.blend.varlen import PAGE, Ending, Plan, Sequences, Varlen, attend_by_runs, looked_at_by_kernel
+from kvstore_connectors.blend.varlen import (
+    PAGE,
+    Ending,
+    Merge,
+    Plan,
+    Sequences,
+    Varlen,
+    attend_by_runs,
+    looked_at_by_kernel,
+    merge,
+)
 from kvstore_connectors.vllm.blend_tried import tried
 from kvstore_gpu.queries import DIMS
 
@@ -28,6 +38,19 @@ def flash_varlen(heads: int, kv_heads: int, dim: int, dtype: torch.dtype, device
         return partial(_flash, fa_utils.flash_attn_varlen_func, {} if version is None else {"fa_version": version})
 
     return tried("vLLM's FlashAttention", made, partial(_scattered, heads, kv_heads, dim, dtype, device))
+
+
+def merge_kernel(heads: int, dim: int, dtype: torch.dtype, device: torch.device) -> Merge | None:
+    """vLLM's kernel that puts two parts of attention into one: a launch for some six of torch's; None on a CPU."""
+    if device.type != "cuda":
+        return None
+
+    def made() -> Merge:
+        from vllm import _custom_ops
+
+        return partial(_merge, _custom_ops.merge_attn_states)
+
+    return tried("vLLM's merge of attention", made, partial(_merged, heads, dim, dtype, device))
 
 
 def reading_kernel(
@@ -66,6 +89,22 @@ def _flash(
         return_softmax_lse=True,
         **version,
     )
+
+
+def _merge(function: Any, out: Tensor, mass: Tensor, other: Tensor, other_mass: Tensor) -> None:
+    """See `Merge`; masses of all heads, each dense."""
+    function(out, other, other_mass.contiguous(), out, mass.contiguous())
+
+
+def _merged(heads: int, dim: int, dtype: torch.dtype, device: torch.device, merged: Merge) -> tuple[Tensor, Tensor]:
+    """Of rows in the middle of larger tensors, by it and by torch."""
+    made = torch.Generator(device).manual_seed(3)
+    out, other = torch.randn((2, 50, heads, dim), device=device, generator=made).to(dtype)
+    mass, other_mass = 5 * torch.randn((2, heads, 50), device=device, generator=made)
+    found, right = out.clone(), out.clone()
+    for function, one in ((merged, found), (merge, right)):
+        function(one[10:], mass[:, 10:], other[10:], other_mass[:, 10:])
+    return found, right
 
 
 def _scattered(

@@ -200,7 +200,7 @@ class Blender:
         load = link.run("blend", partial(self._begin_load, job=job, cache=cache))
         if load is None:
             return None
-        prompt = Prompt(brought(ids, self._rows.device), tuple(load.spans), job.exact, ids)
+        prompt = Prompt(brought(ids, self._rows.device), tuple(load.spans), job.exact)
         return _Gathered(prompt, cache, load)
 
     def _zeros(self, shape: tuple[int, ...]) -> torch.Tensor:

@@ -77,7 +77,7 @@ class Relay:
     def repair(self, work: Work, count: int) -> Iterator[int]:
         prompt, layers = work.prompt, work.model.layers
         half, most = layers // 2, layers * 3 // 4
-        light = yield from Trail().scores(work)  # on the host, while the first layers are on their way to a device
+        light = yield from Trail().scores(work)  # while the first layers are on their way to a device
         sinks = false_sinks(prompt)[:count]
         left = prompt.repairable.clone()
         left[sinks] = False

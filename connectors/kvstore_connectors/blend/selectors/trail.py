@@ -16,29 +16,30 @@ tokens: a name of two tokens is rarer than each of them. A word that stands in o
 link can be. In a few hundred tokens "of the" is rare, too, so it counts how common a token is in the language:
 vocabularies number tokens in the order in which they were merged, common ones first.
 
-Everything is arrays over the prompt's positions, on the host: a prompt of 32,000 tokens takes some milliseconds. In a
-thread beside the one that asks for chunks it is no sooner there: each step is too short to let the interpreter go for.
+Everything is arrays over the prompt's positions, on the device that computes the prompt: three hundred small launches,
+for three of which it is waited. In numpy on the host the same took 8 to 13 ms of a prompt of 16,000 tokens, while the
+device had nothing to do.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
+from torch.nn.functional import pad
 
 from kvstore_connectors.blend.prompt import brought
 from kvstore_connectors.blend.selectors.choice import Choice
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from kvstore_connectors.blend.prompt import Prompt
     from kvstore_connectors.blend.work import Work
-
-Light = NDArray[np.float64]
-Places = NDArray[np.int64]
 
 WINDOW = 32
 """Tokens in a window; a word is rare if few windows have it."""
@@ -82,77 +83,68 @@ class Trail(Choice):
     seam: int = 32
     rest: float = 0.3
 
-    def scores(self, work: Work) -> Generator[int, None, torch.Tensor]:
+    def scores(self, work: Work) -> Generator[int, None, Tensor]:
         yield from ()
         if repr(self) not in work.notes:
-            words = _Words(work.prompt, self.single)
-            found = self._needed(self._light(words), words).astype(np.float32)
-            found[found <= 0] = -np.inf
-            work.notes[repr(self)] = brought(torch.from_numpy(found), work.prompt.ids.device)
+            words = _Words(work.prompt, self)
+            found = self._needed(self._light(words), words).float()
+            work.notes[repr(self)] = found.masked_fill_(found <= 0, -torch.inf)
         return work.notes[repr(self)]
 
-    def _light(self, words: _Words) -> Light:
-        total = lit = self._spread(words.asked(), words)
+    def _light(self, words: _Words) -> Tensor:
+        total = lit = words.spread(words.asked())
         for _ in range(self.hops):
-            lit = self._spread(self._hop(lit, words), words)
-            total = np.maximum(total, lit)
+            lit = words.spread(self._hop(lit, words))
+            total = total.maximum(lit)
         return total
 
-    def _needed(self, light: Light, words: _Words) -> Light:
-        """Light where something earlier in another chunk has not been seen, and around there; a little of the rest."""
-        owner, needed = words.owner, np.zeros_like(light)
-        here, there, match = words.links(light, back_only=True)  # light came by the match once already
-        np.maximum.at(needed, here, np.where(owner[there] != owner[here], light[here] * np.sqrt(match), 0.0))
-        parts = (words.faded(needed, self.ahead), words.faded_back(needed, self.back), self._over_seams(light, words))
-        return np.where(owner >= 0, np.maximum.reduce(parts) + self.rest * light, 0.0)
-
-    def _over_seams(self, light: Light, words: _Words) -> Light:
-        """Light that the end of a chunk throws on the next one's beginning."""
-        starts, stops = words.spans[1:][words.spans[1:, 0] == words.spans[:-1, 1]].T[:, :, None]
-        before, behind = np.arange(self.ahead) + 1, np.arange(self.seam)
-        thrown = (light[np.maximum(starts - before, 0)] * (1 - before / self.ahead)).max(1, keepdims=True)
-        reached = starts + behind
-        inside = reached < stops
-        over = np.zeros_like(light)
-        over[reached[inside]] = (thrown * (1 - behind / self.seam))[inside]
-        return over
-
-    def _hop(self, lit: Light, words: _Words) -> Light:
-        passed = np.zeros_like(lit)
+    def _hop(self, lit: Tensor, words: _Words) -> Tensor:
         here, there, match = words.links(lit)
-        weight = np.where(here < there, self.fade, self.fade * self.backward)
-        np.maximum.at(passed, there, np.where(abs(here - there) > self.back, weight * lit[here] * match, 0.0))
-        return passed
+        back, near = here > there, (here - there).abs() <= self.back
+        passed = (lit[here] * match * self.fade).mul_(1 - (1 - self.backward) * back).masked_fill_(near, 0.0)
+        return torch.zeros_like(lit).scatter_reduce_(0, there, passed, "amax")
 
-    def _spread(self, lit: Light, words: _Words) -> Light:
-        """Light fading linearly with distance: onwards across chunks, backwards within one."""
-        spread = np.maximum(_fading(lit, np.arange(len(lit)), self.ahead), words.faded_back(lit, self.back))
-        return np.where(words.owner >= 0, spread, 0.0)
+    def _needed(self, light: Tensor, words: _Words) -> Tensor:
+        """Light where something earlier in another chunk has not been seen, and around there; a little of the rest."""
+        here, there, match = words.links(light, back_only=True)  # light came by the match once already
+        missed = (light[here] * match.sqrt_()).mul_(words.owner[there] != words.owner[here])
+        needed = torch.zeros_like(light).scatter_reduce_(0, here, missed, "amax")
+        around = words.ahead.faded(needed).maximum(words.back.faded(needed)).maximum(self._over_seams(light, words))
+        return around.add_(light, alpha=self.rest).mul_(words.inside)
+
+    def _over_seams(self, light: Tensor, words: _Words) -> Tensor:
+        """Light that the end of a chunk throws on the next one's beginning."""
+        start, stop = words.seams.T[:, :, None]
+        ending = torch.arange(1, self.ahead + 1, device=light.device)
+        behind = torch.arange(self.seam, device=light.device)
+        thrown = (light[(start - ending).clamp(min=0)] * (1 - ending / self.ahead)).amax(1, keepdim=True)
+        reached = start + behind
+        thrown = thrown * (1 - behind / self.seam) * (reached < stop)
+        reached.clamp_(max=len(light) - 1)
+        return torch.zeros_like(light).scatter_reduce_(0, reached.flatten(), thrown.flatten(), "amax")
 
 
-def _fading(lit: Light, place: Places, reach: int) -> Light:
-    """What each light leaves at the places behind it, until one shines at least as bright as what is left there.
+class _Fading:
+    """Light fading linearly with distance: at each place the brightest that is left of any within reach.
 
-    One by one that is a walk; here all are compared at once, each with the last before it that seems to outshine, until
-    nothing changes. What is right stays right, and the rest shrinks quickly: some eight rounds.
+    Parameters
+    ----------
+    owner : Tensor
+        Chunk of each place: light stays in its own.
+    reach : int
+        Places after which nothing is left: onwards, or, if negative, backwards.
     """
-    shining = lit > 0
-    shining[0] = True  # what is before the first is dark
-    at = np.flatnonzero(shining)
-    light, where = lit[at], place[at]
-    number = np.arange(len(at))
-    behind, last = np.maximum(number - 1, 0), np.zeros_like(number)
-    outshines = np.append(True, light[1:] >= light[:-1] * (1 - np.diff(where) / reach))
-    while True:
-        np.maximum.accumulate((number * outshines)[:-1], out=last[1:])
-        moved = np.flatnonzero(last != behind)
-        if not len(moved):
-            break
-        behind[moved] = before = last[moved]
-        outshines[moved] = light[moved] >= light[before] * (1 - (where[moved] - where[before]) / reach)
-    over = np.diff(at[outshines], append=len(lit))
-    left = np.repeat(light[outshines], over) * (1 - (place - np.repeat(where[outshines], over)) / reach)
-    return np.maximum(left, 0.0)
+
+    def __init__(self, owner: Tensor, reach: int) -> None:
+        size = abs(reach)
+        self._around = (size - 1, 0) if reach > 0 else (0, size - 1)
+        left = torch.arange(1, size + 1, dtype=torch.float64, device=owner.device) / size
+        there = pad(owner, self._around, value=-1).unfold(0, size, 1)
+        self._left = (left if reach > 0 else left.flip(0)) * (there == owner[:, None])
+
+    def faded(self, lit: Tensor) -> Tensor:
+        """Of light at each place, what is left at each."""
+        return (pad(lit, self._around).unfold(0, len(self._left.T), 1) * self._left).amax(1)
 
 
 class _Words:
@@ -160,99 +152,110 @@ class _Words:
 
     Attributes
     ----------
-    spans : ndarray of int, [chunks, 2]
-    owner : ndarray of int, [n]
+    owner : Tensor of int64, [n]
         Chunk that each token is in; -1 in none.
+    inside : Tensor of bool, [n]
+        Whether it is in one.
+    seams : Tensor of int64, [chunks - 1 at most, 2]
+        Begin and end of chunks that stand right behind another.
+    ahead, back : _Fading
+        Within chunks.
     """
 
-    def __init__(self, prompt: Prompt, single: float) -> None:
-        ids = prompt.host_ids.numpy()
-        self.spans = np.array([(span.start, span.stop) for span in prompt.spans], np.int64).reshape(-1, 2)
-        self.owner = prompt.host_chunk_of.numpy()
-        start = self.spans.min(initial=len(ids))
-        window = np.where(self.owner >= 0, (np.arange(len(ids)) - start) // WINDOW, -1)
-        apart = np.cumsum(_begins(self.owner)) * len(ids)
-        self._place = np.arange(len(ids)) + apart  # so far from each other that no light passes between chunks
-        self._kind, rarity, self._sorted, distinct = _kinds(ids, window)
-        telling = ((np.log1p(distinct) / np.log1p(ids.max(initial=1))) ** 4)[self._kind]
-        self._alone = (single * rarity) ** 2 * telling
+    def __init__(self, prompt: Prompt, how: Trail) -> None:
+        ids, spans, device = prompt.ids, prompt.spans, prompt.ids.device
+        self.owner = prompt.chunk_of
+        self.inside = self.owner >= 0
+        self.ahead, self.back = _Fading(self.owner, how.ahead), _Fading(self.owner, -how.back)
+        self._onwards = _Fading(torch.zeros_like(self.owner), how.ahead)
+        seams = [(one.start, one.stop) for before, one in pairwise(spans) if before.stop == one.start]
+        self.seams = brought(torch.tensor(seams, dtype=torch.int64).view(-1, 2), device)
+        first, self._asked = (spans[0].start, spans[-1].stop) if spans else (len(ids), 0)
+        windows = max(1, -(-(self._asked - first) // WINDOW))
+        self._places = torch.arange(len(ids), device=device)
+        window = ((self._places - first) // WINDOW).masked_fill_(~self.inside, -1)
+        self._kinds = kinds = _Kinds.of(ids, window, windows)
         # Pairs by their second token: one more than there are tokens, the first and the last of them with nothing.
-        pairs = np.append(-1, self._kind) * (len(ids) + 1) + np.append(self._kind, -1)
-        self._pair, rarity, _, _ = _kinds(pairs, np.append(-1, window))
-        self._paired = rarity**2 * np.maximum(np.append(0, telling), np.append(telling, 0))
-        count = np.bincount(self._kind[self._sorted], minlength=len(ids))
-        self._count, self._first = count[self._kind], (np.cumsum(count) - count)[self._kind]
-        self._nth = np.empty_like(self.owner)
-        self._nth[self._sorted] = np.arange(len(self._sorted)) - self._first[self._sorted]
-        self._question = slice(self.spans.max(initial=0), None)
+        left, right = (pad(kinds.number, side, value=-1) for side in ((1, 0), (0, 1)))
+        pairs = _Kinds.of(left * (len(ids) + 1) + right, pad(window, (1, 0), value=-1), windows)
+        common = (ids.double().log1p() / ids.max().clamp(min=1).double().log1p()) ** 4
+        paired = pairs.rarity**2 * pad(common, (1, 0)).maximum(pad(common, (0, 1)))
+        # Of each place its word, the pair that ends with it, and the one that begins: what they are, what they tell.
+        self._names = torch.stack([kinds.number, pairs.number[:-1], pairs.number[1:]])
+        self._telling = torch.stack([(how.single * kinds.rarity) ** 2 * common, paired[:-1], paired[1:]])
 
-    def asked(self) -> Light:
+    def asked(self) -> Tensor:
         """How telling each token of the chunks is as one of the question's, with the neighbours it has there, too."""
-        asked, n = self._question, len(self.owner)
-        lit = self._alone * _among(self._kind, self._kind[asked])
-        for pair, telling in ((self._pair[:n], self._paired[:n]), (self._pair[1:], self._paired[1:])):
-            lit = np.maximum(lit, telling * _among(pair, pair[asked]))
-        return np.where(self.owner >= 0, lit, 0.0)
+        there = torch.zeros((3, len(self.owner) + 1), dtype=torch.bool, device=self.owner.device)
+        there.scatter_(1, self._names[:, self._asked :], True)
+        return (self._telling * there.gather(1, self._names)).amax(0).mul_(self.inside)
 
-    def faded(self, lit: Light, reach: int) -> Light:
-        """Light fading onwards within its chunk."""
-        return _fading(lit, self._place, reach)
+    def spread(self, lit: Tensor) -> Tensor:
+        """Light fading onwards across chunks, and backwards within one."""
+        return self._onwards.faded(lit).maximum(self.back.faded(lit)).mul_(self.inside)
 
-    def faded_back(self, lit: Light, reach: int) -> Light:
-        """Light fading backwards within its chunk."""
-        return _fading(lit[::-1], -self._place[::-1], reach)[::-1]
-
-    def links(self, lit: Light, back_only: bool = False) -> tuple[Places, Places, Light]:
+    def links(self, lit: Tensor, back_only: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Every lit token, every place in the chunks where it stands, or only those before, and how well they match.
 
-        Tokens that stand in one place only or in too many are left out.
+        Tokens that stand in one place only or in too many are left out. Waits for the device, to know how many.
         """
-        linked = np.flatnonzero((lit >= FAINT) & (self._count > 1) & (self._count <= COMMON))
-        count = (self._nth if back_only else self._count)[linked]
-        here = np.repeat(linked, count)
-        there = self._sorted[np.repeat(self._first[linked] - np.cumsum(count) + count, count) + np.arange(len(here))]
-        match = np.repeat(self._alone[linked], count)
-        for pair, telling in ((self._pair, self._paired), (self._pair[1:], self._paired[1:])):
-            equal = pair[there] == np.repeat(pair[linked], count)
-            match = np.maximum(match, equal * np.repeat(telling[linked], count))
-        return here, there, match
+        kinds = self._kinds
+        count = (kinds.nth if back_only else kinds.count) * ((lit >= FAINT) & kinds.links)
+        here = self._places.repeat_interleave(count)
+        before = count.cumsum(0) - count
+        there = kinds.places[torch.arange(len(here), device=lit.device).add_((kinds.first - before)[here])]
+        equal = self._names[:, there] == self._names[:, here]
+        return here, there, (equal * self._telling[:, here]).amax(0)
 
 
-def _kinds(words: Places, window: Places) -> tuple[Places, Light, Places, Places]:
-    """What is equal, and how rare: of each word the number of its kind and the rarity; places in windows, by kind; the
-    words of the kinds.
+@dataclass(frozen=True)
+class _Kinds:
+    """Which words are equal, where they stand in windows, and how rare they are; of each word, ``[n]``.
 
-    Parameters
+    Attributes
     ----------
-    words : ndarray of int, [n]
-    window : ndarray of int, [n]
-        In which window each is counted; -1 in none.
+    number : Tensor
+        Of its kind, from 0.
+    rarity : Tensor
+    places : Tensor
+        Of all words by kind, those in windows in order and behind those that are in none.
+    first, count : Tensor
+        Where in `places` those of its kind begin that are in windows, and their number.
+    nth : Tensor
+        Which of these it is, where it is one.
+    links : Tensor
+        Whether these are several, and not too many.
     """
-    bits = len(words).bit_length()
-    ordered = np.sort(words << bits | np.arange(len(words)))  # all different: equal words stay in order
-    place, word = ordered & (1 << bits) - 1, ordered >> bits
-    begins = _begins(word)
-    number = np.cumsum(begins) - 1
-    counted = window[place] >= 0
-    kind, at = number[counted], place[counted]
-    first = _begins(kind) | _begins(window[at])
-    within = np.bincount(kind[first], minlength=number[-1] + 1)
-    windows = max(1, window.max() + 1)
-    rarity = np.log(windows / np.maximum(within - 1, 1)) / np.log(max(2, windows))  # in how many others, here besides
-    kinds = np.empty_like(number)
-    kinds[place] = number
-    return kinds, np.where(within > 0, rarity, 0.0)[kinds], at, word[begins]
+
+    number: Tensor
+    rarity: Tensor
+    places: Tensor
+    first: Tensor
+    count: Tensor
+    nth: Tensor
+    links: Tensor
+
+    @staticmethod
+    def of(words: Tensor, window: Tensor, windows: int) -> _Kinds:
+        """Of words, the window that each is counted in, -1 for none, and the number of windows."""
+        n = len(words)
+        bits, order = n.bit_length(), torch.arange(n, device=words.device)
+        ordered = ((words * 2 + (window >= 0) << bits) + order).sort().values  # all different, so in order of places
+        places, word = ordered & (1 << bits) - 1, ordered >> bits
+        counted, kind = word & 1, word >> 1
+        number = _begins(kind).cumsum(0) - 1
+        begins = counted * (_begins(kind) | _begins(window[places]))  # in a window: those in none come before
+        tally = torch.zeros((3, n), dtype=torch.int64, device=words.device)
+        tally.index_add_(1, number, torch.stack([torch.ones_like(counted), counted, begins]))
+        whole, count, within = tally
+        rarity = (windows / (within - 1).clamp_(min=1)).log_().div_(math.log(max(2, windows))) * (within > 0)
+        kinds, nth = torch.empty((2, n), dtype=torch.int64, device=words.device).scatter_(
+            1, places.expand(2, n), torch.stack([number, order])
+        )
+        first, count = (whole.cumsum(0) - count)[kinds], count[kinds]
+        return _Kinds(kinds, rarity.double()[kinds], places, first, count, nth - first, (count > 1) & (count <= COMMON))
 
 
-def _begins(values: Places) -> NDArray[np.bool_]:
+def _begins(values: Tensor) -> Tensor:
     """Whether each differs from the one before."""
-    begins = np.ones(len(values), np.bool_)
-    np.not_equal(values[1:], values[:-1], out=begins[1:])
-    return begins
-
-
-def _among(kinds: Places, wanted: Places) -> NDArray[np.bool_]:
-    """Which of these numbers, all below their count and one, are among the wanted."""
-    found = np.zeros(len(kinds) + 2, np.bool_)
-    found[wanted] = True
-    return found[kinds]
+    return pad(values[1:] != values[:-1], (1, 0), value=True)
