@@ -139,10 +139,17 @@ def asking(prompts: Prompts, rounds: int) -> dict[str, dict[str, float]]:
             load = ChunkLoad(namespace, described, cache, turning, tally, stream)
             if not clocks.take("lease", partial(load.begin, client, time.monotonic() + 5.0)):
                 raise SystemExit("chunks were not had")
-            clocks.take("copies", lambda: [load.wait(layer) for layer in range(LAYERS)])  # noqa: B023
+            clocks.take("copies", partial(bring, load))
             if not clocks.take("finish", load.finish):
                 raise SystemExit("chunks were not had")
     return clocks.medians()
+
+
+def bring(load: Any) -> None:
+    """Ask for all layers, as a pass over them does."""
+    for layer in range(LAYERS):
+        load.wait(layer)
+        load.ahead()
 
 
 def store(client: Any, namespace: Any, prompts: Prompts) -> None:

@@ -131,7 +131,7 @@ class _Wish(NamedTuple):
 
 
 class ChunkLoad:
-    """Chunks on their way into a prompt's cache: `begin`, `ahead`, `wait` for layers, `finish`.
+    """Chunks on their way into a prompt's cache: `begin`, `wait` for layers and look `ahead` behind each, `finish`.
 
     Parameters
     ----------
@@ -175,6 +175,8 @@ class ChunkLoad:
         self._came: list[tuple[Moment, Moment]] = []
         """When the copying of each group began and ended."""
         self._waits: list[tuple[Moment, Moment]] = []
+        self._reached = 0
+        """Groups that were waited for."""
         self._lease: Any = None
         self._held: list[torch.Tensor] = []  # what copies read that is not leased
         self.seconds = 0.0
@@ -223,21 +225,21 @@ class ChunkLoad:
         return True
 
     def ahead(self) -> None:
-        """Have the first layers on their way: while they come, the host does what needs none of them."""
-        self._bring(1 + GROUPS_AHEAD)
+        """Have the layers behind the last one waited for on their way: for when the device has got work to do."""
+        self._bring(self._reached + GROUPS_AHEAD)
 
     def wait(self, layer: int) -> None:
         """Let what is given to the device from here on wait for a layer."""
         group = next((number for number, one in enumerate(self._groups) if one.start == layer), None)
         if group is None:
             return
-        self._bring(group + 1)
+        self._reached = group + 1
+        self._bring(self._reached)
         came = self._came[group][1].event if self._came else None
         if came is not None:
             before = Moment(self._device)
             torch.cuda.current_stream(self._device).wait_event(came)
             self._waits.append((before, Moment(self._device)))
-        self._bring(group + 1 + GROUPS_AHEAD)
 
     def _bring(self, groups: int) -> None:
         """Have so many groups on their way, of those that there are."""

@@ -16,9 +16,10 @@ from kvstore_gpu import (
     segments,
     select,
     slerp,
+    spreading,
 )
 
 __all__ = [
     "carry", "centroid", "colsum", "deviation", "fp8", "hadamard", "kv4", "lowrank", "paged", "place", "rope",
-    "rows", "segments", "select", "slerp",
+    "rows", "segments", "select", "slerp", "spreading",
 ]  # fmt: skip

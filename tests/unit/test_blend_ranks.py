@@ -64,7 +64,7 @@ class Shard:
     def __init__(self, model: Llama, rank: int, meeting: Meeting) -> None:
         self._model, self._rank, self._meeting = model, rank, meeting
         self.layers, self.scale, self.rotary = model.layers, model.scale, model.rotary
-        self.embed, self.rope, self.logits = model.embed, model.rope, model.logits
+        self.ready, self.embed, self.rope, self.logits = model.ready, model.embed, model.rope, model.logits
 
     def qkv(self, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self._model.qkv(layer, hidden)

@@ -21,7 +21,7 @@ from kvstore_connectors.blend.selectors import relay
 from kvstore_connectors.blend.selectors.focused import Focused, focused
 from kvstore_connectors.blend.selectors.planner import SELECTORS
 from kvstore_connectors.blend.selectors.question import read_question
-from kvstore_connectors.blend.selectors.relay import Relay, by_words, false_sinks
+from kvstore_connectors.blend.selectors.relay import Relay, by_words, false_sinks, looked_beyond
 from kvstore_connectors.blend.selectors.unseen import unseen
 
 
@@ -49,7 +49,7 @@ def test_text_goes_on_where_the_last_chunk_is_looked_at() -> None:
     for span in prompt.spans:
         looked = torch.full((len(prompt.ids),), 1e-3)
         looked[span.start + 3] = 1
-        assert by_words(prompt, looked) == (span is not prompt.spans[-1])
+        assert by_words(float(looked_beyond(prompt, looked))) == (span is not prompt.spans[-1])
 
 
 @pytest.mark.parametrize("lengths", [(4, 4), (6, 6, 6), (6, 6, 6, 6, 6, 6), (20, 5), (5, 20)])
@@ -64,13 +64,19 @@ def test_what_is_looked_at_counts_by_how_long_it_is(lengths: tuple[int, ...]) ->
         each = (1 - part) * (1 - share) / before, (part + share * (1 - part)) / last
         return torch.cat([torch.full((before,), each[0]), torch.full((last,), each[1]), torch.ones(3)])
 
-    assert [by_words(prompt, beyond(share)) for share in (0.0, 0.3, 0.36, 0.42, 1.0)] == [1, 1, 0.5, 0, 0]
-    assert by_words(prompt, torch.zeros(len(ids))) == 0
+    assert [by_words(float(looked_beyond(prompt, beyond(share)))) for share in (0.0, 0.3, 0.36, 0.42, 1.0)] == [
+        1,
+        1,
+        0.5,
+        0,
+        0,
+    ]
+    assert by_words(float(looked_beyond(prompt, torch.zeros(len(ids))))) == 0
 
 
 def test_a_single_chunk_is_all_that_can_be_looked_at() -> None:
-    ids = torch.arange(12)
-    assert by_words(Prompt(ids, (Span(2, 9, Capture.ISOLATED),)), torch.rand(12)) == 0
+    prompt = Prompt(torch.arange(12), (Span(2, 9, Capture.ISOLATED),))
+    assert by_words(float(looked_beyond(prompt, torch.rand(12)))) == 0
 
 
 def followed(prompt: Prompt, count: int) -> Tensor:
@@ -106,9 +112,9 @@ def test_relay_goes_by_words_where_something_is_asked(said: tuple[float, ...], g
     assert (chosen.tolist() == followed(prompt, count).tolist()) is (said[-1] == 1)
     missing, half, most = len(prompt.missing), model.layers // 2, model.layers * 3 // 4
     repairing = [(missing + count, layer) for layer in range(model.layers)]
-    reading = [(missing, layer) for layer in range(half if work.asked else most)]
+    reading = [(missing, layer) for layer in range(half + 1 if work.asked else max(most, half + 1))]
     if guess:
-        reading[:half] = repairing[:half]
+        reading[: half + 1] = repairing[: half + 1]
     assert passes == (repairing if guess and work.asked else reading + repairing)
 
 
@@ -117,7 +123,7 @@ def test_relay_reads_alone_where_words_do_not_take_the_whole_budget(monkeypatch:
     nowhere = torch.full((len(SYSTEM) + sum(map(len, CHUNKS)) + len(QUESTION),), -torch.inf)
     monkeypatch.setattr(relay.Trail, "scores", lambda *_: (yield from ()) or nowhere)
     prompt, cache = assemble(model, model.rotary, SYSTEM, captured(model, "system"), QUESTION)
-    work, read = Work(model, prompt, cache, asked=True), model.layers * 3 // 4
+    work, read = Work(model, prompt, cache, asked=True), max(model.layers * 3 // 4, model.layers // 2 + 1)
     steps = work.repair(SELECTORS["relay"], 0.3)
     for _ in range(read):
         next(steps)

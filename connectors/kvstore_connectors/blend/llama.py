@@ -49,6 +49,10 @@ class Llama:
     def embed(self, ids: Tensor) -> Tensor:
         return self._embedding[ids]
 
+    def ready(self, rows: Tensor) -> None:
+        """See `Model.ready`."""
+        self._turned = rows, self.rotary.table(rows)
+
     def qkv(self, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x = self._norm(hidden, f"model.layers.{layer}.input_layernorm")
         q, k, v = (self._linear(x, f"model.layers.{layer}.self_attn.{name}_proj") for name in "qkv")
@@ -59,7 +63,7 @@ class Llama:
         if layer in self.rotary.skipped_layers:
             return rows
         if positions is not self._turned[0]:  # the same rows pass one layer after the other
-            self._turned = positions, self.rotary.table(positions)
+            self.ready(positions)
         turned = self.rotary.turn(rows, self._turned[1])
         return (turned if self._magnitude == 1 else turned * self._magnitude).to(rows.dtype)
 

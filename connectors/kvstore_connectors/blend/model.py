@@ -37,6 +37,10 @@ class Model(Protocol):
         """Hidden states that enter layer 0."""
         ...
 
+    def ready(self, rows: torch.Tensor) -> None:
+        """Positions that pass the layers next: what they alone decide is made before anything has to be waited for."""
+        ...
+
     def qkv(self, layer: int, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values of these rows, normed if the model does so, not rotated yet."""
         ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
@@ -147,6 +147,22 @@ Cache = Sequence[LayerKV]
 def brought(made: Tensor, device: torch.device) -> Tensor:
     """A small tensor made in host memory, on a device: from pinned memory, since any other waits for the device."""
     return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
+
+
+def fetched(value: Tensor) -> Callable[[], float]:
+    """A number, on its way to the host: the call waits for it, and for nothing that was asked for meanwhile."""
+    if value.device.type != "cuda":
+        return lambda: float(value)
+    here = torch.empty((), dtype=value.dtype, pin_memory=True)
+    here.copy_(value, non_blocking=True)
+    came = torch.cuda.Event()
+    came.record(torch.cuda.current_stream(value.device))
+
+    def wait() -> float:
+        came.synchronize()
+        return float(here)
+
+    return wait
 
 
 def top(scores: Tensor, count: int) -> Tensor:

@@ -75,6 +75,7 @@ class Pass:
     def __post_init__(self) -> None:
         if self.carried is not None and (self.narrow is not None or self.tries):
             raise InternalError("rows that may change tell nothing of others.")
+        self.model.ready(self.rows)
         self.hidden = self.model.embed(self.ids[self.rows])
         self._former: list[LayerKV] = []
 
@@ -85,8 +86,6 @@ class Pass:
         ends the pass, with the layers from there on untouched.
         """
         for layer in range(self.model.layers):
-            if self.wait_layer is not None:
-                self.wait_layer(layer)
             self._layer(layer)
             yield layer
 
@@ -113,6 +112,8 @@ class Pass:
         held = self.cache[layer]
         queries, keys, values = self.model.qkv(layer, self.hidden)
         keys = self.model.rope(layer, keys, self.rows)
+        if self.wait_layer is not None:  # so far nothing cached was needed
+            self.wait_layer(layer)
         kept = None
         if self.narrow is not None:
             cached = LayerKV(held.keys[self.rows], held.values[self.rows])

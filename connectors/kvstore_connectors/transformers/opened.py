@@ -63,6 +63,10 @@ class OpenedModel:
         """See `Model.embed`."""
         return self._decoder.embed_tokens(ids)
 
+    def ready(self, rows: Tensor) -> None:
+        """See `Model.ready`."""
+        self._turned = rows, self.rotary.table(rows)
+
     def qkv(self, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `Model.qkv`."""
         module = self._layers[layer]
@@ -78,7 +82,7 @@ class OpenedModel:
         if layer in self.rotary.skipped_layers:
             return rows
         if positions is not self._turned[0]:  # the same rows pass one layer after the other
-            self._turned = positions, self.rotary.table(positions)
+            self.ready(positions)
         turned = self.rotary.turn(rows, self._turned[1])
         return (turned if self._magnitude == 1 else turned * self._magnitude).to(rows.dtype)
 

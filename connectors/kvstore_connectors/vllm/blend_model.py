@@ -99,6 +99,11 @@ class EngineModel:
         """See `Model.embed`."""
         return self._inner.embed_tokens(ids)
 
+    def ready(self, rows: Tensor) -> None:
+        """See `Model.ready`; waits for the device, which has nothing of the pass to compute yet."""
+        if self._varlen is not None and len(rows):
+            self._planned(rows)
+
     def qkv(self, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `Model.qkv`."""
         module = self._layers[layer]
@@ -123,9 +128,14 @@ class EngineModel:
             return self._paged(queries, keys, values, positions, self.scale)
         if self._varlen is None or len(keys) % PAGE or keys.dtype != queries.dtype or not len(positions):
             return attend(queries, keys, values, positions, self.scale)
-        if self._plan is None or self._plan[0] is not positions:  # the same rows pass one layer after the other
+        plan = self._planned(positions)
+        return attend_by_runs(self._varlen, queries, keys, values, plan, self.scale, self._merge)
+
+    def _planned(self, positions: Tensor) -> Plan:
+        """How positions fall into sequences; the same rows pass one layer after the other."""
+        if self._plan is None or self._plan[0] is not positions:
             self._plan = positions, Plan.of(positions)
-        return attend_by_runs(self._varlen, queries, keys, values, self._plan[1], self.scale, self._merge)
+        return self._plan[1]
 
     def looked_at(self, queries: Tensor, keys: Tensor, tokens: int) -> Tensor:
         """See `Model.looked_at`; on a device by kernels, where these can be had."""

@@ -219,7 +219,6 @@ class Blender:
     def _repair(self, model: EngineModel, job: BlendJob, gathered: _Gathered) -> _Repaired:
         """Compute the tokens that need it, each layer when it has come."""
         prompt, cache, load = gathered
-        load.ahead()
         share = self._share(model, job, prompt, cache)
         begun = Moment(self._rows.device)
 
@@ -231,7 +230,7 @@ class Blender:
 
         work = Work(model, prompt, cache, wait, kv_only=True, asked=self._asked)
         for _ in work.repair(selector_for(job.selector, prompt), share):
-            pass
+            load.ahead()
         self._asked = work.asked
         return _Repaired(work, begun, Moment(self._rows.device))
 

@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(WARPS * 32) column_sums(
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const int key = first + n * 8 + lane % 4 * 2 + i % 2;
-                if (key <= limit[i / 2]) sums[n][i % 2] += expf(s[n][i] * scale - shift[i / 2]);
+                if (key <= limit[i / 2]) sums[n][i % 2] += __expf(s[n][i] * scale - shift[i / 2]);
             }
     }
 #pragma unroll

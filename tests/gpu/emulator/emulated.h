@@ -125,6 +125,8 @@ inline u32 __byte_perm(u32 a, u32 b, u32 selector) {
 }
 template <typename T>
 T atomicAdd(T* at, int more) { T old = *at; *at += more; return old; }
+inline int atomicMax(int* at, int other) { int old = *at; if (other > old) *at = other; return old; }
+inline int __float_as_int(float x) { return emulated::of_bits<int>(emulated::bits_of(x)); }
 template <typename T>
 T min(T a, T b) { return a < b ? a : b; }
 template <typename T>

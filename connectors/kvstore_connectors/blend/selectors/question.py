@@ -90,8 +90,15 @@ class Reading:
         self._measure, self._how = _MEASURES[by]
         self._tokens, self._asked = len(work.prompt.ids), len(work.prompt.question)
         self._seen = torch.zeros((work.model.layers, self._tokens), device=work.prompt.ids.device)
+        self._reads = True
+
+    def stop(self) -> None:
+        """Note nothing of the layers that are still to come."""
+        self._reads = False
 
     def __call__(self, layer: int, rows: Tensor, queries: Tensor, keys: Tensor) -> None:
+        if not self._reads:
+            return
         # The question is the end of the prompt, nothing of it is cached, and so it is the end of the rows.
         self._seen[layer] = self._measure(self._model, queries[-self._asked :], self._cache[layer], self._tokens)
 

@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import avg_pool1d
 
-from kvstore_connectors.blend.prompt import Capture, brought, top
+from kvstore_connectors.blend.prompt import Capture, brought, fetched, top
 from kvstore_connectors.blend.selectors.question import Reading
 from kvstore_connectors.blend.selectors.trail import Trail
 from kvstore_connectors.blend.selectors.unseen import unseen
@@ -90,17 +90,20 @@ class Relay:
         rows = work.with_missing(torch.cat([sinks, words])) if tries else alone
         steps = work.steps(rows, watch=reading, tries=tries)
         yield from islice(steps, half)
-        work.asked = full and by_words(prompt, reading.scores(range(half // 2, half))) == 1
+        beyond = fetched(looked_beyond(prompt, reading.scores(range(half // 2, half))))
+        yield from islice(steps, 1)  # that a device has something to do until the host knows
+        work.asked = full and by_words(beyond()) == 1
         if tries and work.asked:
             work.accept()
+            reading.stop()
             yield from steps
             return
         if tries:
             work.take_back(alone)
         if not work.asked:
-            yield from islice(steps, most - half)
+            yield from islice(steps, max(0, most - half - 1))
             looked = reading.scores()
-            part = by_words(prompt, looked)
+            part = by_words(float(looked_beyond(prompt, looked)))
             words = top(light.masked_fill(~left, -torch.inf), int(part * count))
             left[words] = False
             needed = self._needed(prompt, light, looked, part == 1)
@@ -115,15 +118,20 @@ class Relay:
         return needed
 
 
-def by_words(prompt: Prompt, looked: Tensor) -> float:
-    """Part of the budget that goes by words: all where the question asks, nothing where it is text that goes on.
-
-    Told by how much more it looks at the last chunk than at others of its length: 0 for no more, 1 for at nothing else.
-    """
+def looked_beyond(prompt: Prompt, looked: Tensor) -> Tensor:
+    """How much more the question looks at the last chunk than at others of its length: 0 for no more, 1 for at nothing
+    else; not a number where nothing is looked at."""
     last, first = prompt.spans[-1], prompt.spans[0].start
     part = (last.stop - last.start) / sum(span.stop - span.start for span in prompt.spans)
-    share = float(looked[last.start : last.stop].sum() / looked[first : last.stop].sum())
-    beyond = (share - part) / (1 - part) if part < 1 else 1.0
+    share = looked[last.start : last.stop].sum() / looked[first : last.stop].sum()
+    return (share - part) / (1 - part) if part < 1 else torch.ones_like(share)
+
+
+def by_words(beyond: float) -> float:
+    """Part of the budget that goes by words: all where the question asks, nothing where it is text that goes on.
+
+    Told by `looked_beyond`.
+    """
     if beyond <= ASKED:
         return 1.0
     return 0.5 if beyond < GOES_ON else 0.0  # where nothing is looked at at all, too
