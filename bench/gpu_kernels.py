@@ -41,9 +41,11 @@ from kvstore_gpu import (
     rows,
     select,
     slerp,
+    spreading,
 )
 from kvstore_gpu.cache import PagedCache
 from kvstore_gpu.jobs import HostPart, Launch, Part
+from kvstore_gpu.spreading.reference import needed as spreading_in_torch
 from kvstore_gpu.staging import Staging
 
 LAYERS, HEADS, DIM, BLOCK = 32, 8, 128, 256
@@ -324,6 +326,7 @@ def on_tokens(memory: tuple[str, float]) -> None:
     )
     placed(memory)
     carried(memory)
+    words_followed(memory)
     for count in (4096, 32768, 131072):
         scores = torch.randn(count, device="cuda")
         ours = lambda s=scores, c=count // 7: select.top(s, c)  # noqa: E731
@@ -359,6 +362,18 @@ def carried(memory: tuple[str, float]) -> None:
     moved = float(rows * (2 * (tokens - told) + 4 * told) + tokens * DIM * 4)
     ours = lambda: carry.carry(fresh[:, :HEADS], fresh[:, HEADS:], keys, values, plan)  # noqa: E731
     report("carry", f"{tokens} tokens, {told} recomputed", moved, memory, {"ours": ours})
+
+
+def words_followed(memory: tuple[str, float]) -> None:
+    """Where words lead in a prompt of chunks of 512; 200 bytes a token, and bound by launches."""
+    for tokens in (16384, 32768):
+        drawn = torch.rand(tokens, device="cuda").pow(4).mul(50_000).long() + 1000  # some words common, most rare
+        owner = torch.arange(tokens, device="cuda") // 512
+        owner[-64:] = -1
+        edges = [(start, min(start + 512, tokens - 64)) for start in range(0, tokens, 512)]
+        ours = lambda i=drawn, o=owner, e=edges: spreading.needed(i, o, e)  # noqa: E731
+        torchs = lambda i=drawn, o=owner, e=edges: spreading_in_torch(i, o, e, spreading.PLAIN)  # noqa: E731
+        report("spreading", f"{tokens} tokens", 200.0 * tokens, memory, {"ours": ours, "torch": torchs}, 5)
 
 
 def on_matrices() -> None:
