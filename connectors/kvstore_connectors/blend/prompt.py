@@ -8,6 +8,7 @@ from enum import Enum
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from kvstore.errors import ConfigError
@@ -90,10 +91,7 @@ class Prompt:
     @cached_property
     def host_chunk_of(self) -> Tensor:
         """`chunk_of` in host memory: masks are made there, where they cost no launch and no wait for each span."""
-        owner = torch.full((len(self.ids),), -1, dtype=torch.long)
-        for index, span in enumerate(self.spans):
-            owner[span.start : span.stop] = index
-        return owner
+        return self._painted(np.arange(len(self.spans)), -1)
 
     @cached_property
     def chunk_of(self) -> Tensor:
@@ -103,10 +101,14 @@ class Prompt:
     @cached_property
     def host_repairable(self) -> Tensor:
         """`repairable` in host memory."""
-        mask = torch.zeros(len(self.ids), dtype=torch.bool)
-        for span in self.spans:
-            mask[span.start : span.stop] = span.capture is not Capture.EXACT
-        return mask
+        return self._painted(np.array([span.capture is not Capture.EXACT for span in self.spans], np.bool_), False)
+
+    def _painted(self, spans: np.ndarray, outside: int) -> Tensor:
+        """A value for each position ``[n]``: its span's, or that of no span."""
+        edges = [0, *(edge for span in self.spans for edge in (span.start, span.stop)), len(self.ids)]
+        values = np.full(len(edges) - 1, outside, spans.dtype)
+        values[1::2] = spans
+        return torch.from_numpy(values.repeat(np.diff(edges)))
 
     @cached_property
     def repairable(self) -> Tensor:

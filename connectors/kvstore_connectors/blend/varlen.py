@@ -9,6 +9,7 @@ the log-sum-exp of what they saw, and by it the two are weighed (FlashAttention'
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -162,11 +163,11 @@ class Ending:
 
 def _blocks(at: np.ndarray) -> np.ndarray:
     """First query of each block."""
-    first, out = 0, []
-    while first < len(at):
+    first, out, places = 0, [], at.tolist()
+    while first < len(places):
         out.append(first)
-        reach = at[first] // PAGE * PAGE + BLOCK_KEYS
-        first = min(first + BLOCK_QUERIES, int(np.searchsorted(at, reach)))
+        reach = places[first] // PAGE * PAGE + BLOCK_KEYS
+        first = bisect_left(places, reach, first, min(first + BLOCK_QUERIES, len(places)))
     return np.array(out)
 
 
