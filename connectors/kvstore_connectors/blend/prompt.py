@@ -147,7 +147,7 @@ Cache = Sequence[LayerKV]
 
 
 SMALL = 64 << 10
-"""Bytes that CUDA takes along at once when it is asked to copy them. Of more, unpinned, it reads when it is their turn."""
+"""Bytes that CUDA takes along at once when it is asked to copy them. Of more, unpinned, it reads when their turn is."""
 
 
 def brought(made: Tensor, device: torch.device) -> Tensor:
