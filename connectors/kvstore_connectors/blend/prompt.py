@@ -146,15 +146,9 @@ Cache = Sequence[LayerKV]
 """All layers of a prompt; rows of repaired tokens are written in place."""
 
 
-SMALL = 64 << 10
-"""Bytes that CUDA takes along at once when it is asked to copy them. Of more, unpinned, it reads when their turn is."""
-
-
 def brought(made: Tensor, device: torch.device) -> Tensor:
-    """A small tensor made in host memory, on a device; what was queued there before is not waited for."""
-    if device.type == "cuda" and made.nbytes > SMALL:
-        made = made.pin_memory()  # which takes a tenth of a millisecond
-    return made.to(device, non_blocking=True)
+    """A small tensor made in host memory, on a device: from pinned memory, since any other waits for the device."""
+    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
 
 
 def fetched(value: Tensor) -> Callable[[], float]:
