@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--few", type=int, default=8, help="contexts for single tensors and evictions (default 8)")
     parser.add_argument("--calibration", type=int, default=6, help="contexts of each kind to fit on (default 6)")
     parser.add_argument("--longest", type=int, default=4000, help="tokens of the longest context (default 4000)")
-    parser.add_argument("--seed", type=int, default=5, help="of the contexts that are judged (default 5)")
+    parser.add_argument("--seed", type=int, nargs="+", default=[5], help="of the contexts that are judged (default 5)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing after so long")
     parser.add_argument("--plot", type=Path, help="draw size against loss into this SVG file")
@@ -185,8 +185,10 @@ def main() -> None:
     basis = bases[chosen["form"]]
     chains = chains_of(basis, probe.shape.layers)
     context = Context(rotary=probe.rotary, bases={basis.digest: basis})
-    by_kind = cut(halves[1], args.per_kind, (1000, args.longest), 64, seed=args.seed)
-    samples = [by_kind[kind + i] for i in range(args.per_kind) for kind in range(0, len(by_kind), args.per_kind)]
+    samples: list[Sample] = []
+    for seed in args.seed:
+        by_kind = cut(halves[1], args.per_kind, (1000, args.longest), 64, seed=seed)
+        samples += [by_kind[kind + i] for i in range(args.per_kind) for kind in range(0, len(by_kind), args.per_kind)]
     one = partial(costs, probe, chains=chains, context=context, threads=args.threads, weighed=True)
     complete = state.every({f"chains-{n:03}": partial(one, sample) for n, sample in enumerate(samples)})
     found = joined(state.all("chains"))
