@@ -1,9 +1,8 @@
 """What a blended prompt costs the host before and while the device computes, without a device.
 
-Prompts are as those of ``gpu_blend.py``: chunks of 512 tokens of text behind a system prompt, then a question. Three
+Prompts are as those of ``gpu_blend.py``: chunks of 512 tokens of text behind a system prompt, then a question. Two
 parts, in milliseconds by the clock and of processor time, medians of rounds:
 
-- words: following them from the question through the chunks (`trail`), to the rows that are computed;
 - ask: a real daemon, with a block of 256 tokens for each half of a chunk, is asked which spans are chunks, and for
   their memory; its own processor time stands beside it;
 - copies: what asking a device for the copies takes, all layers together, calls of CUDA replaced by ones that do
@@ -21,7 +20,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,7 +28,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "engines"))
 
 from common import ROOT, arguments, cpu_seconds, finish, pid_of, running_daemon
-from gpu_blend import CHUNK, QUESTION, SHARE, SYSTEM, words
+from gpu_blend import CHUNK, QUESTION, SYSTEM, words
 from gpu_host import Moment, no_device
 from gpu_vllm import prompt as random_tokens
 
@@ -82,29 +80,6 @@ class Clocks:
             name: {kind: round(median(one[at] for one in seen), 3) for at, kind in enumerate(kinds)}
             for name, seen in self._seen.items()
         }
-
-
-def following(prompts: Prompts, rounds: int) -> dict[str, dict[str, float]]:
-    """Words, to the rows."""
-    from kvstore_connectors.blend.prompt import Capture, Prompt, Span
-    from kvstore_connectors.blend.selectors.trail import Trail
-
-    clocks = Clocks()
-    spans = tuple(Span(start, stop, Capture.SYSTEM) for start, stop in prompts.spans)
-    for number in range(rounds + 1):
-        ids = torch.from_numpy(prompts.ids(number).astype(np.int64))
-        clocks.take("words" if number else "first", partial(_choose, Trail(), Prompt(ids, spans)))
-    return {"words": clocks.medians()["words"]}
-
-
-def _choose(words: Any, prompt: Any) -> Any:
-    """The rows that are computed."""
-    work: Any = SimpleNamespace(prompt=prompt, notes={})
-    try:
-        next(words.choose(work, int(SHARE * prompt.reused)))
-    except StopIteration as end:
-        return end.value
-    raise RuntimeError("words are followed without a pass over the model")
 
 
 def asking(prompts: Prompts, rounds: int) -> dict[str, dict[str, float]]:
@@ -168,10 +143,8 @@ def main() -> None:
     args = arguments(__doc__).parse_args()
     torch.set_num_threads(1)
     made = [Prompts(chunks) for chunks in LENGTHS]
-    results = {str(len(prompts.ids(0))): following(prompts, 4 * args.rounds) for prompts in made}
     no_device()
-    for prompts, steps in zip(made, results.values(), strict=True):
-        steps |= asking(prompts, 4 * args.rounds)
+    results = {str(len(prompts.ids(0))): asking(prompts, 4 * args.rounds) for prompts in made}
     rows = [
         (tokens, name, *(f"{clocks[kind]:.2f}" if kind in clocks else "" for kind in KINDS))
         for tokens, steps in results.items()

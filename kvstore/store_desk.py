@@ -97,8 +97,8 @@ class StoreDesk:
         self, reservation: Reservation, scope: Scope, todo: _Offers, reply: m.ReserveReply, wait: bool
     ) -> None:
         """Answer offers in order, and take them out of `todo`. With `wait`, stop at one that may get room later."""
+        # Bytes of a block and of its header for which there was no room; nor is there for one that is no smaller.
         full: tuple[int, int] | None = None
-        """Bytes of a block and of its header for which there was no room; nor is there for one that is no smaller."""
         while todo:
             index, offer, header = todo[0]
             block = BlockId(scope, offer.key)

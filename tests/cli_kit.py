@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -33,9 +30,3 @@ def said(capsys: CAPTURED, *tokens: str) -> tuple[int, str, str]:
     code = run(tokens)
     printed = capsys.readouterr()
     return code, printed.out, printed.err
-
-
-def shell(*tokens: str, **more: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "kvstore", *tokens], capture_output=True, text=True, timeout=60, check=False, **more
-    )

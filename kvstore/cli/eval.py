@@ -69,7 +69,7 @@ def evaluate(
         for flag, value in (("--selectors", selectors), ("--captures", captures), ("--shares", shares)):
             if value:
                 raise ConfigError(f"eval --codecs: {flag} is of blending.", "Leave out --codecs, or that.")
-        _codecs(model, texts, prompts, seed, device, max_kl or KL_LIMIT, plot, json)
+        _codecs(model, texts, prompts, seed, device, KL_LIMIT if max_kl is None else max_kl, plot, json)
         return
     try:
         from kvstore_connectors.blend.evaluate import CAPTURES, DEFAULT, SHARES, least_shares

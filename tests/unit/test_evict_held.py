@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 
@@ -119,6 +120,19 @@ def stored(host: HostTier, number: int) -> HostBlock | None:
     return block
 
 
+def looks(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[object]:
+    """What a method is asked about from now on."""
+    asked: list[object] = []
+    method = getattr(owner, name)
+
+    def look(block: object, now: float) -> bool:
+        asked.append(block)
+        return method(block, now)
+
+    monkeypatch.setattr(owner, name, look)
+    return asked
+
+
 def test_room_is_found_without_looking_at_all_that_is_dirty_or_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     host = HostTier(4 << 20, make_policy("lhd"), 256 << 10, 0, pin_share=1.0)
     number = 0
@@ -130,18 +144,10 @@ def test_room_is_found_without_looking_at_all_that_is_dirty_or_pinned(monkeypatc
         elif number % 4:
             host.soil(block)
         number += 1
-    looked = 0
-    evictable = host.evictable
-
-    def look(block: HostBlock, now: float) -> bool:
-        nonlocal looked
-        looked += 1
-        return evictable(block, now)
-
-    monkeypatch.setattr(host, "evictable", look)
+    looked = looks(monkeypatch, host, "evictable")
     for extra in range(number // 5):
         assert stored(host, number + extra) is not None
-    assert looked == number // 5
+    assert len(looked) == number // 5
     host.check()
     host.arena.close()
 
@@ -158,16 +164,8 @@ def test_a_disk_finds_room_without_looking_at_all_that_is_pinned(monkeypatch: py
         pinned += index.pin(block, time.monotonic() + (60 if number % 2 else 0.01))
     assert pinned == 200
     time.sleep(0.02)
-    looked = 0
-    may_leave = index._may_leave
-
-    def look(block: BlockId, now: float) -> bool:
-        nonlocal looked
-        looked += 1
-        return may_leave(block, now)
-
-    monkeypatch.setattr(index, "_may_leave", look)
+    looked = looks(monkeypatch, index, "_may_leave")
     gone = index.evict(20 * shape_of(block_id(0), BlockHeader(), 100_000).cost)
     assert gone is not None
-    assert len(gone.blocks) == 20 == looked
+    assert len(gone.blocks) == 20 == len(looked)
     assert all(not block.key[-1] % 2 for block, _ in gone.blocks), "pins that have ended keep nothing"

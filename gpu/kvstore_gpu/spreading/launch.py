@@ -61,7 +61,7 @@ def needed(
     Parameters
     ----------
     ids : Tensor, int64, [token]
-        None is negative, or 2^31 and more.
+        None is negative, or 2^31 and more. This and `owner` are trusted: on a device nobody looks.
     owner : Tensor, int64, [token]
         Which span each token is in; -1 in none.
     spans : sequence of (int, int)
