@@ -2,6 +2,6 @@
 
 from kvstore.chunks.index import ChunkIndex, Match
 from kvstore.chunks.table import Content, ContentTable
-from kvstore.chunks.variants import Variant, fix_overhead
+from kvstore.chunks.variants import Variant, fix_overhead, numbered
 
-__all__ = ["ChunkIndex", "Content", "ContentTable", "Match", "Variant", "fix_overhead"]
+__all__ = ["ChunkIndex", "Content", "ContentTable", "Match", "Variant", "fix_overhead", "numbered"]

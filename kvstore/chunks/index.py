@@ -15,7 +15,7 @@ import numpy as np
 
 from kvstore.chunks.rolling import Roller
 from kvstore.chunks.table import Content, ContentTable
-from kvstore.chunks.variants import Variant, nearness
+from kvstore.chunks.variants import Variant, nearness, numbered
 from kvstore.errors import InvalidParams
 from kvstore.keys import chunk_block_keys, content_key, context_hasher
 from kvstore.types import CHUNK_MARK, DIGEST_BYTES, MAX_LINEAGE, BlockHeader, BlockId, ChunkInfo, Scope
@@ -280,7 +280,8 @@ class _Search:
     def choose(self, start: int, content: Content) -> Match:
         """The best variant of a chunk here; places have to come in order."""
         context = self._context_at(start)
-        rated = [(v.overhead(self._before[-MAX_LINEAGE:], context), nearness(v), v) for v in self._variants(content)]
+        before = numbered(self._before[-MAX_LINEAGE:])
+        rated = [(v.overhead(before, context), nearness(v), v) for v in self._variants(content)]
         overhead, _, best = min(rated, key=lambda one: one[:2])
         self._before.append(content.key)
         self._index.touch(BlockId(self._scope, best.key), best, overhead)

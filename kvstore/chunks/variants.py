@@ -6,6 +6,8 @@ joined by new ones: the fix overhead (CFO) says which share of its tokens would 
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +24,9 @@ NOT_EXACT = 1e-6
 
 LEAST_CFO = 0.05
 """What a use counts at most is one over this."""
+
+Numbered = dict[bytes | tuple[bytes, int], int]
+"""Places of the chunks of a context (`numbered`)."""
 
 _NEAREST_FIRST = {"live": 0, "system": 1, "isolated": 2}
 
@@ -47,7 +52,7 @@ class Variant:
     nbytes: int
     score: float = 0.0
 
-    def overhead(self, before: Sequence[bytes], context: bytes) -> float:
+    def overhead(self, before: Numbered, context: bytes) -> float:
         """CFO in a prompt with these chunks before it, whose tokens before it have the digest `context`."""
         if context == self.info.context:
             return 0.0
@@ -58,7 +63,7 @@ class Variant:
         self.score += 1.0 / max(overhead, LEAST_CFO)
 
 
-def fix_overhead(info: ChunkInfo, before: Sequence[bytes], alpha: float = 1.0) -> float:
+def fix_overhead(info: ChunkInfo, before: Numbered, alpha: float = 1.0) -> float:
     """Share of a chunk's tokens to compute again behind the chunks `before` it, in 0..1.
 
     alpha * CCI * max(1 - beta', novelty share): beta' is the part of the old context's influence that is still there,
@@ -68,14 +73,12 @@ def fix_overhead(info: ChunkInfo, before: Sequence[bytes], alpha: float = 1.0) -
     cci = info.cci or MEAN_CCI
     if not info.lineage:
         return min(alpha * cci, 1.0)
-    old, new = _numbered(info.lineage), _numbered(before)
-    weights = dict(zip(old, info.inter or [1.0] * len(old), strict=True))
-    total = sum(weights.values())
-    present = set(new)
-    common = [one for one in old if one in present]
-    beta = sum(weights[one] for one in common) / total if total > 0 else 0.0
-    kept = beta * (1.0 - _disorder(common, new))
-    novel = len(present - set(old)) / len(new) if new else 0.0
+    old, inter = numbered(info.lineage), info.inter or [1.0] * len(info.lineage)
+    total = sum(inter)
+    common = [one for one in old if one in before]
+    beta = sum(inter[old[one]] for one in common) / total if total > 0 else 0.0
+    kept = beta * (1.0 - _disorder([before[one] for one in common]))
+    novel = (len(before) - len(common)) / len(before) if before else 0.0
     return min(max(alpha * cci * max(1.0 - kept, NOVELTY * novel), 0.0), 1.0)
 
 
@@ -84,21 +87,26 @@ def nearness(variant: Variant) -> int:
     return _NEAREST_FIRST[variant.info.capture]
 
 
-def _numbered(ids: Sequence[bytes]) -> list[tuple[bytes, int]]:
-    """Each id with how often it was there before."""
-    seen: dict[bytes, int] = {}
-    out = []
-    for one in ids:
-        seen[one] = seen.get(one, 0) + 1
-        out.append((one, seen[one]))
-    return out
+def numbered(ids: Sequence[bytes]) -> Numbered:
+    """The place of each chunk; one that was there before is another, named by its number, too."""
+    places: Numbered = {one: place for place, one in enumerate(ids)}
+    if len(places) == len(ids):
+        return places
+    places, seen = {}, Counter[bytes]()
+    for place, one in enumerate(ids):
+        seen[one] += 1
+        places[one if seen[one] == 1 else (one, seen[one])] = place
+    return places
 
 
-def _disorder(common: Sequence[tuple[bytes, int]], new: Sequence[tuple[bytes, int]]) -> float:
-    """Normalized Kendall tau distance of the common ids' order, old against new."""
-    if len(common) < 2:
+def _disorder(places: Sequence[int]) -> float:
+    """Normalized Kendall tau distance of different places from their order."""
+    if len(places) < 2:
         return 0.0
-    place = {one: index for index, one in enumerate(new)}
-    order = [place[one] for one in common]
-    pairs = len(order) * (len(order) - 1) // 2
-    return sum(a > b for i, a in enumerate(order) for b in order[i + 1 :]) / pairs
+    before: list[int] = []
+    swapped = 0
+    for place in places:
+        at = bisect_left(before, place)
+        swapped += len(before) - at
+        before.insert(at, place)
+    return swapped / (len(places) * (len(places) - 1) // 2)
