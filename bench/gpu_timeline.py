@@ -44,10 +44,12 @@ WATCHED = {
     "kvstore_connectors.vllm.transfers": "Transfers._begin Transfers._finish",
     "kvstore_connectors.vllm.device_pages": "DevicePages.start",
     "kvstore_connectors.vllm.blend_scheduler": "Blends.promise Blends.job",
-    "kvstore_connectors.vllm.blend_worker": "Blender._gather Blender._begin_load Blender._repair Blender._fill "
-    "Blender.settle _finished",
+    "kvstore_connectors.vllm.blend_worker": "Blender.blend Blender._gather Blender._begin_load Blender._load_exact "
+    "Blender._repair Blender._fill Blender.settle _finished",
+    "kvstore_connectors.chunk_loads": "describe ChunkLoad.begin ChunkLoad.ahead",
+    "kvstore_connectors.blend.varlen": "Plan.of",
     "kvstore_connectors.blend.selectors.question": "Reading.scores",
-    "kvstore_connectors.blend.selectors.trail": "Trail._needed",
+    "kvstore_gpu.spreading": "needed",
     "kvstore_connectors.blend.recompute": "Pass._layer",
 }
 """By module: classes' methods, or functions."""
