@@ -56,7 +56,7 @@ def test_the_same_as_under_a_mask(at, behind, sizes) -> None:
     queries = torch.randn(len(at), HEADS, DIM)
     keys, values = (torch.randn(tokens, KV_HEADS, DIM) for _ in range(2))
     with patch.context():
-        plan = Plan.of(at)
+        plan = Plan.of(at, at.device)
         found = attend_by_runs(paged, queries, keys, values, plan, SCALE)
     patch.undo()
     torch.testing.assert_close(found, attend(queries, keys, values, at, SCALE), atol=2e-6, rtol=1e-5)
@@ -64,7 +64,7 @@ def test_the_same_as_under_a_mask(at, behind, sizes) -> None:
 
 def test_blocks_are_bounded_and_cover_all_queries() -> None:
     at = torch.cat([torch.arange(0, 300), torch.arange(1000, 30_000, 7)])
-    plan = Plan.of(at)
+    plan = Plan.of(at, at.device)
     assert plan.before is not None
     assert plan.before.longest <= module.BLOCK_QUERIES
     assert plan.within.most_keys <= module.BLOCK_KEYS
@@ -73,7 +73,7 @@ def test_blocks_are_bounded_and_cover_all_queries() -> None:
 
 @pytest.mark.parametrize(("first", "count"), [(0, 60), (0, 1), (2900, 64), (31, 2000)])
 def test_one_run_needs_one_call(first: int, count: int) -> None:
-    plan = Plan.of(torch.arange(first, first + count))
+    plan = Plan.of(torch.arange(first, first + count), torch.device("cpu"))
     assert plan.before is None
     assert (plan.alone, plan.within.longest, plan.within.most_keys) == (count, count, first + count)
 

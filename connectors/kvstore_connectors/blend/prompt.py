@@ -151,18 +151,18 @@ def brought(made: Tensor, device: torch.device) -> Tensor:
     return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
 
 
-def fetched(value: Tensor) -> Callable[[], float]:
-    """A number, on its way to the host: the call waits for it, and for nothing that was asked for meanwhile."""
+def fetched(value: Tensor) -> Callable[[], Tensor]:
+    """A tensor, on its way to the host: the call waits for it, and for nothing that was asked for meanwhile."""
     if value.device.type != "cuda":
-        return lambda: float(value)
-    here = torch.empty((), dtype=value.dtype, pin_memory=True)
+        return lambda: value
+    here = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
     here.copy_(value, non_blocking=True)
     came = torch.cuda.Event()
     came.record(torch.cuda.current_stream(value.device))
 
-    def wait() -> float:
+    def wait() -> Tensor:
         came.synchronize()
-        return float(here)
+        return here
 
     return wait
 

@@ -120,9 +120,9 @@ class Plan:
     within: Sequences
 
     @staticmethod
-    def of(positions: Tensor) -> Plan:
-        """For rising positions, at least one; waits for the device they are on."""
-        at, device = positions.cpu().numpy(), positions.device
+    def of(positions: Tensor, device: torch.device) -> Plan:
+        """For rising positions in host memory, at least one, and attention on a device."""
+        at = positions.numpy()
         if at[-1] - at[0] + 1 == len(at):  # one run sees all before it as the end of an ordinary sequence does
             return Plan(None, len(at), Sequences.of(np.array([0, len(at)]), np.array([0]), at[-1:] + 1, device))
         blocks = _blocks(at)

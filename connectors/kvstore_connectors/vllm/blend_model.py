@@ -13,6 +13,7 @@ import torch
 
 from kvstore.errors import ConfigError
 from kvstore_connectors.blend.attention import attend, column_sums
+from kvstore_connectors.blend.prompt import fetched
 from kvstore_connectors.blend.varlen import PAGE, Ending, Plan, attend_by_runs, looked_at_by_kernel, merge
 from kvstore_connectors.vllm.blend_paged import paged_attention
 from kvstore_connectors.vllm.blend_varlen import flash_varlen, merge_kernel, reading_kernel
@@ -80,6 +81,8 @@ class EngineModel:
         self._varlen, self._paged = flash_varlen(*kind), paged_attention(*kind)
         self._reading = reading_kernel(self._varlen, *kind)
         self._merge = merge_kernel(self._heads, self._dim, sample.dtype, sample.device) or merge
+        nowhere = torch.arange(0)
+        self._coming = nowhere, fetched(nowhere)
         self._plan: tuple[Tensor, Plan] | None = None
         self._end: tuple[tuple[int, int], Ending] | None = None
 
@@ -100,9 +103,8 @@ class EngineModel:
         return self._inner.embed_tokens(ids)
 
     def ready(self, rows: Tensor) -> None:
-        """See `Model.ready`; waits for the device, which has nothing of the pass to compute yet."""
-        if self._varlen is not None and len(rows):
-            self._planned(rows)
+        """See `Model.ready`: the positions are sent for, while the device has nothing else to finish first."""
+        self._coming = rows, fetched(rows)
 
     def qkv(self, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `Model.qkv`."""
@@ -134,7 +136,10 @@ class EngineModel:
     def _planned(self, positions: Tensor) -> Plan:
         """How positions fall into sequences; the same rows pass one layer after the other."""
         if self._plan is None or self._plan[0] is not positions:
-            self._plan = positions, Plan.of(positions)
+            if self._coming[0] is not positions:
+                self.ready(positions)
+            _, come = self._coming
+            self._plan = positions, Plan.of(come(), positions.device)
         return self._plan[1]
 
     def looked_at(self, queries: Tensor, keys: Tensor, tokens: int) -> Tensor:

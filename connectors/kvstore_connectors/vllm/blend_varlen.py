@@ -115,7 +115,7 @@ def _scattered(
     at = torch.cat([torch.arange(40, 60), torch.arange(700, 1400, 7), torch.arange(1500, 1530)]).to(device)
     keys, values = (torch.randn(96 * PAGE, kv_heads, dim, device=device, generator=made).to(dtype) for _ in range(2))
     queries = torch.randn(len(at), heads, dim, device=device, generator=made).to(dtype)
-    found = attend_by_runs(varlen, queries, keys, values, Plan.of(at), dim**-0.5)
+    found = attend_by_runs(varlen, queries, keys, values, Plan.of(at.cpu(), device), dim**-0.5)
     return found, attend_fused(queries, keys, values, at, dim**-0.5)
 
 

@@ -92,7 +92,7 @@ class Relay:
         yield from islice(steps, half)
         beyond = fetched(looked_beyond(prompt, reading.scores(range(half // 2, half))))
         yield from islice(steps, 1)  # that a device has something to do until the host knows
-        work.asked = full and by_words(beyond()) == 1
+        work.asked = full and by_words(float(beyond())) == 1
         if tries and work.asked:
             work.accept()
             reading.stop()
