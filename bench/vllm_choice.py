@@ -91,12 +91,13 @@ def serve_work(model: str, address: str) -> None:
     engine.close()
 
 
-def prompts() -> list[tuple[int, int]]:
-    """(length, seed) of every prompt."""
-    return [(length, 1000 * length + i) for length in LENGTHS for i in range(PER_LENGTH)]
+def prompts(seed: int) -> list[tuple[int, int]]:
+    """(length, seed) of every prompt; no two share a block."""
+    lengths = [length for length in LENGTHS for _ in range(PER_LENGTH)]
+    return [(length, len(lengths) * seed + which) for which, length in enumerate(lengths)]
 
 
-def run(folder: Path, rounds: int, disk_mb_s: int) -> dict[str, Any]:
+def run(folder: Path, rounds: int, disk_mb_s: int, seed: int) -> dict[str, Any]:
     """Everything."""
     from model import smollm2
 
@@ -109,22 +110,22 @@ def run(folder: Path, rounds: int, disk_mb_s: int) -> dict[str, Any]:
         "always": EngineProcess(HERE, model, f"{daemon.address}?always", folder / "always.log"),
     }
     try:
-        for length, seed in prompts():  # stored, and speeds learned
+        for length, tokens_of in prompts(seed):  # stored, and speeds learned
             for name in ("computed", "faster"):
-                engines[name].tell("first", length=length, seed=seed)
+                engines[name].tell("first", length=length, seed=tokens_of)
         seen: dict[str, list[dict[str, Any]]] = {name: [] for name in engines}
         for number in range(rounds):
-            for length, seed in prompts():
+            for length, tokens_of in prompts(seed):
                 order = list(engines) if number % 2 else list(engines)[::-1]
                 for name in order:
-                    seen[name].append(engines[name].tell("first", length=length, seed=seed))
+                    seen[name].append(engines[name].tell("first", length=length, seed=tokens_of))
             print(f"  round {number + 1}/{rounds}", file=sys.stderr, flush=True)
         counted = engines["faster"].tell("metrics")
     finally:
         for engine in engines.values():
             engine.close()
         daemon.kill()
-    asked = prompts() * rounds
+    asked = prompts(seed) * rounds
     return {
         "same_first_tokens": all(len({engine[i]["token"] for engine in seen.values()}) == 1 for i in range(len(asked))),
         "ratio_to_computing": {name: _ratios(seen[name], seen["computed"], asked) for name in ("faster", "always")},
@@ -134,7 +135,7 @@ def run(folder: Path, rounds: int, disk_mb_s: int) -> dict[str, Any]:
     }
 
 
-def run_changes(folder: Path, rounds: int, mb_s: list[int], host_mib: int) -> dict[str, Any]:
+def run_changes(folder: Path, rounds: int, mb_s: list[int], host_mib: int, seed: int) -> dict[str, Any]:
     """One run through several bandwidths."""
     from model import smollm2
 
@@ -149,17 +150,17 @@ def run_changes(folder: Path, rounds: int, mb_s: list[int], host_mib: int) -> di
     }
     phases: list[dict[str, Any]] = []
     try:
-        for length, seed in prompts():  # stored, and speeds learned
+        for length, tokens_of in prompts(seed):  # stored, and speeds learned
             for engine in engines.values():
-                engine.tell("first", length=length, seed=seed)
+                engine.tell("first", length=length, seed=tokens_of)
         for rate in mb_s:
             daemon.change(rate)
             seen: dict[str, list[dict[str, Any]]] = {name: [] for name in engines}
             for number in range(rounds):
-                for length, seed in prompts():
+                for length, tokens_of in prompts(seed):
                     for name in list(engines) if number % 2 else list(engines)[::-1]:
-                        seen[name].append(engines[name].tell("first", length=length, seed=seed))
-            asked = prompts() * rounds
+                        seen[name].append(engines[name].tell("first", length=length, seed=tokens_of))
+            asked = prompts(seed) * rounds
             pairs = zip(asked, seen["faster"], seen["computed"], strict=True)
             tokens = [{engine[i]["token"] for engine in seen.values()} for i in range(len(asked))]
             phases.append(
@@ -208,6 +209,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--out", type=Path, help="write the JSON to this file, too")
     parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--seed", type=int, default=0, help="of the prompts (default 0)")
     parser.add_argument("--disk-mb-s", type=int, nargs="+", default=[50, 8], help="of the disk tier (default 50 8)")
     parser.add_argument("--engine", nargs=2, metavar=("MODEL", "ADDRESS"), help=argparse.SUPPRESS)
     parser.add_argument("--changes", type=int, nargs="+", metavar="MB_S", help="bandwidths of one disk, in turn")
@@ -220,10 +222,10 @@ def main() -> int:
     result = {}
     if options.changes:
         with tempfile.TemporaryDirectory(prefix="kvstore-choice-") as folder:
-            result["changes"] = run_changes(Path(folder), options.rounds, options.changes, options.host_mib)
+            result["changes"] = run_changes(Path(folder), options.rounds, options.changes, options.host_mib, options.seed)
     for disk_mb_s in () if options.changes else options.disk_mb_s:
         with tempfile.TemporaryDirectory(prefix="kvstore-choice-") as folder:
-            result[f"{disk_mb_s} MB/s"] = run(Path(folder), options.rounds, disk_mb_s)
+            result[f"{disk_mb_s} MB/s"] = run(Path(folder), options.rounds, disk_mb_s, options.seed)
     report = {"bench": "vllm_choice", "machine": facts(), "results": result}
     text = json.dumps(report, indent=1)
     print(text)
