@@ -222,7 +222,8 @@ def main() -> int:
     result = {}
     if options.changes:
         with tempfile.TemporaryDirectory(prefix="kvstore-choice-") as folder:
-            result["changes"] = run_changes(Path(folder), options.rounds, options.changes, options.host_mib, options.seed)
+            place, mb_s, host_mib = Path(folder), options.changes, options.host_mib
+            result["changes"] = run_changes(place, options.rounds, mb_s, host_mib, options.seed)
     for disk_mb_s in () if options.changes else options.disk_mb_s:
         with tempfile.TemporaryDirectory(prefix="kvstore-choice-") as folder:
             result[f"{disk_mb_s} MB/s"] = run(Path(folder), options.rounds, disk_mb_s, options.seed)
