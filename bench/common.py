@@ -102,6 +102,10 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": median(values), "min": min(values), "max": max(values), "rounds": len(values)}
 
 
+CODE = ("kvstore", "gpu", "connectors", "bench/*.py")
+"""What figures depend on: a commit with changes to it is not what was measured."""
+
+
 def facts() -> dict[str, Any]:
     """The machine, the code and the command."""
     model = ""
@@ -116,7 +120,7 @@ def facts() -> dict[str, Any]:
         "python": platform.python_version(),
         "numpy": np.__version__,
         "load_at_end": round(os.getloadavg()[0], 2),
-        "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "kvstore") else ""),
+        "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", *CODE) else ""),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "command": " ".join(["python", f"bench/{Path(sys.argv[0]).name}", *options]),
     }

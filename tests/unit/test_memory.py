@@ -18,7 +18,7 @@ def test_every_page_is_touched(pages: int):
         with mmap.mmap(fd, pages * mmap.PAGESIZE) as mapping:
             assert os.fstat(fd).st_blocks == 0
             assert populate(mapping)
-            assert os.fstat(fd).st_blocks * 512 == pages * mmap.PAGESIZE
+            assert os.fstat(fd).st_blocks * 512 >= pages * mmap.PAGESIZE  # more where the kernel takes large pages
             assert not any(mapping[:])
     finally:
         os.close(fd)

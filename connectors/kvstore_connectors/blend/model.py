@@ -38,7 +38,7 @@ class Model(Protocol):
         ...
 
     def ready(self, rows: torch.Tensor) -> None:
-        """Positions that pass the layers next: what they alone decide is made before anything has to be waited for."""
+        """Positions that pass the layers next: what they alone decide is made, or sent for, before all else."""
         ...
 
     def qkv(self, layer: int, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -82,8 +82,8 @@ class EngineModel:
         self._reading = reading_kernel(self._varlen, *kind)
         self._merge = merge_kernel(self._heads, self._dim, sample.dtype, sample.device) or merge
         nowhere = torch.arange(0)
-        self._coming = nowhere, fetched(nowhere)
-        self._plan: tuple[Tensor, Plan] | None = None
+        self._rows, self._come = nowhere, fetched(nowhere)
+        self._plan: Plan | None = None
         self._end: tuple[tuple[int, int], Ending] | None = None
 
     @property
@@ -104,7 +104,7 @@ class EngineModel:
 
     def ready(self, rows: Tensor) -> None:
         """See `Model.ready`: the positions are sent for, while the device has nothing else to finish first."""
-        self._coming = rows, fetched(rows)
+        self._rows, self._come, self._plan = rows, fetched(rows), None
 
     def qkv(self, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `Model.qkv`."""
@@ -135,12 +135,11 @@ class EngineModel:
 
     def _planned(self, positions: Tensor) -> Plan:
         """How positions fall into sequences; the same rows pass one layer after the other."""
-        if self._plan is None or self._plan[0] is not positions:
-            if self._coming[0] is not positions:
-                self.ready(positions)
-            _, come = self._coming
-            self._plan = positions, Plan.of(come(), positions.device)
-        return self._plan[1]
+        if self._rows is not positions:
+            self.ready(positions)
+        if self._plan is None:
+            self._plan = Plan.of(self._come(), positions.device)
+        return self._plan
 
     def looked_at(self, queries: Tensor, keys: Tensor, tokens: int) -> Tensor:
         """See `Model.looked_at`; on a device by kernels, where these can be had."""
