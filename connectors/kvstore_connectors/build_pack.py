@@ -48,7 +48,7 @@ def pack(
     out: list[list[LayerKV]] = [[] for _ in chunks]
     for layer in range(model.layers):
         queries, keys, values = model.qkv(layer, hidden)
-        queries, keys = model.rope(layer, queries, positions), model.rope(layer, keys, positions)
+        queries, keys = model.rope(layer, queries, keys, positions)
         attended = []
         split = zip(queries.split(sizes), keys.split(sizes), values.split(sizes), positions.split(sizes), strict=True)
         for index, (q, k, v, p) in enumerate(split):

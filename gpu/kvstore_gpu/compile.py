@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ class Source:
         queue = stream if stream is not None else torch.cuda.current_stream(device)
         shape = grid if isinstance(grid, tuple) else (grid,)
         values = tuple(_argument(value) for value in args)
-        with torch.cuda.device(device):
+        with _current(queue.device_index):
             kernel = self._kernel(name, queue.device_index, shared)
             kernel(shape, (threads,), values, shared, _Queue(queue.cuda_stream))
 
@@ -164,6 +165,11 @@ def cupy() -> Any:
     except ImportError as error:
         raise DeviceUnavailable(f"CuPy cannot be imported ({error}).", "Install cupy-cuda13x.") from None
     return cupy
+
+
+def _current(index: int) -> AbstractContextManager[None]:
+    """A device as the current one. Where it is already, as a rule, nothing is asked of the driver."""
+    return nullcontext() if torch.cuda.current_device() == index else torch.cuda.device(index)
 
 
 class _Queue:

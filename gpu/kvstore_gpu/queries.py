@@ -20,7 +20,7 @@ def check(queries: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor, ta
     ------
     InvalidParams
     """
-    checks.tensor(queries, "queries", shape=(None, None, None), dtypes=HALVES, align=16)
+    _rows(queries)
     checks.tensor(positions, "positions", shape=(queries.shape[0],), dtypes=(torch.int32,), device=queries.device)
     checks.tensor(table, "table", shape=(None,), dtypes=(torch.int32,), device=queries.device)
     heads, dim = queries.shape[1:]
@@ -28,12 +28,32 @@ def check(queries: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor, ta
         raise checks.refuse(
             "keys", f"{tuple(keys.shape)} for queries {tuple(queries.shape)}; heads of {DIMS} are known"
         )
-    aligned = all(stride % 8 == 0 for stride in keys.stride()[:3]) and keys.data_ptr() % 16 == 0
-    if keys.dtype != queries.dtype or keys.device != queries.device or keys.stride(3) != 1 or not aligned:
-        raise checks.refuse("keys", f"{keys.dtype} on {keys.device} with strides {keys.stride()}")
+    like(keys, queries, "keys")
     if not 0 < tokens <= table.shape[0] * keys.shape[1]:
         raise checks.refuse("tokens", f"{tokens} in {table.shape[0]} pages of {keys.shape[1]}")
     return heads // keys.shape[2]
+
+
+def like(pages: torch.Tensor, queries: torch.Tensor, name: str) -> None:
+    """Refuse pages that are not of the queries' type, on their device, with rows that can be read 16 bytes at a time.
+
+    Raises
+    ------
+    InvalidParams
+    """
+    aligned = all(stride % 8 == 0 for stride in pages.stride()[:3]) and pages.data_ptr() % 16 == 0
+    if pages.dtype != queries.dtype or pages.device != queries.device or pages.stride(3) != 1 or not aligned:
+        raise checks.refuse(name, f"{pages.dtype} on {pages.device} with strides {pages.stride()}")
+
+
+def _rows(queries: torch.Tensor) -> None:
+    """Refuse queries whose heads do not lie one behind the other; rows may lie apart, as in a projection of all."""
+    if queries.dim() != 3 or queries.dtype not in HALVES:
+        raise checks.refuse("queries", f"{tuple(queries.shape)} of {queries.dtype}: [query, head, dim] of {HALVES}")
+    row, head, one = queries.stride()
+    dense = one == 1 and (head == queries.shape[2] or queries.shape[1] == 1)
+    if not dense or row % 8 or queries.data_ptr() % 16:
+        raise checks.refuse("queries", f"strides {queries.stride()}: heads of a row have to lie one behind the other")
 
 
 def paging(view: torch.Tensor) -> tuple[int, np.int64, int, int]:

@@ -53,6 +53,17 @@ def test_same_bytes_as_on_the_host(order: str) -> None:
             assert torch.equal(cache[source], cache[target])
 
 
+@pytest.mark.parametrize("order", ["BHNC", "BNHC"])
+def test_the_front_of_a_prompt_is_read_in_one_go(order: str) -> None:
+    caches, pages = make(order)
+    there = torch.full((LAYERS, 2, 5 * TOKENS, HEADS, DIM), torch.nan, dtype=torch.bfloat16, device="cuda")
+    here = torch.full(there.shape, torch.nan, dtype=torch.bfloat16)
+    pages.read([9, 2, 63], there)
+    on_host(caches).read([9, 2, 63], here)
+    assert torch.equal(there.cpu().view(torch.int16), here.view(torch.int16))
+    assert here[:, :, 3 * TOKENS :].isnan().all()
+
+
 def test_a_save_waits_for_the_kernels_that_write_and_those_behind_it_can_wait_for_the_save() -> None:
     caches, pages = make("BNHC")
     stored = np.zeros(pages.nbytes, dtype=np.uint8)

@@ -124,6 +124,10 @@ def test_blocks_out_and_in(write: Write, dtype: torch.dtype) -> None:
     if pages.layout == CANONICAL:
         order = torch.stack([keys, values], dim=1)  # [layer, K|V, token, head, dim]
         assert torch.equal(torch.from_numpy(stored).view(dtype).view(order.shape), order)
+        room = torch.full((layers, 2, 40, heads, dim), torch.nan, dtype=dtype)
+        pages.read(table[:3], room)
+        assert torch.equal(room[:, :, :24], order[:, :, :24])
+        assert room[:, :, 24:].isnan().all()
 
     before = [cache.clone() for cache in caches]
     pages.load(stored, 1, [10, 0, 1])  # the last three quarters, into other blocks

@@ -23,11 +23,12 @@ class Case:
     """Queries at scattered positions over a sequence in pages."""
 
     def __init__(self, layout, heads, kv_heads, dim, dtype, tokens, positions, device) -> None:
-        self.keys, _ = kit.views(layout, 20, 16, kv_heads, dim, dtype, device)
+        self.keys, self.values = kit.views(layout, 20, 16, kv_heads, dim, dtype, device)
         self.table = torch.randperm(20)[: -(-tokens // 16)].int().to(device)
         self.tokens, self.scale = tokens, dim**-0.5
         self.positions = torch.tensor(positions, dtype=torch.int32, device=device)
-        self.queries = (2 * torch.randn(len(positions), heads, dim, device=device)).to(dtype)
+        projected = (2 * torch.randn(len(positions), heads + 2 * kv_heads, dim, device=device)).to(dtype)
+        self.queries = projected[:, :heads]  # as an engine's projection gives them
 
     def arguments(self):
         return self.table, self.tokens, self.scale
@@ -64,10 +65,15 @@ def test_each_key_gets_the_attention_of_the_queries_behind_it(
 ):
     case = Case(layout, heads, kv_heads, dim, dtype, tokens, positions, device)
     lse, sums = case.exact()
-    mass = colsum.column_sums(case.queries, case.positions, lse.float().to(device), case.keys, *case.arguments())
+    given = lse.float().t().contiguous().t().to(device)  # heads before queries, as attention gives it
+    mass = colsum.column_sums(case.queries, case.positions, given, case.keys, *case.arguments())
     assert kit.distance(mass, sums) < 2e-5
     assert not mass[:, positions[-1] + 1 :].any()
     assert abs(float(mass.sum()) - len(positions) * heads) < 1e-3 * len(positions) * heads
+    values = {"values": case.values}
+    weighed = colsum.column_sums(case.queries, case.positions, given, case.keys, *case.arguments(), **values)
+    lengths = dense(case.values, case.table, tokens).double().cpu().norm(dim=-1).T
+    assert kit.distance(weighed, sums * lengths) < 2e-5
 
 
 def test_masses_of_segments_add_up_to_one(device) -> None:
@@ -130,6 +136,8 @@ def test_what_does_not_fit_is_refused(device) -> None:
     for place, wrong in (
         (0, case.queries.float()),
         (0, case.queries[:, :3].contiguous()),
+        (0, case.queries.transpose(1, 2)),
+        (0, case.queries[:, ::2]),
         (1, case.positions.long()),
         (2, lse[:, :3].contiguous()),
         (3, case.keys.transpose(2, 3)),
@@ -139,6 +147,9 @@ def test_what_does_not_fit_is_refused(device) -> None:
     ):
         with pytest.raises(InvalidParams):
             colsum.column_sums(*good[:place], wrong, *good[place + 1 :])
+    for wrong in (case.values.float(), case.values[:, :8], case.values.transpose(2, 3)):
+        with pytest.raises(InvalidParams):
+            colsum.column_sums(*good, values=wrong)
     with pytest.raises(InvalidParams):
         segments.masses(torch.zeros(2, 3, 4, device=device), torch.zeros(3, 5, device=device))
     left, right = torch.zeros(9, 24, device=device).bfloat16(), torch.zeros(2, 64, 24, device=device).bfloat16()

@@ -65,10 +65,10 @@ def test_first_chunk_behind_the_prefix_is_exact() -> None:
 def test_moved_keys_are_keys_computed_there(rope: str) -> None:
     model = tiny(**ROPES[rope])
     there = torch.arange(200, 212)
-    _, keys, _ = model.qkv(0, model.embed(CHUNKS[0]))
-    here = model.rope(0, keys, torch.arange(12))
+    queries, keys, _ = model.qkv(0, model.embed(CHUNKS[0]))
+    _, here = model.rope(0, queries, keys, torch.arange(12))
     moved = move(model.rotary, 0, here, torch.arange(12), there)
-    torch.testing.assert_close(moved, model.rope(0, keys, there), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(moved, model.rope(0, queries, keys, there)[1], rtol=1e-5, atol=1e-5)
     assert torch.equal(move(model.rotary, 0, here, there, there), here)
     by_steps = move(model.rotary, 0, move(model.rotary, 0, here, torch.arange(12), there + 7), there + 7, there)
     torch.testing.assert_close(by_steps, moved, rtol=1e-5, atol=1e-5)

@@ -74,8 +74,8 @@ class Shard:
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
         return attend(queries, keys, values, positions, self.scale)
 
-    def looked_at(self, queries: Tensor, keys: Tensor, tokens: int) -> Tensor:
-        return column_sums(queries, keys[:tokens], self.scale)
+    def looked_at(self, queries: Tensor, keys: Tensor, tokens: int, values: Tensor | None = None) -> Tensor:
+        return column_sums(queries, keys[:tokens], self.scale, values)
 
     def post(self, layer: int, hidden: Tensor, attended: Tensor) -> Tensor:
         return self._model.post(layer, hidden, torch.cat(self._meeting.all(self._rank, attended), 1))

@@ -89,15 +89,19 @@ def test_where_the_last_queries_look(tokens: int, asked: int) -> None:
     right = column_sums(queries, keys[:tokens], 0.125)
     assert found.shape == (KV_HEADS, tokens)
     torch.testing.assert_close(found, right, atol=1e-3, rtol=1e-2)
+    values = torch.randn(room, KV_HEADS, 64).bfloat16()
+    values[tokens:] = torch.nan
+    weighed = looked_at_by_kernel(paged, queries, keys, end, 0.125, values)
+    torch.testing.assert_close(weighed, found * values[:tokens].float().norm(dim=-1).T, atol=1e-3, rtol=1e-2)
     assert float(found.sum()) == pytest.approx(asked * HEADS, rel=1e-3)
 
 
 @pytest.mark.parametrize("wrong", ["", "raises", "is off"])
 def test_a_kernel_is_used_for_reading_only_if_it_is_right(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def kernel(*given):
+    def kernel(*given, values):
         if wrong == "raises":
             raise RuntimeError("no such kernel")
-        return real(*given) * (1.1 if wrong == "is off" else 1)
+        return real(*given, values=values) * (1.1 if wrong == "is off" else 1)
 
     real = module.column_sums
     monkeypatch.setattr(module, "column_sums", kernel)

@@ -124,14 +124,18 @@ def _products(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a.float(), b.float())
 
 
-def column_sums(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+def column_sums(queries: Tensor, keys: Tensor, scale: float, values: Tensor | None = None) -> Tensor:
     """Attention that each key gets from the queries of the last positions, float32 ``[kv_heads, keys]``.
 
-    Summed over queries, and over the heads that share a KV head.
+    Summed over queries, and over the heads that share a KV head; with values, as many at least as keys, multiplied by
+    the length of the value that the key fetches.
     """
     first = len(keys) - len(queries)
     table = scores(queries, keys, torch.arange(first, len(keys), device=keys.device), scale, first).softmax(-1)
-    return table.sum(1).view(keys.shape[1], -1, len(keys)).sum(1)
+    sums = table.sum(1).view(keys.shape[1], -1, len(keys)).sum(1)
+    if values is not None:
+        sums *= torch.linalg.vector_norm(values[: len(keys)], dim=-1, dtype=torch.float32).T
+    return sums
 
 
 def segment_masses(

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 class Model(Protocol):
     """A decoder, opened between its projections and its attention.
 
-    Keys are handed out before rotation; `rope` turns queries and keys alike for their positions.
+    Keys are handed out before rotation; `rope` turns queries and keys for their positions.
     Shapes: hidden ``[n, hidden]``, queries ``[n, heads, dim]``, keys and values ``[n, kv_heads, dim]``. Under tensor
     parallelism heads are those of this rank, and `post` gives what all ranks have summed.
     """
@@ -45,8 +45,10 @@ class Model(Protocol):
         """Queries, keys and values of these rows, normed if the model does so, not rotated yet."""
         ...
 
-    def rope(self, layer: int, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Queries or keys turned for their positions, perhaps in place; unchanged in layers without positions."""
+    def rope(
+        self, layer: int, queries: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both turned for their positions, perhaps in place; unchanged in layers without positions."""
         ...
 
     def attend(
@@ -59,11 +61,14 @@ class Model(Protocol):
         """
         ...
 
-    def looked_at(self, queries: torch.Tensor, keys: torch.Tensor, tokens: int) -> torch.Tensor:
+    def looked_at(
+        self, queries: torch.Tensor, keys: torch.Tensor, tokens: int, values: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Attention that each of the first ``tokens`` keys gets, float32 ``[kv_heads, tokens]``.
 
         The rotated queries are those of the last positions before ``tokens``; summed over them, and over the heads that
-        share a KV head. `attention.column_sums` does it in torch.
+        share a KV head. With values each is multiplied by the length of the value that it fetches.
+        `attention.column_sums` does it in torch.
         """
         ...
 

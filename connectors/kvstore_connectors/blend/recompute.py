@@ -111,7 +111,7 @@ class Pass:
     def _layer(self, layer: int) -> None:
         held = self.cache[layer]
         queries, keys, values = self.model.qkv(layer, self.hidden)
-        keys = self.model.rope(layer, keys, self.rows)
+        queries, keys = self.model.rope(layer, queries, keys, self.rows)
         if self.wait_layer is not None:  # so far nothing cached was needed
             self.wait_layer(layer)
         kept = None
@@ -128,7 +128,6 @@ class Pass:
         if kept is not None:
             self.rows, self.hidden, queries = self.rows[kept], self.hidden[kept], queries[kept]
         self.token_layers += len(self.rows)
-        queries = self.model.rope(layer, queries, self.rows)
         if self.watch is not None:
             self.watch(layer, self.rows, queries, held.keys)
         if self.kv_only and layer == self.model.layers - 1:

@@ -171,7 +171,9 @@ def _blocks(at: np.ndarray) -> np.ndarray:
     return np.array(out)
 
 
-def looked_at_by_kernel(varlen: Varlen, queries: Tensor, keys: Tensor, end: Ending, scale: float) -> Tensor:
+def looked_at_by_kernel(
+    varlen: Varlen, queries: Tensor, keys: Tensor, end: Ending, scale: float, values: Tensor | None = None
+) -> Tensor:
     """As `attention.column_sums`, by an engine's attention, for its log-sum-exp, and a kernel that sums columns.
 
     Parameters
@@ -182,11 +184,14 @@ def looked_at_by_kernel(varlen: Varlen, queries: Tensor, keys: Tensor, end: Endi
     keys : Tensor
         ``[keys, kv_heads, dim]``, dense, a multiple of `PAGE` of them; of the queries' type, bfloat16 or float16.
     end : Ending
+    values : Tensor, optional
+        As the keys.
     """
     pages = keys.view(-1, PAGE, *keys.shape[1:])
     _, mass = varlen(queries, pages, pages, end.sequence, scale, causal=True)
-    where = (mass.t().contiguous(), pages, end.sequence.pages[0], end.sequence.most_keys)
-    return column_sums(queries.contiguous(), end.positions, *where, scale)
+    where = (mass.t(), pages, end.sequence.pages[0], end.sequence.most_keys)
+    fetched = None if values is None else values.view(pages.shape)
+    return column_sums(queries, end.positions, *where, scale, values=fetched)
 
 
 def attend_by_runs(

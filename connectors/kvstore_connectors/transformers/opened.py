@@ -77,22 +77,21 @@ class OpenedModel:
             queries, keys = attention.q_norm(queries), attention.k_norm(keys)
         return queries, keys, values
 
-    def rope(self, layer: int, rows: Tensor, positions: Tensor) -> Tensor:
+    def rope(self, layer: int, queries: Tensor, keys: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """See `Model.rope`."""
         if layer in self.rotary.skipped_layers:
-            return rows
+            return queries, keys
         if positions is not self._turned[0]:  # the same rows pass one layer after the other
             self.ready(positions)
-        turned = self.rotary.turn(rows, self._turned[1])
-        return (turned if self._magnitude == 1 else turned * self._magnitude).to(rows.dtype)
+        return self._turn(queries), self._turn(keys)
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
         """See `Model.attend`."""
         return attend(queries, keys, values, positions, self.scale)
 
-    def looked_at(self, queries: Tensor, keys: Tensor, tokens: int) -> Tensor:
+    def looked_at(self, queries: Tensor, keys: Tensor, tokens: int, values: Tensor | None = None) -> Tensor:
         """See `Model.looked_at`."""
-        return column_sums(queries, keys[:tokens], self.scale)
+        return column_sums(queries, keys[:tokens], self.scale, values)
 
     def post(self, layer: int, hidden: Tensor, attended: Tensor) -> Tensor:
         """See `Model.post`."""
@@ -107,6 +106,10 @@ class OpenedModel:
     def total(self, scores: Tensor, how: Literal["sum", "max"]) -> Tensor:
         """See `Model.total`."""
         return scores
+
+    def _turn(self, rows: Tensor) -> Tensor:
+        turned = self.rotary.turn(rows, self._turned[1])
+        return (turned if self._magnitude == 1 else turned * self._magnitude).to(rows.dtype)
 
     # -- the comparison ------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from kvstore.errors import ConfigError
 from kvstore_connectors.blend.attention import attend, column_sums
 from kvstore_connectors.blend.prompt import fetched
 from kvstore_connectors.blend.varlen import PAGE, Ending, Plan, attend_by_runs, looked_at_by_kernel, merge
+from kvstore_connectors.vllm.blend_layers import layer_parts
 from kvstore_connectors.vllm.blend_paged import paged_attention
 from kvstore_connectors.vllm.blend_varlen import flash_varlen, merge_kernel, reading_kernel
 
@@ -80,6 +81,7 @@ class EngineModel:
         kind = (self._heads, self._kv_heads, self._dim, sample.dtype, sample.device)
         self._varlen, self._paged = flash_varlen(*kind), paged_attention(*kind)
         self._reading = reading_kernel(self._varlen, *kind)
+        self._parts = layer_parts(self._layers[0], sample.dtype, sample.device)
         self._merge = merge_kernel(self._heads, self._dim, sample.dtype, sample.device) or merge
         nowhere = torch.arange(0)
         self._rows, self._come = nowhere, fetched(nowhere)
@@ -110,19 +112,19 @@ class EngineModel:
         """See `Model.qkv`."""
         module = self._layers[layer]
         attention = module.self_attn
-        both, _ = attention.qkv_proj(module.input_layernorm(hidden))
+        both, _ = attention.qkv_proj(self._parts.norm(module.input_layernorm, hidden))
         q, k, v = both.split([attention.q_size, attention.kv_size, attention.kv_size], dim=-1)
         q, k = q.reshape(-1, self._heads, self._dim), k.reshape(-1, self._kv_heads, self._dim)
         if hasattr(attention, "q_norm"):
             q, k = attention.q_norm(q.contiguous()), attention.k_norm(k.contiguous())
         return q, k, v.reshape(-1, self._kv_heads, self._dim)
 
-    def rope(self, layer: int, rows: Tensor, positions: Tensor) -> Tensor:
+    def rope(self, layer: int, queries: Tensor, keys: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """See `Model.rope`; with the engine's own table, by its kernel and in place."""
         rotation = self._layers[layer].self_attn.rotary_emb
-        turn = rotation.forward_cuda if rows.is_cuda else rotation.forward_cpu
-        turned, _ = turn(positions, rows.flatten(1), None)
-        return turned.view(rows.shape)
+        turn = rotation.forward_cuda if keys.is_cuda else rotation.forward_cpu
+        turned_queries, turned_keys = turn(positions, queries.flatten(1), keys.flatten(1))
+        return turned_queries.view(queries.shape), turned_keys.view(keys.shape)
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
         """See `Model.attend`; by the engine's own attention where it can be had."""
@@ -141,20 +143,22 @@ class EngineModel:
             self._plan = Plan.of(self._come(), positions.device)
         return self._plan
 
-    def looked_at(self, queries: Tensor, keys: Tensor, tokens: int) -> Tensor:
+    def looked_at(self, queries: Tensor, keys: Tensor, tokens: int, values: Tensor | None = None) -> Tensor:
         """See `Model.looked_at`; on a device by kernels, where these can be had."""
         if self._reading is None or len(keys) % PAGE or keys.dtype != queries.dtype:
-            return column_sums(queries, keys[:tokens], self.scale)
+            return column_sums(queries, keys[:tokens], self.scale, values)
         if self._end is None or self._end[0] != (len(queries), tokens):  # of one prompt in all layers
             self._end = (len(queries), tokens), Ending.of(len(queries), tokens, keys.device)
-        return looked_at_by_kernel(self._reading, queries, keys, self._end[1], self.scale)
+        return looked_at_by_kernel(self._reading, queries, keys, self._end[1], self.scale, values)
 
     def post(self, layer: int, hidden: Tensor, attended: Tensor) -> Tensor:
         """See `Model.post`."""
         module = self._layers[layer]
         out, _ = module.self_attn.o_proj(attended.contiguous())
-        normed, hidden = module.post_attention_layernorm(out, hidden)
-        return module.mlp(normed).add_(hidden)
+        normed, hidden = self._parts.norm_of_sum(module.post_attention_layernorm, out, hidden)
+        both, _ = module.mlp.gate_up_proj(normed)
+        added, _ = module.mlp.down_proj(self._parts.gate(module.mlp.act_fn, both))
+        return added.add_(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `Model.logits`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 
 from kvstore.errors import ConfigError
 from kvstore_connectors.blend.prompt import brought
+from kvstore_connectors.blend.varlen import PAGE
 from kvstore_connectors.vllm.layout import PageViews, WriteOp
 from kvstore_connectors.vllm.pages import Pages
 
@@ -76,6 +78,15 @@ class Rows:
         pages, places, _ = self._slots(table, start, stop)
         keys, values = self._views[layer]
         return keys[pages, places], values[pages, places]
+
+    def room(self, tokens: int) -> tuple[int, ...]:
+        """Shape of memory for so many tokens of all layers: ``[layer, side, token, head, dim]``, in whole pages."""
+        page = math.lcm(PAGE, self._page_tokens)
+        return self.layers, 2, -(-tokens // page) * page, *self.shape
+
+    def read_front(self, table: Sequence[int], stop: int, room: Tensor) -> None:
+        """All layers' K and V of the tokens before `stop`, the end of an engine block, to where a `room` begins."""
+        self._pages.read(table[: stop // self.engine_block], room)
 
     def write(self, layer: int, table: Sequence[int], start: int, keys: Tensor, values: Tensor) -> None:
         """Put K and V ``[token, head, dim]`` of tokens from `start` on where the engine looks for them."""

@@ -125,7 +125,8 @@ def _looked_at(
     """Sums over queries as an engine gives them, a part of each row of a larger tensor; by the kernel and by torch."""
     made = torch.Generator(device).manual_seed(2)
     queries = torch.randn((40, heads + 2 * kv_heads, dim), device=device, generator=made).to(dtype)[:, :heads]
-    keys = torch.randn(50 * PAGE, kv_heads, dim, device=device, generator=made).to(dtype)
+    keys, values = (torch.randn(50 * PAGE, kv_heads, dim, device=device, generator=made).to(dtype) for _ in range(2))
     tokens = len(keys) - PAGE // 2
     end = Ending.of(len(queries), tokens, device)
-    return looked_at_by_kernel(varlen, queries, keys, end, dim**-0.5), column_sums(queries, keys[:tokens], dim**-0.5)
+    found = looked_at_by_kernel(varlen, queries, keys, end, dim**-0.5, values)
+    return found, column_sums(queries, keys[:tokens], dim**-0.5, values)

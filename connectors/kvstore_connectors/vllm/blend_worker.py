@@ -22,7 +22,6 @@ from kvstore_connectors.base import Link, Tally, log, report_defect
 from kvstore_connectors.blend.amount import Controller, chunk_bytes
 from kvstore_connectors.blend.prompt import LayerKV, Prompt, brought
 from kvstore_connectors.blend.selectors.planner import selector_for
-from kvstore_connectors.blend.varlen import PAGE
 from kvstore_connectors.blend.work import Work
 from kvstore_connectors.chunk_loads import ChunkLoad, Wanted, begin_load
 from kvstore_connectors.clock import Moment
@@ -46,9 +45,10 @@ KEPT_BYTES = 256 << 20
 
 
 class _Gathered(NamedTuple):
-    """A prompt, its cache, and what is on its way into that."""
+    """A prompt, its cache, a view of `room` for each layer, and what is on its way into that."""
 
     prompt: Prompt
+    room: torch.Tensor
     cache: list[LayerKV]
     load: ChunkLoad
 
@@ -160,7 +160,7 @@ class Blender:
             count()
 
     def _count(self, link: Link, gathered: _Gathered, repaired: _Repaired, begun: float) -> None:
-        prompt, cache, load = gathered
+        prompt, _, cache, load = gathered
         tokens, computed = len(prompt.ids) - prompt.exact, int(repaired.work.changed.sum())  # waits for the device
         self._controller.loaded(chunk_bytes(prompt.spans, cache), load.seconds)
         self._controller.repaired(repaired.work.token_layers, repaired.begun.until(repaired.ended) - load.waited())
@@ -195,13 +195,13 @@ class Blender:
             self._tally.add("blend_too_long")
             return None
         ids = torch.from_numpy(np.frombuffer(job.tokens, dtype="<i4").astype(np.int64))
-        room = self._zeros((self._rows.layers, 2, -(-count // PAGE) * PAGE, *self._rows.shape))
+        room = self._zeros(self._rows.room(count))
         cache = [LayerKV(keys, values) for keys, values in room]
         load = link.run("blend", partial(self._begin_load, job=job, cache=cache))
         if load is None:
             return None
         prompt = Prompt(brought(ids, self._rows.device), tuple(load.spans), job.exact)
-        return _Gathered(prompt, cache, load)
+        return _Gathered(prompt, room, cache, load)
 
     def _zeros(self, shape: tuple[int, ...]) -> torch.Tensor:
         """Zeros and not whatever was there: attention masks what is missing, but zero times NaN is NaN.
@@ -218,17 +218,12 @@ class Blender:
 
     def _repair(self, model: EngineModel, job: BlendJob, gathered: _Gathered) -> _Repaired:
         """Compute the tokens that need it, each layer when it has come."""
-        prompt, cache, load = gathered
+        prompt, room, cache, load = gathered
         share = self._share(model, job, prompt, cache)
         begun = Moment(self._rows.device)
-
-        def wait(layer: int) -> None:
-            if job.exact:  # the engine's own part of the prompt
-                keys, values = self._rows.read(layer, job.table, 0, job.exact)
-                cache[layer].keys[: job.exact], cache[layer].values[: job.exact] = keys, values
-            load.wait(layer)
-
-        work = Work(model, prompt, cache, wait, kv_only=True, asked=self._asked)
+        if job.exact:  # the engine's own part of the prompt
+            self._rows.read_front(job.table, job.exact, room)
+        work = Work(model, prompt, cache, load.wait, kv_only=True, asked=self._asked)
         for _ in work.repair(selector_for(job.selector, prompt), share):
             load.ahead()
         self._asked = work.asked

@@ -113,6 +113,11 @@ class DevicePages(Pages):
             self._frames[code] = Frames(PagedCache.of(views), code.chain, self.block_tokens, code.context)
         return self._frames[code]
 
+    def read(self, engine_ids: Sequence[int], into: torch.Tensor) -> None:
+        """See `Pages.read`."""
+        part = Part(into.view(torch.uint8).flatten(), self.page_ids(engine_ids))
+        paged.gather(self._cache, [part], into.shape[2] // self._cache.page_tokens)
+
     def start(self, pieces: Sequence[Piece], after: Any = None) -> Callable[[], None]:
         """See `Pages.start`."""
         if after is not None:

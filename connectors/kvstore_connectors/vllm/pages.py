@@ -151,6 +151,17 @@ class Pages(ABC):
         """
 
     @abstractmethod
+    def read(self, engine_ids: Sequence[int], into: torch.Tensor) -> None:
+        """Copy engine blocks out of the cache, as they are there; on a device behind what its stream was given.
+
+        Parameters
+        ----------
+        engine_ids : sequence of int
+        into : Tensor, [layer, side, token, *row], dense
+            On the cache's device; of its tokens, whole pages, the first ones are written.
+        """
+
+    @abstractmethod
     def load(self, payload: Bytes, first: int, engine_ids: Sequence[int], after: Any = None) -> None:
         """Copy a part of a block into the cache; the bytes are there when this returns.
 
@@ -197,8 +208,13 @@ class HostPages(Pages):
         else:
             self._copy_out(engine_ids, into)
 
+    def read(self, engine_ids: Sequence[int], into: torch.Tensor) -> None:
+        """See `Pages.read`."""
+        self._copy_out(engine_ids, into.view(torch.uint8).flatten().numpy())
+
     def _copy_out(self, engine_ids: Sequence[int], into: Bytes) -> None:
-        stored = into.view(self._kind).reshape(self.shape)
+        layers, sides, _, *page = self.shape
+        stored = into.view(self._kind).reshape(layers, sides, -1, *page)
         runs = list(consecutive(self.page_ids(engine_ids)))
         for layer, sides in enumerate(self._arrays):
             for side, cache in enumerate(sides):

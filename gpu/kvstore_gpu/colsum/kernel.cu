@@ -1,11 +1,26 @@
 // Attention that each key gets from some queries: exp(q k scale - lse), summed over queries and the heads that share a
-// KV head, in float32 and in a fixed order. A block has one tile of keys and goes through all rows.
+// KV head, in float32 and in a fixed order. A block has one tile of keys and goes through all rows. With values each sum
+// is multiplied by the length of its key's value.
+
+// Sum of squares of half a row; two neighbouring threads have one row.
+template <typename T, int DIM>
+__device__ __forceinline__ float half_squares(const T* row) {
+    float sum = 0;
+#pragma unroll
+    for (int column = 0; column < DIM / 2; column += 8) {
+        float x[8];
+        load(row + threadIdx.x % 2 * (DIM / 2) + column, x);
+#pragma unroll
+        for (int i = 0; i < 8; i++) sum += x[i] * x[i];
+    }
+    return sum;
+}
 
 template <typename T, int DIM>
 __global__ void __launch_bounds__(WARPS * 32) column_sums(
-    const T* queries, const int* positions, const float* lse, int count, int heads, int group, u64 keys,
-    const int* table, int tokens, int page_tokens, i64 page_stride, int token_stride, int head_stride, float scale,
-    float* out)
+    const T* queries, const int* positions, const float* lse, i64 query_stride, int lse_stride, int lse_head, int count,
+    int group, u64 keys, const int* table, int tokens, int page_tokens, i64 page_stride, int token_stride, int head_stride,
+    u64 values, i64 value_page_stride, int value_token_stride, int value_head_stride, float scale, float* out)
 {
     alignas(16) __shared__ T key_tile[KEYS * DIM];
     __shared__ float partial[WARPS][KEYS];
@@ -24,10 +39,10 @@ __global__ void __launch_bounds__(WARPS * 32) column_sums(
         for (int i = 0; i < 2; i++) {
             const int row = start + warp * 16 + lane / 4 + i * 8;
             const bool there = row < rows;
-            const i64 place = there ? i64(row / group) * heads + head * group + row % group : 0;
-            limit[i] = there ? positions[row / group] : -1;
-            shift[i] = there ? lse[place] : 0;
-            query[i] = there ? queries + place * DIM : nullptr;
+            const int asked = row / group, by = head * group + row % group;
+            limit[i] = there ? positions[asked] : -1;
+            shift[i] = there ? lse[i64(asked) * lse_stride + i64(by) * lse_head] : 0;
+            query[i] = there ? queries + asked * query_stride + by * DIM : nullptr;
         }
         u32 q[DIM / 16][4];
 #pragma unroll
@@ -51,9 +66,17 @@ __global__ void __launch_bounds__(WARPS * 32) column_sums(
             if (lane < 4) partial[warp][n * 8 + lane * 2 + i] = x;
         }
     __syncthreads();
-    if (threadIdx.x < KEYS && first + int(threadIdx.x) < tokens) {
+    const int key = threadIdx.x / 2;
+    const bool there = first + key < tokens;
+    float squares = 0;
+    if (values) {
+        const Pages fetched = {values, table, page_tokens, value_page_stride, value_token_stride, value_head_stride};
+        if (there) squares = half_squares<T, DIM>(fetched.at<T>(first + key, head));
+        squares += __shfl_xor_sync(~0u, squares, 1);
+    }
+    if (there && threadIdx.x % 2 == 0) {
         float x = 0;
-        for (int w = 0; w < WARPS; w++) x += partial[w][threadIdx.x];
-        out[i64(head) * tokens + first + threadIdx.x] = x;
+        for (int w = 0; w < WARPS; w++) x += partial[w][key];
+        out[i64(head) * tokens + first + key] = values ? x * sqrtf(squares) : x;
     }
 }

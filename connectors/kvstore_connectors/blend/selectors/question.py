@@ -48,19 +48,18 @@ class Question(Choice):
 
 
 def _mean(model: Model, queries: Tensor, held: LayerKV, tokens: int) -> Tensor:
-    return model.looked_at(queries, held.keys, tokens).sum(0)
+    return model.looked_at(queries, held.keys, tokens)
 
 
 def _peak(model: Model, queries: Tensor, held: LayerKV, tokens: int) -> Tensor:
     first = tokens - len(queries)
     at = torch.arange(first, tokens, device=queries.device)
     table = scores(queries, held.keys[:tokens], at, model.scale, first).softmax(-1)
-    return (table.amax(1) - table.mean(1)).amax(0)
+    return table.amax(1) - table.mean(1)
 
 
 def _value(model: Model, queries: Tensor, held: LayerKV, tokens: int) -> Tensor:
-    lengths = torch.linalg.vector_norm(held.values[:tokens], dim=-1, dtype=torch.float32).T  # [kv_head, key]
-    return (model.looked_at(queries, held.keys, tokens) * lengths).sum(0)
+    return model.looked_at(queries, held.keys, tokens, held.values)
 
 
 How = Literal["sum", "max"]
@@ -70,8 +69,8 @@ _MEASURES: dict[By, tuple[Callable[[Model, Tensor, LayerKV, int], Tensor], How]]
     "peak": (_peak, "max"),
     "value": (_value, "sum"),
 }
-"""From queries of the last positions and a layer's keys and values to a number for each key, and how ranks put theirs
-together."""
+"""From queries of the last positions and a layer's keys and values to a number for each head and key, and how those of
+heads, and of ranks, are put together."""
 
 
 class Reading:
@@ -89,7 +88,7 @@ class Reading:
         self._how: How
         self._measure, self._how = _MEASURES[by]
         self._tokens, self._asked = len(work.prompt.ids), len(work.prompt.question)
-        self._seen = torch.zeros((work.model.layers, self._tokens), device=work.prompt.ids.device)
+        self._seen: dict[int, Tensor] = {}
         self._reads = True
 
     def stop(self) -> None:
@@ -104,8 +103,10 @@ class Reading:
 
     def scores(self, layers: range | None = None) -> Tensor:
         """The measure of every position ``[n]``, summed over these layers, or all that were seen."""
-        seen = self._seen if layers is None else self._seen[layers.start : layers.stop]
-        return self._model.total(seen, self._how).sum(0)
+        seen = torch.stack([self._seen[layer] for layer in (self._seen if layers is None else layers)])
+        if self._how == "sum":
+            return self._model.total(seen.sum((0, 1)), "sum")
+        return self._model.total(seen.amax(1), "max").sum(0)
 
 
 def read_question(work: Work, by: By) -> Iterator[int]:
