@@ -73,6 +73,7 @@ def no_device() -> None:
     for name in ("stream", "device"):
         setattr(torch.cuda, name, lambda _: nullcontext())
     torch.cuda.current_stream = lambda *_: Moment()  # type: ignore[assignment]
+    torch.cuda.current_device = lambda: 0
     torch.cuda.mem_get_info = lambda *_: (16 << 30, 16 << 30)  # type: ignore[assignment]
     runtime = SimpleNamespace(memcpyDefault=4, memcpyAsync=counted("copies"))
     host.cupy = lambda: SimpleNamespace(cuda=SimpleNamespace(runtime=runtime))  # type: ignore[assignment]

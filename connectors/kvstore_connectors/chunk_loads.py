@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,7 +23,7 @@ from kvstore_connectors.base import Tally
 from kvstore_connectors.blend.prompt import Capture, LayerKV, Span, brought
 from kvstore_connectors.clock import Moment
 from kvstore_gpu import host
-from kvstore_gpu.place import Piece, place
+from kvstore_gpu.place import Piece, placing
 from kvstore_gpu.rope import Turn
 
 if TYPE_CHECKING:
@@ -273,9 +272,9 @@ class ChunkLoad:
     def _land(self, client: Any, found: Sequence[LeasedBlock], wishes: Sequence[_Wish]) -> Iterator[None]:
         """Copy leased blocks to their places, a group of layers at each step."""
         layers, device, stream = len(self._rows), self._device, self._stream
-        pieces = [wish.piece for wish in wishes]
         with torch.cuda.stream(stream):
             turn = Turn.of(self._rotation, brought(torch.tensor([wish.distance for wish in wishes]), device))
+            place = placing(self._rows, [wish.piece for wish in wishes], turn)
         held = None if stream is None else host.Held([self._runs(client, block) for block in found])
         layer = np.array([block.nbytes // layers for block in found])
         for group in self._groups:
@@ -287,8 +286,7 @@ class ChunkLoad:
                 else:
                     blocks = torch.empty(int(layer.sum()) * (last - first), dtype=torch.uint8, device=device)
                     held.bring(layer * first, layer * last, blocks, stream)
-                skipped = frozenset(one - first for one in turn.skipped_layers)
-                place(self._rows[first:last], pieces, blocks, replace(turn, skipped_layers=skipped))
+                place(group, blocks)
                 self._came.append((begun, Moment(device)))
             yield
 

@@ -9,7 +9,7 @@ from test_pages import CONFIGS
 
 from kvstore.errors import InvalidParams
 from kvstore.rope import rotary
-from kvstore_gpu.place import Piece, place
+from kvstore_gpu.place import Piece, place, placing
 from kvstore_gpu.rope import Turn
 
 LAYERS, HEADS, ROWS = 3, 3, 120
@@ -75,6 +75,25 @@ def test_blocks_in_one_tensor_are_the_same(device) -> None:
     place(one, pieces, blocks, turn)
     place(other, pieces, torch.cat(blocks), turn)
     assert all(torch.equal(a, b) for pair in zip(one, other, strict=True) for a, b in zip(*pair, strict=True))
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_layers_by_and_by_are_the_same(apart, device) -> None:
+    turning = rotary({"head_dim": 64, "no_rope_layers": [1, 0, 1]})
+    turn = Turn.of(turning, torch.arange(len(PIECES), device=device) - 40)
+    pieces, blocks = pieces_of(64, torch.float16, device)
+    one, other = (rows_of(64, torch.float16, device) for _ in range(2))
+    for (keys, values), (others_keys, others_values) in zip(one, other, strict=True):
+        others_keys.copy_(keys), others_values.copy_(values)
+    place(one, pieces, blocks, turn)
+    some = placing(other, pieces, turn)
+    for group in (range(2, 3), range(2)):
+        parts = [block.view(LAYERS, -1)[group.start : group.stop].flatten() for block in blocks]
+        some(group, parts if apart else torch.cat(parts))
+    assert all(torch.equal(a, b) for pair in zip(one, other, strict=True) for a, b in zip(*pair, strict=True))
+    for group in (range(2, 4), range(-1, 1), range(1, 1), range(0, 3, 2)):
+        with pytest.raises(InvalidParams):
+            some(group, blocks)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

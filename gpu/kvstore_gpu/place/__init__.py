@@ -10,6 +10,6 @@ Bound
     memory of the device. Paper: CacheBlend, arXiv 2405.16444, section 4; RoFormer, arXiv 2104.09864.
 """
 
-from kvstore_gpu.place.launch import Piece, place
+from kvstore_gpu.place.launch import Piece, place, placing
 
-__all__ = ["Piece", "place"]
+__all__ = ["Piece", "place", "placing"]
