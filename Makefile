@@ -69,7 +69,8 @@ TEXTS ?= docs
 
 test-gpu:
 	$(GPU_RUN) -m pytest -c /dev/null --rootdir=. -p no:cacheprovider --confcutdir=tests/gpu tests/gpu -k "not cpu" $(ARGS)
-	$(GPU_RUN) -m pytest -c /dev/null --rootdir=. -p no:cacheprovider --confcutdir=tests/gpu tests/engines/test_vllm_device.py $(ARGS)
+	$(GPU_RUN) -m pytest -c /dev/null --rootdir=. -p no:cacheprovider --confcutdir=tests/gpu tests/engines/test_vllm_device.py \
+	  tests/engines/test_sparse_device.py $(ARGS)
 ifdef MODEL
 	$(GPU_RUN) bench/gpu_smollm2.py --model $(MODEL)
 	$(GPU_RUN) bench/gpu_eval.py --model $(MODEL) --texts $(TEXTS)
