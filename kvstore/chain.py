@@ -91,7 +91,7 @@ class TierChain:
         self.ahead = PrefetchQueue(host.arena.capacity // AHEAD_SHARE)
         self._most_ahead = max(1, parallel // 4)
         self._prefetching = 0
-        self._estimates = {tier.code: TierEstimate() for tier in below}
+        self._estimates = {tier.code: TierEstimate(tier.pace) for tier in below}
         self._ahead: dict[BlockId, tuple[TierEstimate, int]] = {}
         self._waiting: deque[BlockId] = deque()
         self._running = 0

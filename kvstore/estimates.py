@@ -36,11 +36,16 @@ class TierEstimate:
 
     Parameters
     ----------
+    pace : callable
+        What the block under way takes, as far as the tier can tell; see `Tier.pace`.
     clock : callable
         Monotonic seconds.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, pace: Callable[[], float | None] = lambda: None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._pace = pace
         self._clock = clock
         self._fit = MovingFit(2, main=1, decay=DECAY)
         self._just_now = MovingFit(2, main=1, decay=JUST_NOW)
@@ -95,14 +100,23 @@ class TierEstimate:
         self._mark, self._blocks, self._bytes = self._last, 0, 0
 
     def speed(self) -> Speed | None:
-        """What a load costs now; None before the first block has come."""
+        """What a load costs now; None before anything was read."""
+        under_way_s = self._under_way_s()
         if not self._fit.count:
-            return None
+            return Speed(under_way_s * self._ahead_blocks, under_way_s, 0.0) if under_way_s else None
         slower = max(self._fit, self._just_now, key=lambda fit: fit(self._window))
         block_s, byte_s = slower.coefficients
         wait_s = block_s * self._ahead_blocks + byte_s * self._ahead_bytes
-        if self._reading and self._ahead_blocks:
-            # A tier that stands still gets slower by the second, though no read ends to tell of it.
-            each = wait_s / self._ahead_blocks
-            wait_s += max(0.0, self._clock() - self._last - each)
-        return Speed(wait_s, block_s, byte_s)
+        late = max(under_way_s * self._ahead_blocks / wait_s, 1.0) if wait_s > 0 else 1.0
+        return Speed(late * wait_s, late * block_s, late * byte_s)
+
+    def _under_way_s(self) -> float:
+        """What a block takes at least, going by the reads under way; 0 without any.
+
+        So a tier that has become slow is known for that before the first slow read ends, and one that stands still gets
+        slower by the second.
+        """
+        if not self._reading:
+            return 0.0
+        # Side by side they may come all at once.
+        return max((self._clock() - self._last) / self._reading, self._pace() or 0.0)

@@ -168,6 +168,10 @@ class Tier(ABC):
     def usage(self) -> Usage:
         """Bytes and blocks held."""
 
+    def pace(self) -> float | None:
+        """Seconds that the block under way takes by what has come of it, at least; None if that can not be told."""
+        return None
+
     def scopes(self) -> dict[Scope, tuple[int, int]]:
         """(blocks, bytes) of each scope held here."""
         return {}

@@ -15,6 +15,9 @@ from kvstore.tiers.base import Tier
 from kvstore.tiers.wrappers import WrappedTier
 from kvstore.types import BlockHeader, BlockId, LoadOutcome, StoreOutcome
 
+GRAIN = 1 / 64
+"""Share of a transfer that has to come before it tells how long the whole takes. Until then, so much may have come."""
+
 
 class Pace:
     """Hands out a bandwidth in turns.
@@ -30,6 +33,17 @@ class Pace:
         self._urgent: deque[tuple[asyncio.Future[None], int]] = deque()
         self._calm: deque[tuple[asyncio.Future[None], int]] = deque()
         self._busy = False
+        self._turn = (0.0, 1.0)
+        """When the transfer under way began, and how long it is made to take."""
+
+    def seconds(self) -> float | None:
+        """What the transfer under way takes, going by the share that has come of it; None if there is none.
+
+        A bandwidth is given evenly, so half of the time has brought half of the bytes.
+        """
+        began, takes = self._turn
+        passed = asyncio.get_running_loop().time() - began
+        return passed / max(min(passed / takes, 1.0), GRAIN) if self._busy else None
 
     async def take(self, nbytes: int, *, urgent: bool) -> None:
         """Wait for the turn of a transfer, and for as long as it may take."""
@@ -46,7 +60,9 @@ class Pace:
                 done, nbytes = queue.popleft()
                 if not done.done():  # else whoever waited has given up
                     self._busy = True
-                    asyncio.get_running_loop().call_later(nbytes / self.bytes_per_s, self._end, done)
+                    loop, takes = asyncio.get_running_loop(), nbytes / self.bytes_per_s
+                    self._turn = loop.time(), takes
+                    loop.call_later(takes, self._end, done)
                     return
 
     def _end(self, done: asyncio.Future[None]) -> None:
@@ -85,6 +101,10 @@ class Throttled(WrappedTier):
         if not self.inner.contains(block.scope, block.key):
             await self._pace.take(nbytes, urgent=False)
         return await self.inner.put(block, header, payload, nbytes, durable=durable)
+
+    def pace(self) -> float | None:
+        """What the transfer whose turn it is takes."""
+        return self._pace.seconds()
 
     def describe_state(self) -> dict[str, Any]:
         """State of the tier, and `max_bandwidth` in bytes a second."""

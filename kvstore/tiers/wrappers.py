@@ -96,6 +96,9 @@ class WrappedTier(Tier):
     def usage(self) -> Usage:
         return self.inner.usage()
 
+    def pace(self) -> float | None:
+        return self.inner.pace()
+
     def scopes(self) -> dict[Scope, tuple[int, int]]:
         return self.inner.scopes()
 

@@ -102,7 +102,8 @@ def test_the_split_is_the_best_there_is_and_never_much_worse_than_computing(
     best = total.min()
     if best <= total[0] * (1 - MARGIN) / (1 + SAME):
         assert total[choice.blocks] <= best * (1 + SAME) * (1 + 1e-9)
-        assert choice.deadline_s > load_s[choice.blocks]
+        assert choice.deadline_s == 0
+        assert choice.saves_s == pytest.approx([compute_s[i] - compute_s[choice.blocks] for i in range(choice.blocks)])
     if not choice.blocks:
         assert choice.load_s == 0.0
         assert choice.total_s == pytest.approx(total[0])
@@ -131,6 +132,7 @@ def test_an_unmeasured_tier_gets_one_chance_with_a_deadline() -> None:
     choice = choose(np.zeros(9), np.arange(8, -1, -1) * 0.1, measured=False)
     assert choice.blocks == 8
     assert 0.8 * 0.25 <= choice.deadline_s <= 0.8 * 0.25 + 0.1
+    assert choice.saves_s == pytest.approx([0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
 
 
 # -- all of it, against a simulated engine -----------------------------------------------------------------------------

@@ -81,7 +81,7 @@ def test_a_tier_that_was_never_read_says_nothing() -> None:
 
 def test_a_tier_that_has_become_slow_is_believed_at_once_and_one_that_has_become_fast_after_some_reads() -> None:
     clock = Clock()
-    estimate = TierEstimate(clock)
+    estimate = TierEstimate(clock=clock)
 
     def block_s() -> float:
         speed = estimate.speed()
@@ -106,7 +106,7 @@ def test_a_tier_that_has_become_slow_is_believed_at_once_and_one_that_has_become
 
 def test_reads_one_by_one() -> None:
     clock = Clock()
-    estimate = TierEstimate(clock)
+    estimate = TierEstimate(clock=clock)
     for _ in range(5):
         read(estimate, clock, MIB, 0.05)
         clock.now += 3.0  # idle time is nobody's
@@ -118,7 +118,7 @@ def test_reads_one_by_one() -> None:
 
 def test_reads_side_by_side_cost_what_one_more_costs() -> None:
     clock = Clock()
-    estimate = TierEstimate(clock)
+    estimate = TierEstimate(clock=clock)
     for _ in range(10):
         for _ in range(8):
             estimate.begun()
@@ -132,7 +132,7 @@ def test_reads_side_by_side_cost_what_one_more_costs() -> None:
 
 def test_queue_and_standstill_are_waited_for() -> None:
     clock = Clock()
-    estimate = TierEstimate(clock)
+    estimate = TierEstimate(clock=clock)
     read(estimate, clock, MIB, 0.1)
     for _ in range(4):
         estimate.queued(MIB)
@@ -150,6 +150,48 @@ def test_queue_and_standstill_are_waited_for() -> None:
     idle = estimate.speed()
     assert idle is not None
     assert idle.wait_s == 0
+
+
+def test_reads_side_by_side_are_not_late_before_all_of_them_could_have_come() -> None:
+    clock = Clock()
+    estimate = TierEstimate(clock=clock)
+    read(estimate, clock, MIB, 0.1)
+    for _ in range(4):
+        estimate.queued(MIB)
+        estimate.begun()
+    clock.now += 0.4
+    speed = estimate.speed()
+    assert speed is not None
+    assert speed.block_s + MIB * speed.byte_s == pytest.approx(0.1, rel=0.01)
+    clock.now += 0.4
+    speed = estimate.speed()
+    assert speed is not None
+    assert speed.block_s + MIB * speed.byte_s == pytest.approx(0.2, rel=0.01)
+    assert speed.wait_s == pytest.approx(0.8, rel=0.01)
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_what_a_tier_tells_of_a_block_under_way_is_believed_if_that_is_slower(measured: bool) -> None:
+    clock = Clock()
+    told: list[float | None] = [None]
+    estimate = TierEstimate(lambda: told[-1], clock)
+    if measured:
+        read(estimate, clock, MIB, 0.1)
+    told.append(0.5)
+    idle = estimate.speed()
+    assert idle is None or idle.byte_s * MIB == pytest.approx(0.1, rel=0.01), "nothing is read"
+    for _ in range(2):
+        estimate.queued(MIB)
+    estimate.begun()
+    clock.now += 0.01
+    slow = estimate.speed()
+    assert slow is not None
+    assert slow.block_s + MIB * slow.byte_s == pytest.approx(0.5, rel=0.01)
+    assert slow.wait_s == pytest.approx(1.0, rel=0.01)
+    told.append(0.05)
+    fast = estimate.speed()
+    assert fast is not None
+    assert fast.block_s + MIB * fast.byte_s == pytest.approx(0.1 if measured else 0.05, rel=0.01)
 
 
 # -- bounding a tier ---------------------------------------------------------------------------------------------------
@@ -172,6 +214,40 @@ async def test_pace_serves_reads_first_and_keeps_the_rate() -> None:
     await asyncio.gather(*writes, *reads, return_exceptions=True)
     assert order == ["w0", "r0", "r1", "w1"]  # what has begun is finished; who gave up takes no time
     assert loop.time() - began >= 4 * 0.02 - 0.005
+
+
+async def test_a_transfer_under_way_tells_how_long_it_takes() -> None:
+    pace = Pace(10 * MIB)
+    assert pace.seconds() is None
+    transfer = asyncio.ensure_future(pace.take(2 * MIB, urgent=True))
+    await asyncio.sleep(0)
+    at_once = pace.seconds()
+    assert at_once is not None
+    assert at_once < 0.1, "that none has come yet says nothing"
+    await asyncio.sleep(0.1)
+    assert pace.seconds() == pytest.approx(0.2)
+    await transfer
+    assert pace.seconds() is None
+
+
+async def test_a_throttled_disk_that_has_become_slow_is_known_for_it_before_a_block_has_come(tmp_path: Path) -> None:
+    chain, names = await chain_over_disk(tmp_path, 50 * MIB, 3)
+    disk = chain.below[0]
+    assert isinstance(disk, Throttled)
+    try:
+        done = asyncio.Event()
+        chain.promote(names[0], lambda *_: done.set())
+        await done.wait()
+        disk._pace.bytes_per_s = 2 * MIB
+        for name in names[1:]:
+            chain.promote(name, lambda *_: None)
+        await asyncio.sleep(0.1)
+        speed = chain.speeds(bytes([TierCode.DISK]))[TierCode.DISK]
+        assert speed[0] > 0.5
+        assert speed[1] + MIB * speed[2] > 0.25
+        disk._pace.bytes_per_s = 500 * MIB
+    finally:
+        await chain.close()
 
 
 async def chain_over_disk(folder: Path, rate: float, blocks: int) -> tuple[TierChain, list[BlockId]]:

@@ -65,6 +65,10 @@ class LoadJob:
         Position of the first token of the first block.
     deadline_s : float
         After this time from `begun` on what has not come is given up; 0 for the usual time.
+    saves_s : tuple of float
+        Of each block, what computing it and those behind it takes; see `Choice`.
+    ranks : int
+        Ranks that load at the same time, each blocks of its own.
     begun : float
         Monotonic time at which a worker got it.
     """
@@ -78,6 +82,8 @@ class LoadJob:
     is_async: bool
     position: int = 0
     deadline_s: float = 0.0
+    saves_s: tuple[float, ...] = ()
+    ranks: int = 1
     begun: float = 0.0
 
 

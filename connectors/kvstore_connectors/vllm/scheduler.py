@@ -160,11 +160,11 @@ class SchedulerSide:
 
     def _take(self, name: str, tracked: Tracked, n_external: int) -> None:
         """Note that the engine goes by the last choice; what it computes though it is there need not be stored."""
-        choice, tracked.choice = tracked.choice, None
+        choice, tracked.choice, tracked.taken = tracked.choice, None, None
         if choice is None or (n_external == 0) != (choice.blocks == 0):
             return
         self._decisions.taken(name, choice, tracked.matched, loading=n_external > 0 and self._async)
-        tracked.deadline_s = choice.deadline_s
+        tracked.taken = choice
         first = tracked.n_local // self._block_tokens
         for index in range(first + choice.blocks, first + choice.matched):
             tracked.present |= 1 << index
@@ -208,7 +208,10 @@ class SchedulerSide:
         tracked.loading = tracked.engine_ids[first:last]
         block = start // self._block_tokens
         position = block * self._block_tokens
-        job = LoadJob(name, tracked.scope, [], 0, tracked.loading, count, self._async, position, tracked.deadline_s)
+        job = LoadJob(name, tracked.scope, [], 0, tracked.loading, count, self._async, position)
+        if tracked.taken is not None:
+            job.deadline_s, job.saves_s = tracked.taken.deadline_s, tracked.taken.saves_s
+            job.ranks = len(set(self._answers.ranks))  # those that hold replicas share blocks
         try:
             end = -(-(start + count) // self._block_tokens)
             hashes = tracked.request.block_hashes

@@ -43,8 +43,8 @@ class Tracked:
         How much of what the daemon has is loaded, as last decided.
     matched : list of TierCode
         Where the blocks are that were decided about.
-    deadline_s : float
-        When the load under way gives up; 0 for the usual time.
+    taken : Choice or None
+        The choice that the engine goes by.
     """
 
     request: Any
@@ -61,5 +61,5 @@ class Tracked:
     private: bool = False
     sources: list[TierCode] = field(default_factory=list)
     choice: Choice | None = None
-    deadline_s: float = 0.0
+    taken: Choice | None = None
     matched: list[TierCode] = field(default_factory=list)

@@ -21,13 +21,11 @@ from kvstore_connectors.base import Link, Tally
 from kvstore_connectors.vllm.identity import request_namespace
 from kvstore_connectors.vllm.jobs import LoadJob, SaveBlock, SaveJob
 from kvstore_connectors.vllm.pages import Bytes, Pages, Piece
+from kvstore_connectors.vllm.patience import Patience
 
 LEASE_BLOCKS, LEASE_BYTES = 16, 1 << 30
 """Blocks of the first lease: few, so that copying begins soon. Then as many as are in so many bytes, if that is more:
 bounds what a load pins in the daemon's memory."""
-
-ROUND_S = 0.1
-"""Longest wait for blocks on their way up from a lower tier. Then the daemon is asked again, and has to answer."""
 
 TTL_S = 30.0
 
@@ -78,6 +76,7 @@ class Transfers:
         """
         begun = job.begun or time.monotonic()
         deadline = begun + min(job.deadline_s or self._load_deadline_s, self._load_deadline_s)
+        patience = Patience(job.saves_s, deadline, job.ranks)
         namespace = request_namespace(self._namespace, job.scope)
         keys = keys_of(namespace, job.hashes)
         done = 0
@@ -87,9 +86,9 @@ class Transfers:
             # The blocks of one lease are on their way while the next is asked for.
             first = done + (landing.blocks if landing else 0)
             following = None
-            if first < len(keys) and time.monotonic() < deadline and not stop():
+            if first < len(keys) and not patience.ended and not stop():
                 begin = partial(self._begin, job=job, namespace=namespace, keys=keys, first=first, after=after)
-                following = link.run("load", partial(begin, deadline=deadline))
+                following = link.run("load", partial(begin, patience=patience))
             final = following is None or following.final
             if landing is not None and not self._finish(landing):
                 if following is not None:
@@ -100,7 +99,7 @@ class Transfers:
         if landing is not None and self._finish(landing):
             done += landing.blocks
         failed = set(job.engine_ids[self._filled(job, done) :]) if done < len(keys) or not keys else set()
-        self._count_load(job, done, failed, begun, deadline)
+        self._count_load(job, done, failed, begun, patience.ended)
         return failed
 
     def _filled(self, job: LoadJob, blocks: int) -> int:
@@ -115,13 +114,12 @@ class Transfers:
         keys: list[bytes],
         first: int,
         after: Any,
-        deadline: float,
+        patience: Patience,
     ) -> _Landing:
         """Lease some blocks from `first` on and have them copied."""
         several = LEASE_BYTES // self._pages.stored_nbytes(job.position + 1) if first else 0
         wanted = keys[first : first + max(LEASE_BLOCKS, several)]
-        wait_s = max(min(ROUND_S, deadline - time.monotonic()), 0.0)
-        lease = client.lease(wanted, namespace=namespace, ttl_s=TTL_S, wait_s=wait_s)
+        lease = client.lease(wanted, namespace=namespace, ttl_s=TTL_S, wait_s=patience.next_round_s())
         try:
             reason = None
             pieces: list[Piece] = []
@@ -135,6 +133,11 @@ class Transfers:
                     reason = MissReason.CORRUPT
                     break
                 pieces.append(piece)
+            if pieces:
+                patience.came()
+            if reason is MissReason.DEADLINE and job.saves_s:
+                missing = first + len(pieces)
+                patience.look(missing, self._left_s(client, namespace, keys[missing:], job.position))
             landed = self._pages.start(pieces, after)
         except BaseException:
             lease.release()
@@ -143,9 +146,16 @@ class Transfers:
             self._tally.add("load_corrupt")
         elif reason is not None and reason is not MissReason.DEADLINE:
             self._tally.add("load_missing")
-        # Blocks on their way up from a lower tier are worth another round; anything else is final.
+        # Blocks on their way up from a lower tier may be worth another round; anything else is final.
         nbytes = sum(piece.nbytes for piece in pieces)
         return _Landing(lease, len(pieces), nbytes, landed, reason is not None and reason is not MissReason.DEADLINE)
+
+    def _left_s(self, client: Any, namespace: Namespace, keys: list[bytes], position: int) -> float:
+        """What the daemon thinks that bringing these blocks up takes at the pace of its reads now."""
+        (tiers,) = client.lookup_many([(namespace, keys)], prefix=True)
+        speeds, nbytes = client.speeds, self._pages.stored_nbytes(position + 1)
+        costs = {tier: block_s + byte_s * nbytes for tier, (_, block_s, byte_s) in speeds.items()}
+        return sum(costs.get(tier, 0.0) for tier in tiers)
 
     def _finish(self, landing: _Landing) -> bool:
         """Wait until blocks have landed, and end their lease; whether it held all the time."""
@@ -169,11 +179,11 @@ class Transfers:
         position = job.position + index * self._pages.block_tokens
         return Piece(block.parts, skip, job.engine_ids[begin:end], position, block.device)
 
-    def _count_load(self, job: LoadJob, done: int, failed: set[int], begun: float, deadline: float) -> None:
+    def _count_load(self, job: LoadJob, done: int, failed: set[int], begun: float, given_up: bool) -> None:
         self._tally.add("load_seconds", time.monotonic() - begun)
         if done:
             self._tally.add("loaded_blocks", done)
-        if failed and time.monotonic() >= deadline:
+        if failed and given_up:
             self._tally.add("load_given_up")
         if failed:
             self._tally.add("load_failures")
