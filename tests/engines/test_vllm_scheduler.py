@@ -200,6 +200,22 @@ def saved(meta: Any) -> list[tuple[int, list[int]]]:
     return [(block.position // BLOCK, block.engine_ids) for job in meta.saves for block in job.blocks]
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_a_job_says_what_computing_costs_from_each_block_on(bench: Callable[..., Bench], known: bool) -> None:
+    b = bench()
+    b.hold(range(4))
+    if known:
+        b.decisions.prefill.learn([(0, 512)], 51.2)
+    request = make_request(tokens=40)
+    assert b.matched(request) == (32, True)
+    b.side.allocated(request, list(range(10)), 32)
+    (job,) = b.side.plan(step({})).loads
+    assert job.ranks == 2
+    assert job.saves_s == (pytest.approx((3.2, 2.4, 1.6, 0.8), rel=1e-3) if known else ())
+    b.side.allocated(request, list(range(10)), 0)  # taken up without a choice: nothing of the last one is left
+    assert b.side._requests["r"].taken is None
+
+
 def test_blocks_are_stored_as_they_fill(bench: Callable[..., Bench]) -> None:
     one = bench()
     request = make_request()

@@ -14,7 +14,7 @@ from fakes import BLOCK, ENGINE_BLOCK, RANKS, FakeClient, eventually, hash_of
 
 from kvstore.errors import DeadlineExceeded, VersionMismatch
 from kvstore.keys import derived_key, namespace_digest
-from kvstore.types import BlockHeader, MissReason
+from kvstore.types import BlockHeader, MissReason, TierCode
 from kvstore_connectors.base import Breaker, Link, Tally, shielded
 from kvstore_connectors.vllm import transfers
 from kvstore_connectors.vllm.identity import Scope
@@ -124,6 +124,68 @@ def test_slow_tiers_are_asked_again_until_the_deadline(rank: Rank) -> None:
     begun = time.monotonic()
     assert rank.transfers.load(rank.link, rank.job(hashes)) == {34, 35, 36, 37}
     assert 0.4 < time.monotonic() - begun < 2
+
+
+def slow_from(rank: Rank, hashes: list[bytes], first: int, block_s: float) -> LoadJob:
+    """A load whose blocks come from a disk that never brings those from `first` on, and takes that long for each."""
+    digest = namespace_digest(RANKS[0])
+    for one in hashes[first:]:
+        key = derived_key(digest, one)
+        rank.client.tiers[digest, key] = TierCode.DISK
+        rank.client.refuse[key] = [MissReason.DEADLINE] * 1_000_000
+    rank.client.speeds = {TierCode.DISK: (0.0, block_s / 2, block_s / 2 / rank.pages.nbytes)}
+    job = rank.job(hashes)
+    job.saves_s = tuple(float(len(hashes) - i) for i in range(len(hashes)))
+    return job
+
+
+def test_a_load_is_given_up_at_once_when_computing_the_rest_is_sooner(rank: Rank) -> None:
+    """A block saves one second of computing."""
+    hashes = rank.store(4)
+    job = slow_from(rank, hashes, 2, 1.1)
+    assert rank.transfers.load(rank.link, job) == {36, 37, 38, 39}
+    assert rank.same(range(4), range(32, 36)), "what had come is kept"
+    assert rank.client.calls.count("lease") == 1
+    assert rank.tally.peek()["load_given_up"] == 1
+    assert rank.tally.peek()["loaded_blocks"] == 2
+
+
+def test_a_load_that_is_still_sooner_goes_on(rank: Rank) -> None:
+    job = slow_from(rank, rank.store(4), 2, 0.9)
+    begun = time.monotonic()
+    assert rank.transfers.load(rank.link, job) == {36, 37, 38, 39}
+    assert time.monotonic() - begun > 0.4, "until the deadline of all loads"
+
+
+def test_ranks_that_load_at_the_same_time_share_a_disk(rank: Rank) -> None:
+    job = slow_from(rank, rank.store(4), 0, 0.9)
+    job.ranks = 2
+    assert rank.transfers.load(rank.link, job) == set(range(32, 40))
+    assert rank.client.calls.count("lease") == 1
+
+
+def test_a_load_is_over_when_the_daemon_is_gone_while_it_is_waited_for(
+    rank: Rank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashes = rank.store(4)
+    job = slow_from(rank, hashes, 2, 0.1)
+
+    def gone(queries: Any, *, prefix: bool) -> Any:
+        raise DeadlineExceeded("hung.")
+
+    monkeypatch.setattr(rank.client, "lookup_many", gone)
+    rank.client.error = None
+    released: list[bool] = []
+    lease = rank.client.lease
+
+    def leased(*args: Any, **options: Any) -> Any:
+        made = lease(*args, **options)
+        made.release = lambda: released.append(True)
+        return made
+
+    monkeypatch.setattr(rank.client, "lease", leased)
+    assert rank.transfers.load(rank.link, job) == set(range(32, 40)), "nothing may land in what was reported as failed"
+    assert released == [True]
 
 
 @pytest.mark.parametrize("reason", [MissReason.CORRUPT, MissReason.NO_SPACE, MissReason.TIER_DOWN])
