@@ -20,7 +20,10 @@ DECAY = 0.8
 """Weight that a window keeps when the next one comes: the last ten or so make the estimate."""
 JUST_NOW = 0.3
 """The same for the last two. Where those say that it is slower they are believed: who loads from a tier that has become
-slow is late, who computes instead for a moment loses little."""
+slow is late, who computes instead for a moment loses little.
+
+That a tier is faster is believed at once of reads from when it was idle until it is idle again. One that is not worth
+loading from is hardly read any more, and being wrong costs the first look of the next load (`Tier.pace`)."""
 
 
 class Speed(NamedTuple):
@@ -54,8 +57,8 @@ class TierEstimate:
         self._ahead_blocks = 0
         self._ahead_bytes = 0
         self._reading = 0
-        self._mark = self._last = self._first = 0.0
-        """When the open window of reads began, when its last read ended, and its first."""
+        self._mark = self._last = self._first = self._began = 0.0
+        """When the open window of reads began, when its last read ended, and its first; and when the tier was idle."""
         self._blocks = 0
         self._bytes = 0
 
@@ -72,7 +75,7 @@ class TierEstimate:
     def begun(self) -> None:
         """A read begins."""
         if self._reading == 0:
-            self._mark = self._last = self._clock()
+            self._mark = self._last = self._began = self._clock()
         self._reading += 1
 
     def ended(self, nbytes: int) -> None:
@@ -95,8 +98,12 @@ class TierEstimate:
         """Close the window: so many blocks in the time until the last of them ended."""
         if self._blocks:
             self._window = self._blocks, self._bytes
+            seconds = self._last - self._mark
+            alone = self._mark == self._began and not self._reading
             for fit in (self._fit, self._just_now):
-                fit.add(self._window, self._last - self._mark, 1 / self._blocks)
+                if alone and 0 < seconds < fit(self._window):
+                    fit.scale(seconds / fit(self._window))
+                fit.add(self._window, seconds, 1 / self._blocks)
         self._mark, self._blocks, self._bytes = self._last, 0, 0
 
     def speed(self) -> Speed | None:

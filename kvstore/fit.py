@@ -44,6 +44,11 @@ class MovingFit:
         self.count += 1
         self._solution = None
 
+    def scale(self, times: float) -> None:
+        """Take what was measured for so many times as much as it was."""
+        self._xy = [y * times for y in self._xy]
+        self._solution = None
+
     @property
     def coefficients(self) -> tuple[float, ...]:
         """The parts' costs; all zero before the first measurement."""

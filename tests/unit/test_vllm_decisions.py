@@ -91,7 +91,7 @@ def test_what_is_faster_is_done(engine: Engine) -> None:
 def test_before_anything_is_known_all_is_loaded_and_always_means_always() -> None:
     assert Engine().choose([HOST] * 16).blocks == 16
     assert Engine(always=True).choose([DISK] * 16, SLOW).blocks == 16
-    assert Engine(always=True).made.wants_probe(Choice(0, 3), [DISK] * 3) is None
+    assert Engine(always=True).made.wants_probe(Choice(0, 3), [DISK] * 3, SLOW) is None
 
 
 def test_a_tier_that_was_never_measured_is_believed_until_a_deadline(engine: Engine) -> None:
@@ -201,18 +201,40 @@ def test_a_tier_that_is_not_worth_it_is_looked_at_now_and_then(engine: Engine) -
     tiers = [HOST, HOST, DISK, DISK]
     choice = engine.choose(tiers, SLOW)
     assert choice.blocks == 2
-    assert engine.made.wants_probe(choice, tiers) == 2, "the first block that is left there"
-    assert engine.made.wants_probe(choice, tiers) is None
+    assert engine.made.wants_probe(choice, tiers, SLOW) == 2, "the first block that is left there"
+    assert engine.made.wants_probe(choice, tiers, SLOW) is None
     engine.now += PROBE_S
-    assert engine.made.wants_probe(choice, tiers) == 2
-    assert engine.made.wants_probe(engine.choose([HOST] * 2), [HOST] * 2) is None, "nothing is left there"
+    assert engine.made.wants_probe(choice, tiers, SLOW) == 2
+    assert engine.made.wants_probe(engine.choose([HOST] * 2), [HOST] * 2, SLOW) is None, "nothing is left there"
+
+
+@pytest.mark.parametrize(
+    ("speed", "pause_s"),
+    [
+        ((0.0, 0.6, 0.0), 3.0),
+        ((0.0, 0.1, 0.5 / BLOCK_BYTES), 3.0),
+        ((0.0, 60.0, 0.0), PROBE_S),
+        ((0.0, 1e-4, 0.0), 1.0),
+    ],
+)
+def test_a_tier_is_looked_at_for_a_fifth_of_its_time_at_most(
+    engine: Engine, speed: tuple[float, float, float], pause_s: float
+) -> None:
+    choice, tiers = Choice(0, 4), [DISK] * 4
+    assert engine.made.wants_probe(choice, tiers, {DISK: speed}) == 0
+    engine.now += pause_s - 0.01
+    assert engine.made.wants_probe(choice, tiers, {DISK: speed}) is None
+    engine.now += 0.02
+    busy = {DISK: (0.1, *speed[1:])}
+    assert engine.made.wants_probe(choice, tiers, busy) == (0 if pause_s == PROBE_S else None), "others read it"
+    assert engine.made.wants_probe(choice, tiers, {DISK: speed}) == (None if pause_s == PROBE_S else 0)
 
 
 def test_a_clock_that_has_just_begun_makes_no_difference() -> None:
     engine = Engine()
     engine.now = 0.0
     engine.learn()
-    assert engine.made.wants_probe(engine.choose([DISK] * 4, SLOW), [DISK] * 4) == 0
+    assert engine.made.wants_probe(engine.choose([DISK] * 4, SLOW), [DISK] * 4, SLOW) == 0
 
 
 def test_memory_that_was_slow_once_is_not_given_up_for_ever(engine: Engine) -> None:

@@ -21,6 +21,9 @@ PROBE_S = 10.0
 """A tier that is not worth loading from is looked at this often, lest its estimate stay what it was for ever: a block
 is brought up from a lower one, and from memory one request is loaded all the same, within a deadline."""
 
+SOONEST_PROBE_S, PROBE_SHARE = 1.0, 0.2
+"""A lower tier that nobody else reads is looked at sooner, if that takes no more of its time than this share."""
+
 MAX_STEPS = 64
 """Steps that are timed at once; an engine plans a few ahead, and one that was not reported is not waited for."""
 
@@ -109,15 +112,21 @@ class Decisions:
         ahead = [one.began + (one.choice.load_s or 0.0) - now for one in self._open.values() if one.loading]
         return max([0.0, *ahead])
 
-    def wants_probe(self, choice: Choice, tiers: Sequence[TierCode]) -> int | None:
+    def wants_probe(self, choice: Choice, tiers: Sequence[TierCode], speeds: Speeds) -> int | None:
         """The first matched block that is left in a lower tier, if it is time to see how fast that is now."""
         now = self._clock()
-        if self._always or choice.blocks == choice.matched or now - self._probed < PROBE_S:
-            return None
         place = next((i for i in range(choice.blocks, len(tiers)) if tiers[i] != TierCode.HOST), None)
-        if place is not None:
-            self._probed = now
+        if self._always or place is None or now - self._probed < self._probe_s(speeds.get(tiers[place])):
+            return None
+        self._probed = now
         return place
+
+    def _probe_s(self, speed: tuple[float, float, float] | None) -> float:
+        """How long ago a tier of this speed has to have been looked at."""
+        if speed is None or speed[0] > 0:  # never read, or at it
+            return PROBE_S
+        _, block_s, byte_s = speed
+        return min(max((block_s + byte_s * self.block_bytes) / PROBE_SHARE, SOONEST_PROBE_S), PROBE_S)
 
     def taken(self, name: str, choice: Choice, tiers: Sequence[TierCode], loading: bool) -> None:
         """The engine goes by a choice."""

@@ -141,7 +141,7 @@ class SchedulerSide:
         speeds = {} if query is None else query.speeds
         choice = self._decisions.choose(matched, speeds, tracked.n_local, tracked.request.num_tokens)
         tracked.choice, tracked.matched = choice, matched
-        probe = self._decisions.wants_probe(choice, matched)
+        probe = self._decisions.wants_probe(choice, matched, speeds)
         if probe is not None and query is not None:
             self._lookups.bring_up(query, tracked.n_local // self._block_tokens + probe)
         return choice

@@ -20,7 +20,7 @@ COUNTERS: dict[str, str] = {
     "load_seconds": "Time spent on loads, waiting included.",
     "load_failures": "Loads of which a part had to be recomputed.",
     "recomputed_tokens": "Tokens promised, not delivered, and recomputed.",
-    "load_given_up": "Loads that took too long; what had come was used, the rest recomputed.",
+    "load_given_up": "Loads that did not pay any more: what had come was used, the rest recomputed.",
     "choice_load": "Prompts of which all that the daemon had was loaded.",
     "choice_part": "Prompts of which a part was loaded, since computing the rest is faster.",
     "choice_recompute": "Prompts that were computed though the daemon had some of it, since that is faster.",
