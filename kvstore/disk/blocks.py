@@ -26,9 +26,13 @@ from kvstore.disk.format import (
     part_sums,
     round_up,
 )
-from kvstore.disk.io import Files, is_plain, let_go, move
+from kvstore.disk.io import Files, is_plain, let_go, move, up_to
 from kvstore.errors import CorruptBlock
 from kvstore.types import BlockHeader, BlockId, Scope
+from kvstore.under_way import UnderWay
+
+PIECE_BYTES = 4 << 20
+"""What is read at once. A disk is as fast by pieces of this size, and each that has come tells how fast it is."""
 
 DESCRIPTION = "namespace.json"
 MAX_DESCRIPTION = 64 * 1024
@@ -70,6 +74,7 @@ class BlockFiles:
         self._files = files
         self._scratch = Scratch()
         self._numbers = itertools.count(1)
+        self.under_way = UnderWay(PIECE_BYTES)
         self.live_tmp: set[str] = set()
 
     # -- write ---------------------------------------------------------------------------------------------------------
@@ -212,7 +217,7 @@ class BlockFiles:
         image = image_of(as_bytes(into), shape.nbytes, self._scratch)
         first = self._scratch.get("header", shape.offset)
         with self._open_checked(block, shape) as fd:
-            move(self._files.read, fd, [first, *image.buffers])
+            move(self._read_piece, fd, [first, *image.buffers])
             header, sums = decode_header(first, block, shape)
             check_payload(image.payload, image.padding, sums)
             if touch:
@@ -221,6 +226,12 @@ class BlockFiles:
         for theirs, ours in image.bounced:
             theirs[:] = ours
         return header
+
+    def _read_piece(self, fd: int, buffers: Sequence[memoryview], position: int) -> int:
+        """As `Files.read`, a piece at most, and tell of it."""
+        moved = self._files.read(fd, up_to(buffers, PIECE_BYTES), position)
+        self.under_way.came(moved)
+        return moved
 
     def header(self, block: BlockId, shape: Shape) -> BlockHeader:
         """Read and verify a block's header alone. Raises like `read`."""

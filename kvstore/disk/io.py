@@ -164,6 +164,17 @@ def move(step: Callable[[int, Sequence[memoryview], int], int], fd: int, buffers
         position += ahead
 
 
+def up_to(buffers: Sequence[memoryview], nbytes: int) -> list[memoryview]:
+    """The first `nbytes` of some buffers."""
+    out: list[memoryview] = []
+    for view in buffers:
+        if nbytes <= 0:
+            break
+        out.append(view[:nbytes])
+        nbytes -= len(view)
+    return out
+
+
 def _after(buffers: Sequence[memoryview], nbytes: int) -> list[memoryview]:
     """What is left of some buffers after their first `nbytes`."""
     for index, view in enumerate(buffers):

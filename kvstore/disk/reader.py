@@ -51,7 +51,9 @@ class Reader:
         began = time.perf_counter()
         reading = self._index.begin_read(block)
         try:
-            header = await store.threads.read(store.blocks.read, block, shape, into, used and self._wants_touch(block))
+            with store.blocks.under_way.reading(shape.nbytes):
+                touch = used and self._wants_touch(block)
+                header = await store.threads.read(store.blocks.read, block, shape, into, touch)
         except CorruptBlock:
             reason = MissReason.CORRUPT
         except (FileNotFoundError, ForeignFile):

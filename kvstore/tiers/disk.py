@@ -138,6 +138,10 @@ class DiskTier(Tier):
         """Bytes of the budget and blocks held."""
         return Usage(self._index.capacity, self._index.used, self._index.count)
 
+    def pace(self) -> float | None:
+        """What a block takes by the pieces that have come of those under way."""
+        return self._store.blocks.under_way.pace() if self._store.ready else None
+
     def scopes(self) -> dict[Scope, tuple[int, int]]:
         """(blocks, bytes of the budget) of each scope."""
         return self._index.scopes()

@@ -103,8 +103,8 @@ class Throttled(WrappedTier):
         return await self.inner.put(block, header, payload, nbytes, durable=durable)
 
     def pace(self) -> float | None:
-        """What the transfer whose turn it is takes."""
-        return self._pace.seconds()
+        """What the transfer whose turn it is takes, or a block of the tier if that is slower."""
+        return max(self._pace.seconds() or 0.0, self.inner.pace() or 0.0) or None
 
     def describe_state(self) -> dict[str, Any]:
         """State of the tier, and `max_bandwidth` in bytes a second."""

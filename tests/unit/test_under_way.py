@@ -1,0 +1,109 @@
+"""What the reads under way tell of how long a block takes, before one of them has ended."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from kvstore.disk import blocks
+from kvstore.disk.io import Files, up_to
+from kvstore.tiers.disk import DiskTier
+from kvstore.tiers.throttle import Throttled
+from kvstore.types import BlockHeader, BlockId, Hit, Scope, Stored
+from kvstore.under_way import UnderWay
+
+MIB = 1 << 20
+BLOCK = BlockId(Scope("uid1", b"n" * 32), b"k" * 32)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 50.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_the_bytes_that_have_come_tell_how_long_a_block_takes() -> None:
+    clock = Clock()
+    reads = UnderWay(MIB, clock)
+    assert reads.pace() is None
+    with reads.reading(8 * MIB):
+        clock.now += 0.1
+        assert reads.pace() == pytest.approx(0.8), "as much as a mebibyte may have come"
+        reads.came(2 * MIB)
+        assert reads.pace() == pytest.approx(0.4)
+        clock.now += 0.3
+        assert reads.pace() == pytest.approx(1.6)
+    assert reads.pace() is None
+
+
+def test_reads_side_by_side_bring_blocks_together() -> None:
+    clock = Clock()
+    reads = UnderWay(MIB, clock)
+    with reads.reading(8 * MIB), reads.reading(4 * MIB):
+        with reads.reading(6 * MIB):
+            clock.now += 0.3
+            reads.came(9 * MIB)
+            assert reads.pace() == pytest.approx(0.2)
+        clock.now += 0.1
+        assert reads.pace() == pytest.approx(0.3), "from the end of the last one on, two mebibytes may have come"
+
+
+class HeldFiles(Files):
+    """A disk that goes on with each piece of a read when it is told to."""
+
+    def __init__(self) -> None:
+        self.go = threading.Semaphore(0)
+        self.pieces: list[int] = []
+
+    def read(self, fd: int, buffers: Sequence[memoryview], position: int) -> int:
+        self.go.acquire(timeout=10)
+        self.pieces.append(sum(map(len, buffers)))
+        return super().read(fd, buffers, position)
+
+
+@pytest.mark.parametrize("throttled", [False, True])
+async def test_a_disk_tells_of_a_block_piece_by_piece_and_reads_it_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, throttled: bool
+) -> None:
+    monkeypatch.setattr(blocks, "PIECE_BYTES", MIB)
+    files, data = HeldFiles(), random.Random(1).randbytes(5 * MIB + 777)
+    disk = DiskTier(tmp_path, 64 * MIB, files=files)
+    files.go.release(1000)
+    await disk.start()
+    tier = Throttled(disk, 1e12) if throttled else disk
+    assert await tier.put(BLOCK, BlockHeader(), [memoryview(data)], len(data)) == Stored()
+    files.go, files.pieces = threading.Semaphore(0), []
+    into = memoryview(bytearray(len(data)))
+    read = asyncio.ensure_future(tier.get(BLOCK, [into]))
+    try:
+        for _ in range(2):
+            files.go.release()
+        async with asyncio.timeout(5):
+            while len(files.pieces) < 2:
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.2)
+        told = tier.pace()
+        assert told is not None
+        assert told > 0.4, "two of more than five mebibytes took a fifth of a second"
+    finally:
+        files.go.release(1000)
+    assert isinstance(await read, Hit)
+    assert bytes(into) == data
+    assert len(files.pieces) == 6
+    assert max(files.pieces) == MIB
+    assert tier.pace() is None
+    await disk.close()
+
+
+def test_the_first_bytes_of_some_buffers() -> None:
+    views = [memoryview(bytes([i]) * 4) for i in range(3)]
+    assert [bytes(view) for view in up_to(views, 6)] == [b"\0\0\0\0", b"\1\1"]
+    assert [len(view) for view in up_to(views, 8)] == [4, 4]
+    assert [len(view) for view in up_to(views, 99)] == [4, 4, 4]
