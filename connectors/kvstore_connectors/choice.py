@@ -34,7 +34,7 @@ SLOW_S = 0.1
 
 SLACK_S = 0.05
 PATIENCE = 0.25
-"""A load that finds out what loads cost may take `SLACK_S`, and this share of the computing that it saves."""
+"""A load that is made only to find out may take `SLACK_S`, and this share of the computing that it saves."""
 
 
 class Prefill:
@@ -143,7 +143,7 @@ class Choice:
     other_s : float or None
         Forecast of the best way that was not taken: computing all if some is loaded, else the best load.
     deadline_s : float
-        When a load that finds out what loads cost gives up what has not come; 0 for no deadline of its own.
+        When a load that is made to find out what loads cost gives up what has not come; 0 for others.
     saves_s : tuple of float
         Of each block that is loaded, what computing it and those behind it that are loaded takes: the load goes on as
         long as it promises to be sooner. Empty where that is not known, or does not matter.
@@ -176,8 +176,7 @@ def choose(load_s: Floats, compute_s: Floats | None, *, measured: bool) -> Choic
         return Choice(blocks, matched, load_s=float(load_s[blocks]) if measured else None)
     total = load_s + compute_s
     if not measured:
-        deadline, saves = float(load_s[-1]) + _patience(compute_s, matched), _saves(compute_s, matched)
-        return Choice(matched, matched, other_s=float(total[0]), deadline_s=deadline, saves_s=saves)
+        return Choice(matched, matched, other_s=float(total[0]), saves_s=_saves(compute_s, matched))
     blocks = int(np.flatnonzero(total <= total.min() * (1 + SAME))[-1])
     if blocks and total[blocks] > total[0] * (1 - MARGIN):
         blocks = 0
@@ -190,15 +189,10 @@ def choose(load_s: Floats, compute_s: Floats | None, *, measured: bool) -> Choic
 
 def find_out(compute_s: Floats, blocks: int) -> Choice:
     """Load the first so many blocks though that seems not worth it, to see whether it still is so."""
-    deadline = _patience(compute_s, blocks)
+    deadline = SLACK_S + PATIENCE * float(compute_s[0] - compute_s[blocks])
     total = deadline + float(compute_s[blocks])
     saves = _saves(compute_s, blocks)
     return Choice(blocks, len(compute_s) - 1, deadline, total, float(compute_s[0]), deadline, saves)
-
-
-def _patience(compute_s: Floats, blocks: int) -> float:
-    """How long a load that finds out what loads cost is believed: for a part of the time that computing would take."""
-    return SLACK_S + PATIENCE * float(compute_s[0] - compute_s[blocks])
 
 
 def _saves(compute_s: Floats, blocks: int) -> tuple[float, ...]:

@@ -31,8 +31,8 @@ from kvstore.errors import CorruptBlock
 from kvstore.types import BlockHeader, BlockId, Scope
 from kvstore.under_way import UnderWay
 
-PIECE_BYTES = 4 << 20
-"""What is read at once. A disk is as fast by pieces of this size, and each that has come tells how fast it is."""
+PIECE_BYTES = 2 << 20
+"""What is read at once. A disk is as fast by pieces of this size, and each that has come tells how fast it is now."""
 
 DESCRIPTION = "namespace.json"
 MAX_DESCRIPTION = 64 * 1024

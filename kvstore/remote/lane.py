@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 from redis.asyncio.connection import AbstractConnection
@@ -61,6 +61,8 @@ class Lane(asyncio.BufferedProtocol):
     ----------
     connection : AbstractConnection
         One of the client library, connected, speaking RESP 2, for the lane alone.
+    came : callable, optional
+        Told of the bytes that are received, as they are.
 
     Attributes
     ----------
@@ -68,8 +70,9 @@ class Lane(asyncio.BufferedProtocol):
         Whether nothing can be asked here any more.
     """
 
-    def __init__(self, connection: AbstractConnection) -> None:
+    def __init__(self, connection: AbstractConnection, came: Callable[[int], None] | None = None) -> None:
         self.closed = False
+        self._came = came
         self._connection = connection
         self._transport = cast("asyncio.Transport", connection._writer.transport)  # type: ignore[union-attr]
         self._before = self._transport.get_protocol()
@@ -155,6 +158,8 @@ class Lane(asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         if self.closed:
             return
+        if self._came is not None:
+            self._came(nbytes)
         if len(self._rest):
             self._rest = self._rest[nbytes:]
         else:

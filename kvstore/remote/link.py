@@ -27,8 +27,12 @@ from redis.exceptions import (
 from kvstore.errors import ConfigError
 from kvstore.remote.clients import FAILURES, LIES, make_client, make_pool
 from kvstore.remote.lane import Command, Lane, Room
+from kvstore.under_way import UnderWay
 
 T = TypeVar("T")
+
+GRAIN = 1 << 20
+"""Bytes of a block that may be on their way before the first is told: a server answers after a moment."""
 
 RENEW_S = 5.0
 """Connections are given up for newer ones at most so often."""
@@ -69,6 +73,7 @@ class Link:
         self.client = make_client(url, cluster, timeout_s, 2 * lanes + 4)
         self._makers = None if cluster else make_pool(url, timeout_s)
         self._idle: list[Lane] = []
+        self.under_way = UnderWay(GRAIN)
         self.age = 0
         self._renewed = -RENEW_S
         self.error = "not started"
@@ -146,7 +151,7 @@ class Link:
             await lane.end()
         connection = cast("redis.ConnectionPool", self._makers).make_connection()
         await connection.connect()
-        return Lane(connection)
+        return Lane(connection, self.under_way.came)
 
     async def _through_client(self, commands: Sequence[Command], rooms: Sequence[Room]) -> list[Any]:
         """Through the client library, which knows where in a cluster a key is."""

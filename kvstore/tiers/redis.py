@@ -136,6 +136,10 @@ class RedisTier(Tier):
         """Bytes and blocks of the whole deployment; the capacity is less than the budget while the server is full."""
         return Usage(self._blocks.capacity, self._index.mirror.used, self._index.mirror.count)
 
+    def pace(self) -> float | None:
+        """What a block takes by the bytes that have come of those under way. A cluster's client tells of none."""
+        return None if self._link.is_cluster else self._link.under_way.pace()
+
     def scopes(self) -> dict[Scope, tuple[int, int]]:
         """(blocks, bytes of the budget) of each scope."""
         held = self._index.mirror.scopes.items()
@@ -203,7 +207,8 @@ class RedisTier(Tier):
         return Hit(found.header, place.nbytes)
 
     async def _read(self, block: BlockId, place: ix.Place, into: Sequence[memoryview]) -> rec.Record:
-        return await self._values.read(self._index.known(block), self._index.member(block), place, into)
+        with self._link.under_way.reading(place.nbytes):
+            return await self._values.read(self._index.known(block), self._index.member(block), place, into)
 
     # -- put -----------------------------------------------------------------------------------------------------------
 

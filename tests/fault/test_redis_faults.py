@@ -125,6 +125,25 @@ async def test_a_slow_server_is_slow_and_not_down(tmp_path: Path) -> None:
             assert tier.describe_state()["connected"]
 
 
+async def test_a_server_that_has_become_slow_is_known_for_it_before_a_block_has_come(tmp_path: Path) -> None:
+    with ValkeyServer(tmp_path) as server:
+        async with opened(server.url) as tier:
+            assert await store(tier, block_of(1), 32 * MIB) == Stored()
+        async with delayed(server, 0.1) as url, opened(url, 60.0) as tier:
+            await until(lambda: tier.size(block_of(1)) == 32 * MIB)
+            assert tier.pace() is None
+            read = asyncio.ensure_future(load(tier, block_of(1), 32 * MIB))
+            await asyncio.sleep(0.5)
+            told = tier.pace()
+            began = time.monotonic() - 0.5
+            assert await read
+            took = time.monotonic() - began
+            assert told is not None
+            assert 0.4 * took < told < 2.5 * took
+            assert took > 1.0, "else there was nothing to tell"
+            assert tier.pace() is None
+
+
 async def test_where_all_connections_are_busy_that_is_said(tmp_path: Path) -> None:
     with ValkeyServer(tmp_path) as server:
         async with delayed(server, 0.1) as url, opened(url, 1.0, connections=1) as tier:

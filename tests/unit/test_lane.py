@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import pytest
@@ -17,7 +17,7 @@ BIG = bytes(range(256)) * 400  # longer than what is received into memory for li
 
 
 @contextlib.asynccontextmanager
-async def answering(chunks: Sequence[bytes]) -> AsyncIterator[Lane]:
+async def answering(chunks: Sequence[bytes], came: Callable[[int], None] | None = None) -> AsyncIterator[Lane]:
     """A lane to a server that answers one request with these bytes, a write each."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -37,7 +37,7 @@ async def answering(chunks: Sequence[bytes]) -> AsyncIterator[Lane]:
     pool = redis.ConnectionPool.from_url(f"redis://127.0.0.1:{port}", protocol=2)
     connection = pool.make_connection()
     await connection.connect()
-    lane = Lane(connection)
+    lane = Lane(connection, came)
     try:
         yield lane
     finally:
@@ -64,8 +64,11 @@ async def test_replies_however_they_are_cut(chunks: list[bytes]) -> None:
 async def test_strings_come_to_where_they_belong(step: int) -> None:
     said = b"$%d\r\n%b\r\n:1\r\n$%d\r\n%b\r\n+OK\r\n" % (len(BIG), BIG, len(BIG), BIG)
     into = memoryview(bytearray(len(BIG)))
-    async with answering([said[at : at + step] for at in range(0, len(said), step)]) as lane:
+    came: list[int] = []
+    async with answering([said[at : at + step] for at in range(0, len(said), step)], came.append) as lane:
         replies = await lane.exchange([("GET", "a"), ("X",), ("GET", "b"), ("X",)], [into, 0, len(BIG)])
+        assert sum(came) == len(said), "what is received is told as it comes"
+        assert len(came) > 1
         assert replies == [len(BIG), 1, BIG, b"OK"]
         assert into == BIG
 

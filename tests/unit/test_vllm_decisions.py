@@ -94,11 +94,10 @@ def test_before_anything_is_known_all_is_loaded_and_always_means_always() -> Non
     assert Engine(always=True).made.wants_probe(Choice(0, 3), [DISK] * 3, SLOW) is None
 
 
-def test_a_tier_that_was_never_measured_is_believed_until_a_deadline(engine: Engine) -> None:
+def test_a_tier_that_was_never_measured_is_believed_as_long_as_that_pays(engine: Engine) -> None:
     choice = engine.choose([DISK] * 8, {})
     assert choice.blocks == 8
-    compute_s = (8 * BLOCK + 10) * TOKEN_S
-    assert 0 < choice.deadline_s < 0.5 * compute_s
+    assert choice.saves_s == pytest.approx([(8 - i) * BLOCK * TOKEN_S for i in range(8)], rel=0.05)
 
 
 def test_loads_under_way_are_waited_for(engine: Engine) -> None:
