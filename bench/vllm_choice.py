@@ -7,7 +7,8 @@ the connector exports of its forecasts and its regret stands beside them. A seco
 side: there computing is faster, and loading always is what it costs not to choose.
 
 With ``--changes`` the bandwidth of one disk changes while the engines run, and each prompt is told by how much its
-first token was later or sooner, in the order in which they were asked.
+first token was later or sooner, in the order in which they were asked. It is a bound on the bandwidth that changes, or
+with ``--slow-medium`` the time that reading takes, 2 MiB after 2 MiB, several blocks side by side.
 
     python bench/vllm_choice.py --changes 50 8 200 8 --host-mib 64 --out bench/results/vllm_choice_changes.json
     python bench/vllm_choice.py --out bench/results/vllm_choice.json      (in the environment of `make engines`)
@@ -37,7 +38,7 @@ PER_LENGTH = 3
 """Prompts of each length; together they are several times what host memory holds."""
 
 
-_CHANGEABLE = """
+_BOUND = """
 import signal
 from pathlib import Path
 from kvstore.tiers import throttle
@@ -55,11 +56,32 @@ signal.signal(signal.SIGUSR1, change)
 main()
 """
 
+_SLOW = """
+import signal, threading, time
+from pathlib import Path
+from kvstore.disk.io import Files
+from kvstore.__main__ import main
+rate, turn, read = [1e9], threading.Lock(), Files.read
+def slow(self, fd, buffers, position):
+    moved = read(self, fd, buffers, position)
+    with turn:
+        time.sleep(moved / rate[0])
+    return moved
+Files.read = slow
+def change(*_):
+    rate[0] = float(Path("rate").read_text())
+signal.signal(signal.SIGUSR1, change)
+main()
+"""
+
 
 class ChangingDaemon(Daemon):
-    """A daemon of which the disk gets slower and faster while it runs."""
+    """A daemon of which the disk gets slower and faster while it runs: a bound on its bandwidth, or reading itself."""
 
-    entry = ("-c", _CHANGEABLE)
+    def __init__(self, folder: Path, mb_s: int, host_mib: int, slow_medium: bool) -> None:
+        self.entry = ("-c", _SLOW if slow_medium else _BOUND)
+        flags = [] if slow_medium else ["--disk-max-bandwidth", f"{mb_s}MB"]
+        super().__init__(folder, host_bytes=f"{host_mib}MiB", disk=True, flags=flags)
 
     def change(self, mb_s: int) -> None:
         """Give the disk another bandwidth."""
@@ -135,15 +157,16 @@ def run(folder: Path, rounds: int, disk_mb_s: int, seed: int) -> dict[str, Any]:
     }
 
 
-def run_changes(folder: Path, rounds: int, mb_s: list[int], host_mib: int, seed: int) -> dict[str, Any]:
+def run_changes(
+    folder: Path, rounds: int, mb_s: list[int], host_mib: int, seed: int, slow_medium: bool
+) -> dict[str, Any]:
     """One run through several bandwidths."""
     from model import smollm2
 
     model = smollm2("float32")
-    daemon = ChangingDaemon(
-        folder, host_bytes=f"{host_mib}MiB", disk=True, flags=["--disk-max-bandwidth", f"{mb_s[0]}MB"]
-    )
+    daemon = ChangingDaemon(folder, mb_s[0], host_mib, slow_medium)
     daemon.start()
+    daemon.change(mb_s[0])
     engines = {
         "computed": EngineProcess(HERE, model, "none", folder / "plain.log"),
         "faster": EngineProcess(HERE, model, daemon.address, folder / "faster.log"),
@@ -213,6 +236,7 @@ def main() -> int:
     parser.add_argument("--disk-mb-s", type=int, nargs="+", default=[50, 8], help="of the disk tier (default 50 8)")
     parser.add_argument("--engine", nargs=2, metavar=("MODEL", "ADDRESS"), help=argparse.SUPPRESS)
     parser.add_argument("--changes", type=int, nargs="+", metavar="MB_S", help="bandwidths of one disk, in turn")
+    parser.add_argument("--slow-medium", action="store_true", help="reads take their time, instead of a bound on them")
     parser.add_argument("--host-mib", type=int, default=128, help="host memory with --changes (default 128)")
     options = parser.parse_args()
     if options.engine:
@@ -222,8 +246,8 @@ def main() -> int:
     result = {}
     if options.changes:
         with tempfile.TemporaryDirectory(prefix="kvstore-choice-") as folder:
-            place, mb_s, host_mib = Path(folder), options.changes, options.host_mib
-            result["changes"] = run_changes(place, options.rounds, mb_s, host_mib, options.seed)
+            how = options.changes, options.host_mib, options.seed, options.slow_medium
+            result["changes"] = run_changes(Path(folder), options.rounds, *how)
     for disk_mb_s in () if options.changes else options.disk_mb_s:
         with tempfile.TemporaryDirectory(prefix="kvstore-choice-") as folder:
             result[f"{disk_mb_s} MB/s"] = run(Path(folder), options.rounds, disk_mb_s, options.seed)

@@ -8,6 +8,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
+GRACE_S = 0.02
+"""So long a host may stand still for other reasons, before that is taken for slowness of the tier."""
+
+
 class UnderWay:
     """The reads that are under way in one tier.
 
@@ -55,5 +59,5 @@ class UnderWay:
         """Seconds that a block takes at least; None while none is read."""
         if not self._reads:
             return None
-        block = self._wanted / self._reads
-        return (self._clock() - self._since) * block / max(self._came, self._grain * self._reads)
+        block, took_s = self._wanted / self._reads, self._clock() - self._since - GRACE_S
+        return max(took_s, 0.0) * block / max(self._came, self._grain * self._reads)

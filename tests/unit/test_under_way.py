@@ -15,7 +15,7 @@ from kvstore.disk.io import Files, up_to
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.throttle import Throttled
 from kvstore.types import BlockHeader, BlockId, Hit, Scope, Stored
-from kvstore.under_way import UnderWay
+from kvstore.under_way import GRACE_S, UnderWay
 
 MIB = 1 << 20
 BLOCK = BlockId(Scope("uid1", b"n" * 32), b"k" * 32)
@@ -34,6 +34,8 @@ def test_the_bytes_that_have_come_tell_how_long_a_block_takes() -> None:
     reads = UnderWay(MIB, clock)
     assert reads.pace() is None
     with reads.reading(8 * MIB):
+        clock.now += GRACE_S
+        assert reads.pace() == 0, "a moment says nothing"
         clock.now += 0.1
         assert reads.pace() == pytest.approx(0.8), "as much as a mebibyte may have come"
         reads.came(2 * MIB)
@@ -48,10 +50,10 @@ def test_reads_side_by_side_bring_blocks_together() -> None:
     reads = UnderWay(MIB, clock)
     with reads.reading(8 * MIB), reads.reading(4 * MIB):
         with reads.reading(6 * MIB):
-            clock.now += 0.3
+            clock.now += GRACE_S + 0.3
             reads.came(9 * MIB)
             assert reads.pace() == pytest.approx(0.2)
-        clock.now += 0.1
+        clock.now += GRACE_S + 0.1
         assert reads.pace() == pytest.approx(0.3), "from the end of the last one on, two mebibytes may have come"
 
 
