@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-
 GRACE_S = 0.02
 """So long a host may stand still for other reasons, before that is taken for slowness of the tier."""
 
