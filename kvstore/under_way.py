@@ -17,7 +17,7 @@ class UnderWay:
     Parameters
     ----------
     grain : int
-        Bytes of each read that may have come without being told.
+        Bytes of each read that may have come without being told, beside what was asked for.
     clock : callable
         Monotonic seconds.
     """
@@ -26,8 +26,8 @@ class UnderWay:
         self._grain = grain
         self._clock = clock
         self._lock = threading.Lock()
-        self._reads = self._wanted = self._came = 0
-        """Reads under way, bytes of them, and bytes that have come since `_since`."""
+        self._reads = self._wanted = self._asked = self._came = 0
+        """Reads under way, bytes of them, bytes that were asked for and have not come, and have come since `_since`."""
         self._since = 0.0
         """When the last read ended, or the first began."""
 
@@ -54,9 +54,22 @@ class UnderWay:
         with self._lock:
             self._came += nbytes
 
+    @contextmanager
+    def asking(self, nbytes: int) -> Iterator[None]:
+        """While so many bytes are asked for, of which any may have come; then all have. For any thread."""
+        with self._lock:
+            self._asked += nbytes
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._asked -= nbytes
+                self._came += nbytes
+
     def pace(self) -> float | None:
         """Seconds that a block takes at least; None while none is read."""
-        if not self._reads:
+        most = self._came + self._asked + self._grain * self._reads
+        if not self._reads or not most:
             return None
         block, took_s = self._wanted / self._reads, self._clock() - self._since - GRACE_S
-        return max(took_s, 0.0) * block / max(self._came, self._grain * self._reads)
+        return max(took_s, 0.0) * block / most

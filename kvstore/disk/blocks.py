@@ -31,8 +31,9 @@ from kvstore.errors import CorruptBlock
 from kvstore.types import BlockHeader, BlockId, Scope
 from kvstore.under_way import UnderWay
 
-PIECE_BYTES = 2 << 20
-"""What is read at once. A disk is as fast by pieces of this size, and each that has come tells how fast it is now."""
+PIECE_BYTES, SMALLEST_PIECE, PIECE_S = 2 << 20, 256 << 10, 0.01
+"""What is read at once: as much as the last pieces came in that time, at most so much, by which a disk is as fast as in
+one, and at least so much. Each that has come tells how fast the disk is now."""
 
 DESCRIPTION = "namespace.json"
 MAX_DESCRIPTION = 64 * 1024
@@ -74,7 +75,8 @@ class BlockFiles:
         self._files = files
         self._scratch = Scratch()
         self._numbers = itertools.count(1)
-        self.under_way = UnderWay(PIECE_BYTES)
+        self.under_way = UnderWay(0)
+        self._piece = PIECE_BYTES
         self.live_tmp: set[str] = set()
 
     # -- write ---------------------------------------------------------------------------------------------------------
@@ -229,8 +231,11 @@ class BlockFiles:
 
     def _read_piece(self, fd: int, buffers: Sequence[memoryview], position: int) -> int:
         """As `Files.read`, a piece at most, and tell of it."""
-        moved = self._files.read(fd, up_to(buffers, PIECE_BYTES), position)
-        self.under_way.came(moved)
+        piece, began = self._piece, time.perf_counter()
+        with self.under_way.asking(min(piece, sum(map(len, buffers)))):
+            moved = self._files.read(fd, up_to(buffers, piece), position)
+        fits = moved * PIECE_S / max(time.perf_counter() - began, 1e-6)
+        self._piece = round_up(int(min(max((piece + fits) / 2, SMALLEST_PIECE), PIECE_BYTES)))
         return moved
 
     def header(self, block: BlockId, shape: Shape) -> BlockHeader:
