@@ -430,6 +430,16 @@ def test_a_defect_of_ours(vllm: Engine, truth: Any, monkeypatch: pytest.MonkeyPa
     failing(vllm, truth, prompt_of(*DOCS)[0])
 
 
+def test_a_device_without_memory_for_the_prompt(vllm: Engine, truth: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Blender, "_zeros", none)
+    before = vllm.metrics()
+    failing(vllm, truth, prompt_of(*DOCS)[0])
+    assert grown(vllm, before, "blend_no_memory") == 1
+
+
 def test_memory_of_one_prompt_serves_the_next_and_says_nothing_of_it(vllm: Engine) -> None:
     blender: Any = vllm.worker_connector._worker._blender
     first = blender._zeros((2, 2, 48, 3, 8))

@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 MAX_BYTES = 4 << 30
 """Memory that one prompt's KV may take while it is blended; longer prompts are computed."""
 
-KEPT_BYTES = 256 << 20
-"""Host memory for a prompt's KV that is kept for the next one."""
+KEPT_BYTES = {"cpu": 256 << 20, "cuda": MAX_BYTES}
+"""Memory for a prompt's KV, at most, that is kept for the next one; by the kind of memory."""
 
 
 class _Gathered(NamedTuple):
@@ -106,7 +106,7 @@ class Blender:
         self._asked = False  # by the last prompt; the same on all ranks
         self._copies = torch.cuda.Stream(rows.device, priority=-1) if rows.device.type == "cuda" else None
         self._ended: list[Callable[[], None]] = []
-        self._kept = torch.empty(0, dtype=rows.dtype)
+        self._kept = torch.empty(0, dtype=rows.dtype, device=rows.device)
         self._token_bytes = 2 * rows.layers * rows.shape[0] * rows.shape[1] * rows.dtype.itemsize
 
     # -- blending ------------------------------------------------------------------------------------------------------
@@ -195,7 +195,11 @@ class Blender:
             self._tally.add("blend_too_long")
             return None
         ids = torch.from_numpy(np.frombuffer(job.tokens, dtype="<i4").astype(np.int64))
-        room = self._zeros(self._rows.room(count))
+        try:
+            room = self._zeros(self._rows.room(count))
+        except torch.OutOfMemoryError:
+            self._tally.add("blend_no_memory")
+            return None
         cache = [LayerKV(keys, values) for keys, values in room]
         load = link.run("blend", partial(self._begin_load, job=job, cache=cache))
         if load is None:
@@ -206,14 +210,17 @@ class Blender:
     def _zeros(self, shape: tuple[int, ...]) -> torch.Tensor:
         """Zeros and not whatever was there: attention masks what is missing, but zero times NaN is NaN.
 
-        In host memory those of the prompt before, if they are enough: to touch new memory takes as long as the loading.
+        Those of the prompt before, if they are enough. To touch new memory of the host takes as long as the loading. On
+        a device the engine's passes would cut up what was given back, so that the driver is asked for gigabytes again
+        and again, until it has none: then the process gives back all that it keeps, and waits.
         """
         rows, count = self._rows, math.prod(shape)
-        if rows.device.type != "cpu" or count * rows.dtype.itemsize > KEPT_BYTES:
+        if count * rows.dtype.itemsize > KEPT_BYTES[rows.device.type]:
             return torch.zeros(shape, dtype=rows.dtype, device=rows.device)
         if len(self._kept) < count:
+            self._kept = self._kept[:0].clone()  # not both at a time
             with torch.inference_mode(False):  # it outlives the mode that it is made in
-                self._kept = torch.empty(count, dtype=rows.dtype)
+                self._kept = torch.empty(count, dtype=rows.dtype, device=rows.device)
         return self._kept[:count].view(shape).zero_()
 
     def _repair(self, model: EngineModel, job: BlendJob, gathered: _Gathered) -> _Repaired:

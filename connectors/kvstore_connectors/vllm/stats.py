@@ -45,6 +45,7 @@ COUNTERS: dict[str, str] = {
     "blend_chunk_missing": "Chunks that were gone when they were to be loaded.",
     "blend_wrong_tokens": "Chunks refused because their tokens are not those of the prompt.",
     "blend_too_long": "Prompts too long to be put together in the memory set aside for it.",
+    "blend_no_memory": "Prompts that were computed since the device had no memory to put them together in.",
     "blend_not_worth": "Prompts of which chunks cover too little.",
     "blend_gate_closed": "Prompts not put together because the probe of this model has not passed.",
     "blend_bad_request": "Requests whose kv_transfer_params were not understood; they were computed.",
