@@ -231,11 +231,13 @@ class BlockFiles:
 
     def _read_piece(self, fd: int, buffers: Sequence[memoryview], position: int) -> int:
         """As `Files.read`, a piece at most, and tell of it."""
-        piece, began = self._piece, time.perf_counter()
-        with self.under_way.asking(min(piece, sum(map(len, buffers)))):
+        usual, left, began = self._piece, sum(map(len, buffers)), time.perf_counter()
+        piece = usual if left > usual + SMALLEST_PIECE else left  # the header makes no piece of its own at the end
+        with self.under_way.asking(piece):
             moved = self._files.read(fd, up_to(buffers, piece), position)
-        fits = moved * PIECE_S / max(time.perf_counter() - began, 1e-6)
-        self._piece = round_up(int(min(max((piece + fits) / 2, SMALLEST_PIECE), PIECE_BYTES)))
+        if moved >= usual:  # less is no measure
+            fits = moved * PIECE_S / max(time.perf_counter() - began, 1e-6)
+            self._piece = round_up(int(min(max((usual + fits) / 2, SMALLEST_PIECE), PIECE_BYTES)))
         return moved
 
     def header(self, block: BlockId, shape: Shape) -> BlockHeader:

@@ -114,11 +114,30 @@ async def test_a_disk_tells_of_a_block_piece_by_piece_and_reads_it_right(
         files.go.release(1000)
     assert isinstance(await read, Hit)
     assert bytes(into) == data
-    assert max(files.pieces) == files.pieces[0] == MIB
     assert files.pieces[:3] == [MIB] * 3
     assert blocks.SMALLEST_PIECE < files.pieces[3] < MIB, "a slow disk is read in smaller pieces"
     assert sum(files.pieces) >= len(data)
     assert tier.pace() is None
+    await disk.close()
+
+
+async def test_a_fast_disk_is_read_in_large_pieces_and_the_rest_makes_none(tmp_path: Path) -> None:
+    files = HeldFiles()
+    files.go.release(10_000)
+    disk = DiskTier(tmp_path, 64 * MIB, files=files)
+    await disk.start()
+    data = random.Random(2).randbytes(6 * MIB)
+    assert await disk.put(BLOCK, BlockHeader(), [memoryview(data)], len(data)) == Stored()
+    small = BLOCK._replace(key=b"s" * 32)
+    assert await disk.put(small, BlockHeader(), [memoryview(data)[:100]], 100) == Stored()
+    for _ in range(20):
+        assert isinstance(await disk.get(small, [memoryview(bytearray(100))]), Hit)
+    files.pieces.clear()
+    into = memoryview(bytearray(len(data)))
+    assert isinstance(await disk.get(BLOCK, [into]), Hit)
+    assert bytes(into) == data
+    assert files.pieces[0] == blocks.PIECE_BYTES, "small blocks do not tell how fast a disk is"
+    assert min(files.pieces) >= blocks.SMALLEST_PIECE
     await disk.close()
 
 
