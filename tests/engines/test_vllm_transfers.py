@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from fakes import BLOCK, ENGINE_BLOCK, RANKS, FakeClient, eventually, hash_of
 
 from kvstore.errors import DeadlineExceeded, VersionMismatch
 from kvstore.keys import derived_key, namespace_digest
-from kvstore.types import BlockHeader, MissReason, TierCode
+from kvstore.types import BlockHeader, Miss, MissReason, TierCode
 from kvstore_connectors.base import Breaker, Link, Tally, shielded
 from kvstore_connectors.vllm import transfers
 from kvstore_connectors.vllm.identity import Scope
@@ -124,6 +125,38 @@ def test_slow_tiers_are_asked_again_until_the_deadline(rank: Rank) -> None:
     begun = time.monotonic()
     assert rank.transfers.load(rank.link, rank.job(hashes)) == {34, 35, 36, 37}
     assert 0.4 < time.monotonic() - begun < 2
+
+
+def test_a_load_that_is_larger_than_memory_comes_in_parts(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashes, free = rank.store(7), 3
+    lease = rank.client.lease
+
+    class Pinned(SimpleNamespace):
+        """A lease of as many blocks as there is room for."""
+
+        def __enter__(self) -> Any:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            nonlocal free
+            free += self.took
+
+    def leased(keys: Any, **options: Any) -> Any:
+        nonlocal free
+        blocks = lease(keys, **options).blocks
+        took = min(free, len(blocks))
+        free -= took
+        return Pinned(
+            blocks=blocks[:took] + [Miss(MissReason.NO_SPACE)] * (len(blocks) - took), valid=lambda: True, took=took
+        )
+
+    monkeypatch.setattr(rank.client, "lease", leased)
+    assert rank.transfers.load(rank.link, rank.job(hashes)) == set()
+    assert rank.same(range(14), range(32, 46))
+    assert "load_missing" not in rank.tally.peek()
+    free = 0  # somebody else has it
+    assert rank.transfers.load(rank.link, rank.job(hashes)) == set(range(32, 46))
+    assert rank.tally.peek()["load_missing"] == 1
 
 
 def slow_from(rank: Rank, hashes: list[bytes], first: int, block_s: float) -> LoadJob:

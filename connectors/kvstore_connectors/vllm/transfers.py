@@ -87,7 +87,10 @@ class Transfers:
             first = done + (landing.blocks if landing else 0)
             following = None
             if first < len(keys) and not patience.ended and not stop():
-                begin = partial(self._begin, job=job, namespace=namespace, keys=keys, first=first, after=after)
+                held = landing is not None and landing.blocks > 0
+                begin = partial(
+                    self._begin, job=job, namespace=namespace, keys=keys, first=first, after=after, held=held
+                )
                 following = link.run("load", partial(begin, patience=patience))
             final = following is None or following.final
             if landing is not None and not self._finish(landing):
@@ -114,9 +117,10 @@ class Transfers:
         keys: list[bytes],
         first: int,
         after: Any,
+        held: bool,
         patience: Patience,
     ) -> _Landing:
-        """Lease some blocks from `first` on and have them copied."""
+        """Lease some blocks from `first` on and have them copied, while those before may still be `held`."""
         several = LEASE_BYTES // self._pages.stored_nbytes(job.position + 1) if first else 0
         wanted = keys[first : first + max(LEASE_BLOCKS, several)]
         lease = client.lease(wanted, namespace=namespace, ttl_s=TTL_S, wait_s=patience.next_round_s())
@@ -142,13 +146,13 @@ class Transfers:
         except BaseException:
             lease.release()
             raise
-        if reason is MissReason.CORRUPT:
-            self._tally.add("load_corrupt")
-        elif reason is not None and reason is not MissReason.DEADLINE:
-            self._tally.add("load_missing")
-        # Blocks on their way up from a lower tier may be worth another round; anything else is final.
-        nbytes = sum(piece.nbytes for piece in pieces)
-        return _Landing(lease, len(pieces), nbytes, landed, reason is not None and reason is not MissReason.DEADLINE)
+        # Blocks on their way up from a lower tier may be worth another round, and so is memory that was full while some
+        # of it was held for this load; anything else is final.
+        full = reason is MissReason.NO_SPACE and (held or len(pieces) > 0)
+        final = reason is not None and reason is not MissReason.DEADLINE and not full
+        if final:
+            self._tally.add("load_corrupt" if reason is MissReason.CORRUPT else "load_missing")
+        return _Landing(lease, len(pieces), sum(piece.nbytes for piece in pieces), landed, final)
 
     def _left_s(self, client: Any, namespace: Namespace, keys: list[bytes], position: int) -> float:
         """What the daemon thinks that bringing these blocks up takes at the pace of its reads now."""
