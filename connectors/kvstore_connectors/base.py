@@ -26,6 +26,7 @@ from kvstore.errors import (
     Unavailable,
     UnknownNamespace,
 )
+from kvstore.types import MissReason
 
 log = logging.getLogger("kvstore.connector")
 
@@ -50,6 +51,15 @@ class Client(Protocol):
 
     def close(self) -> None:
         """End the connection."""
+
+
+def is_final(reason: MissReason | None, held: bool) -> bool:
+    """Whether a load ends with a block that did not come for this reason (None: all came).
+
+    Blocks on their way up from a lower tier are worth another round, and so is memory that was full while some of it
+    was `held` for this load. Anything else is final.
+    """
+    return reason not in (None, MissReason.DEADLINE) and not (held and reason is MissReason.NO_SPACE)
 
 
 class Tally:

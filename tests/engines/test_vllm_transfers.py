@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 from fakes import BLOCK, ENGINE_BLOCK, RANKS, FakeClient, eventually, hash_of
+from kit import Daemon
 
+from kvstore.client import KVStoreClient
 from kvstore.errors import DeadlineExceeded, VersionMismatch
 from kvstore.keys import derived_key, namespace_digest
-from kvstore.types import BlockHeader, Miss, MissReason, TierCode
-from kvstore_connectors.base import Breaker, Link, Tally, shielded
+from kvstore.types import BlockHeader, Miss, MissReason, Namespace, TierCode
+from kvstore_connectors.base import Breaker, Link, Tally, is_final, shielded
 from kvstore_connectors.vllm import transfers
 from kvstore_connectors.vllm.identity import Scope
 from kvstore_connectors.vllm.jobs import LoadJob, SaveBlock, SaveJob
@@ -159,6 +162,35 @@ def test_a_load_that_is_larger_than_memory_comes_in_parts(rank: Rank, monkeypatc
     assert rank.tally.peek()["load_missing"] == 1
 
 
+def saved(tally: Tally) -> float:
+    return tally.peek().get("saved_blocks", 0)
+
+
+def test_ten_mebibytes_come_from_disk_through_four(tmp_path: Path) -> None:
+    count, tally = 20, Tally()
+    breaker = Breaker("test", tally)
+    daemon = Daemon(tmp_path, disk=True, host_bytes="4MiB")
+    daemon.start()
+    link = Link(lambda: KVStoreClient(daemon.address, name="test"), breaker, tally)
+    assert breaker.start(5.0)
+    caches = [torch.randn(2, 2 * count, 64, 4, 128).bfloat16() for _ in range(4)]
+    pages = HostPages([PageViews("lkthd1", (cache[0], cache[1])) for cache in caches], 64, 64, 64)
+    namespace = Namespace(model="m", dtype="bfloat16", layers=4, kv_heads=4, head_dim=128, block_tokens=64)
+    moves = Transfers(pages, namespace, tally, 20.0)
+    try:
+        for index in range(count):
+            one = SaveJob("r", Scope(), [SaveBlock(hash_of(index), b"", index * 64, b"", [index])])
+            # Until the disk has taken some of those before.
+            assert eventually(lambda one=one, index=index: not moves.save(link, [one]) and saved(tally) > index)
+        there = list(range(count, 2 * count))
+        job = LoadJob("r", Scope(), [hash_of(i) for i in range(count)], 0, there, count * 64, True)
+        assert moves.load(link, job) == set()
+    finally:
+        breaker.close()
+        daemon.stop()
+    assert all(torch.equal(cache[:, :count], cache[:, count:]) for cache in caches)
+
+
 def slow_from(rank: Rank, hashes: list[bytes], first: int, block_s: float) -> LoadJob:
     """A load whose blocks come from a disk that never brings those from `first` on, and takes that long for each."""
     digest = namespace_digest(RANKS[0])
@@ -219,6 +251,14 @@ def test_a_load_is_over_when_the_daemon_is_gone_while_it_is_waited_for(
     monkeypatch.setattr(rank.client, "lease", leased)
     assert rank.transfers.load(rank.link, job) == set(range(32, 40)), "nothing may land in what was reported as failed"
     assert released == [True]
+
+
+def test_full_memory_ends_a_load_only_if_others_have_it() -> None:
+    assert not is_final(None, held=False)
+    assert not is_final(MissReason.DEADLINE, held=False)
+    for reason in set(MissReason) - {MissReason.DEADLINE}:
+        assert is_final(reason, held=False)
+        assert is_final(reason, held=True) == (reason is not MissReason.NO_SPACE)
 
 
 @pytest.mark.parametrize("reason", [MissReason.CORRUPT, MissReason.NO_SPACE, MissReason.TIER_DOWN])

@@ -14,7 +14,7 @@ from kvstore.client import Room
 from kvstore.errors import InvalidParams
 from kvstore.keys import derived_key, namespace_digest
 from kvstore.types import BlockHeader, Exists, Miss, MissReason, Namespace, Stored
-from kvstore_connectors.base import Link, Tally
+from kvstore_connectors.base import Link, Tally, is_final
 from kvstore_connectors.sglang.pages import Bytes, HostPages, copy_in, copy_out
 
 LEASE_PAGES = 32
@@ -81,8 +81,7 @@ class Transfers:
                 break
             count, reason = answer
             done += count
-            # Pages on their way up from a lower tier are worth another round; anything else is final.
-            if reason is not None and reason is not MissReason.DEADLINE:
+            if is_final(reason, count > 0):
                 break
         self._tally.add("load_seconds", time.monotonic() - begun)
         self._tally.add("loaded_pages", done)
@@ -109,7 +108,7 @@ class Transfers:
             if copied and not lease.valid():
                 self._tally.add("load_expired")
                 return 0, MissReason.LOST
-        if reason is not None and reason is not MissReason.DEADLINE:
+        if is_final(reason, copied > 0):
             self._tally.add("load_missing")
         return copied, reason
 

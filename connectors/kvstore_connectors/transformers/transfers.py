@@ -17,7 +17,7 @@ import torch
 from kvstore.client import LeasedBlock, Room
 from kvstore.client.blocks import as_bytes
 from kvstore.types import BlockHeader, Dropped, DropReason, Exists, Miss, MissReason, Namespace, Stored
-from kvstore_connectors.base import Link, Tally
+from kvstore_connectors.base import Link, Tally, is_final
 from kvstore_connectors.transformers.layout import Bytes, LayerKV, Layout
 from kvstore_connectors.transformers.prefix import StoreReport
 
@@ -107,8 +107,7 @@ class Transfers:
                 break
             count, reason = answer
             done += count
-            # Blocks on their way up from a lower tier are worth another round; anything else is final.
-            if reason is not None and reason is not MissReason.DEADLINE:
+            if reason is not None and is_final(reason, count > 0):
                 self._tally.add(f"load_{reason.value}")
                 break
         return done

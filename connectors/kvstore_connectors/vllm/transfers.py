@@ -17,7 +17,7 @@ from kvstore.client import LeasedBlock, Room
 from kvstore.errors import CodecError, InternalError
 from kvstore.keys import derived_key, namespace_digest
 from kvstore.types import BlockHeader, Exists, Miss, MissReason, Namespace, Stored
-from kvstore_connectors.base import Link, Tally
+from kvstore_connectors.base import Link, Tally, is_final
 from kvstore_connectors.vllm.identity import request_namespace
 from kvstore_connectors.vllm.jobs import LoadJob, SaveBlock, SaveJob
 from kvstore_connectors.vllm.pages import Bytes, Pages, Piece
@@ -146,10 +146,7 @@ class Transfers:
         except BaseException:
             lease.release()
             raise
-        # Blocks on their way up from a lower tier may be worth another round, and so is memory that was full while some
-        # of it was held for this load; anything else is final.
-        full = reason is MissReason.NO_SPACE and (held or len(pieces) > 0)
-        final = reason is not None and reason is not MissReason.DEADLINE and not full
+        final = is_final(reason, held or len(pieces) > 0)
         if final:
             self._tally.add("load_corrupt" if reason is MissReason.CORRUPT else "load_missing")
         return _Landing(lease, len(pieces), sum(piece.nbytes for piece in pieces), landed, final)
