@@ -10,7 +10,8 @@ With ``--changes`` the bandwidth of one disk changes while the engines run, and 
 first token was later or sooner, in the order in which they were asked. It is a bound on the bandwidth that changes, or
 with ``--slow-medium`` the time that reading takes, 2 MiB after 2 MiB, several blocks side by side.
 
-    python bench/vllm_choice.py --changes 50 8 200 8 --host-mib 64 --out bench/results/vllm_choice_changes.json
+    python bench/vllm_choice.py --rounds 1 --seed 21 --changes 50 8 120 12 --host-mib 64 \\
+        --out bench/results/vllm_choice_changes_paced21.json
     python bench/vllm_choice.py --out bench/results/vllm_choice.json      (in the environment of `make engines`)
 """
 

@@ -43,6 +43,16 @@ def test_relay_repairs_false_sinks_before_it_reads(mode: str) -> None:
     assert (count + len(QUESTION)) / prompt.reused <= work.cost <= (count + len(prompt.missing)) / prompt.reused
 
 
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_a_model_of_few_layers_is_repaired_though_little_of_it_is_read_first(layers: int) -> None:
+    model = tiny(num_hidden_layers=layers)
+    prompt, cache = assemble(model, model.rotary, SYSTEM, captured(model, "system"), QUESTION)
+    work = Work(model, prompt, cache)
+    for _ in work.repair(SELECTORS["relay"], 0.5):
+        pass
+    assert int((work.changed & prompt.repairable).sum()) == int(0.5 * prompt.reused + 0.5)
+
+
 def test_text_goes_on_where_the_last_chunk_is_looked_at() -> None:
     model = tiny()
     prompt, _ = assemble(model, model.rotary, SYSTEM, captured(model, "system"), QUESTION)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as functional
 
 from kvstore_connectors.blend.attention import attend, column_sums
-from kvstore_connectors.blend.rope import attention_factor, movable
+from kvstore_connectors.blend.rope import Turning
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,10 +37,8 @@ class Llama:
         self._kv_heads = int(config["num_key_value_heads"])
         self._dim = int(config.get("head_dim") or config["hidden_size"] // self._heads)
         self._eps = float(config["rms_norm_eps"])
-        self.rotary = movable(config)
-        self._magnitude = attention_factor(config)
-        nowhere = torch.arange(0, device=tensors["model.embed_tokens.weight"].device)
-        self._turned = nowhere, self.rotary.table(nowhere)
+        self._turning = Turning(config)
+        self.rotary = self._turning.rotary
         self.layers = int(config["num_hidden_layers"])
         self.scale = self._dim**-0.5
         self._embedding = tensors["model.embed_tokens.weight"]
@@ -51,7 +49,7 @@ class Llama:
 
     def ready(self, rows: Tensor) -> None:
         """See `Model.ready`."""
-        self._turned = rows, self.rotary.table(rows)
+        self._turning.ready(rows)
 
     def qkv(self, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x = self._norm(hidden, f"model.layers.{layer}.input_layernorm")
@@ -60,11 +58,8 @@ class Llama:
         return q.view(len(hidden), self._heads, self._dim), k.view(shape), v.view(shape)
 
     def rope(self, layer: int, queries: Tensor, keys: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        if layer in self.rotary.skipped_layers:
-            return queries, keys
-        if positions is not self._turned[0]:  # the same rows pass one layer after the other
-            self.ready(positions)
-        return self._turn(queries), self._turn(keys)
+        """See `Model.rope`."""
+        return self._turning.rope(layer, queries, keys, positions)
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
         return attend(queries, keys, values, positions, self.scale)
@@ -85,10 +80,6 @@ class Llama:
 
     def total(self, scores: Tensor, how: Literal["sum", "max"]) -> Tensor:
         return scores
-
-    def _turn(self, rows: Tensor) -> Tensor:
-        turned = self.rotary.turn(rows, self._turned[1])
-        return (turned if self._magnitude == 1 else turned * self._magnitude).to(rows.dtype)
 
     def _linear(self, x: Tensor, name: str) -> Tensor:
         return functional.linear(x, self._weights[f"{name}.weight"])

@@ -66,6 +66,43 @@ def move(rotation: Rotary, layer: int, keys: Tensor, old: Tensor, new: Tensor) -
     return rotation.turn(keys, rotation.table(new - old)).to(keys.dtype)
 
 
+class Turning:
+    """How a model turns its queries and keys, in plain torch: `Model.ready` and `Model.rope`.
+
+    Parameters
+    ----------
+    config : mapping
+        Fields of the model's Hugging Face configuration.
+
+    Raises
+    ------
+    ConfigError
+        As `movable`.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.rotary = movable(config)
+        self._magnitude = attention_factor(config)
+        self._rows: Tensor | None = None
+        self._table: Any = None
+
+    def ready(self, rows: Tensor) -> None:
+        """Make the table of these positions: the same rows pass one layer after the other."""
+        self._rows, self._table = rows, self.rotary.table(rows)
+
+    def rope(self, layer: int, queries: Tensor, keys: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Both turned; unchanged in layers without positions."""
+        if layer in self.rotary.skipped_layers:
+            return queries, keys
+        if positions is not self._rows:
+            self.ready(positions)
+        return self._turned(queries), self._turned(keys)
+
+    def _turned(self, rows: Tensor) -> Tensor:
+        turned = self.rotary.turn(rows, self._table)
+        return (turned if self._magnitude == 1 else turned * self._magnitude).to(rows.dtype)
+
+
 def attention_factor(config: Mapping[str, Any]) -> float:
     """Magnitude of a model's rotation: 1 but for YaRN, whose cosines and sines carry a factor."""
     scaling = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})

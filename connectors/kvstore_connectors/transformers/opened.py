@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from kvstore.errors import ConfigError
 from kvstore_connectors.blend.attention import attend, column_sums
 from kvstore_connectors.blend.recompute import prefill
-from kvstore_connectors.blend.rope import attention_factor, movable
+from kvstore_connectors.blend.rope import Turning
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,8 +44,8 @@ class OpenedModel:
     def __init__(self, model: Any, decoder: Any) -> None:
         self._model, self._decoder = model, decoder
         config = model.config.to_dict()
-        self.rotary = movable(config)
-        self._magnitude = attention_factor(config)
+        self._turning = Turning(config)
+        self.rotary = self._turning.rotary
         self._head = model.get_output_embeddings()
         self._layers: list[Any] = list(getattr(decoder, "layers", ()))
         self.layers = len(self._layers)
@@ -54,7 +54,6 @@ class OpenedModel:
         if not self._dim:
             raise ConfigError(f"chunks: {type(decoder).__name__} is not of the Llama family.", _REMEDY)
         self.scale = float(getattr(attention, "scaling", self._dim**-0.5))
-        self._turned: tuple[Any, Any] = (None, None)
         self._compare()
 
     # -- the protocol --------------------------------------------------------------------------------------------------
@@ -65,7 +64,7 @@ class OpenedModel:
 
     def ready(self, rows: Tensor) -> None:
         """See `Model.ready`."""
-        self._turned = rows, self.rotary.table(rows)
+        self._turning.ready(rows)
 
     def qkv(self, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `Model.qkv`."""
@@ -79,11 +78,7 @@ class OpenedModel:
 
     def rope(self, layer: int, queries: Tensor, keys: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """See `Model.rope`."""
-        if layer in self.rotary.skipped_layers:
-            return queries, keys
-        if positions is not self._turned[0]:  # the same rows pass one layer after the other
-            self.ready(positions)
-        return self._turn(queries), self._turn(keys)
+        return self._turning.rope(layer, queries, keys, positions)
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
         """See `Model.attend`."""
@@ -106,10 +101,6 @@ class OpenedModel:
     def total(self, scores: Tensor, how: Literal["sum", "max"]) -> Tensor:
         """See `Model.total`."""
         return scores
-
-    def _turn(self, rows: Tensor) -> Tensor:
-        turned = self.rotary.turn(rows, self._turned[1])
-        return (turned if self._magnitude == 1 else turned * self._magnitude).to(rows.dtype)
 
     # -- the comparison ------------------------------------------------------------------------------------------------
 

@@ -113,8 +113,9 @@ class _Placing:
     def __init__(
         self, rows: Rows, table: np.ndarray, sides: np.ndarray, turn: Turn, stream: torch.cuda.Stream | None
     ) -> None:
-        self._keys, self._layers, self._sides, self._stream = rows[0][0], len(rows), sides, stream
-        self._table, device, keys = table, self._keys.device, self._keys
+        keys, device = rows[0][0], rows[0][0].device
+        self._keys, self._layers, self._stream = keys, len(rows), stream
+        self._table, self._sides = table, sides
         bases = np.array([side.data_ptr() for layer in rows for side in layer], "<u8")
         self._there, self._bases = jobs.upload(table, device, stream), jobs.upload(bases, device, stream)
         self._skipped = jobs.constant(bytes(layer in turn.skipped_layers for layer in range(len(rows))), device)

@@ -88,6 +88,7 @@ class Reading:
         self._how: How
         self._measure, self._how = _MEASURES[by]
         self._tokens, self._asked = len(work.prompt.ids), len(work.prompt.question)
+        self._device = work.prompt.ids.device
         self._seen: dict[int, Tensor] = {}
         self._reads = True
 
@@ -103,7 +104,10 @@ class Reading:
 
     def scores(self, layers: range | None = None) -> Tensor:
         """The measure of every position ``[n]``, summed over these layers, or all that were seen."""
-        seen = torch.stack([self._seen[layer] for layer in (self._seen if layers is None else layers)])
+        some = [one for layer, one in self._seen.items() if layers is None or layer in layers]
+        if not some:
+            return torch.zeros(self._tokens, device=self._device)
+        seen = torch.stack(some)
         if self._how == "sum":
             return self._model.total(seen.sum((0, 1)), "sum")
         return self._model.total(seen.amax(1), "max").sum(0)
