@@ -8,6 +8,7 @@ reused tokens computed again. Ends with a table of first-token times and of how 
 full prefill. Exit code 1 if a prompt was not blended, or an exact prompt afterwards answered differently.
 
     python bench/demo_rag.py --out bench/results/demo_rag.json
+    python bench/demo_rag.py --device cuda --dtype bfloat16    (vLLM for CUDA; kvstore installed)
 """
 
 from __future__ import annotations
@@ -120,13 +121,13 @@ WAYS: dict[str, tuple[str, dict[str, Any] | None]] = {
 }
 
 
-def build(model: Path, daemon: Daemon, folder: Path, verdict: Path) -> dict[str, Any]:
+def build(model: Path, device: str, daemon: Daemon, folder: Path, verdict: Path) -> dict[str, Any]:
     """`kvstore build` in a process of its own."""
     (folder / "docs.jsonl").write_text("".join(json.dumps({"text": note}) + "\n" for note in passages()), "utf-8")
     (folder / "system.txt").write_text(SYSTEM, "utf-8")
     command = [sys.executable, "-m", "kvstore", "build", str(folder / "docs.jsonl"), "--model", str(model)]
     command += ["--system", str(folder / "system.txt"), "--address", daemon.address, "--probe", str(verdict)]
-    command += ["--share", str(SHARE), "--json"]
+    command += ["--share", str(SHARE), "--device", device, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"kvstore build failed:\n{done.stderr}")
@@ -186,7 +187,6 @@ def summary(rounds: list[dict[str, Any]], built: dict[str, Any]) -> dict[str, An
             "tokens_not_computed": round(fmean(one.cached for one in asked)),
         }
     return {
-        "model": "SmolLM2-135M-Instruct, float32",
         "share": SHARE,
         "prompts": len(rounds),
         "prompt_tokens": [row["prompt_tokens"] for row in rounds],
@@ -197,11 +197,11 @@ def summary(rounds: list[dict[str, Any]], built: dict[str, Any]) -> dict[str, An
     }
 
 
-def run(folder: Path, count: int) -> dict[str, Any]:
+def run(folder: Path, count: int, device: str, dtype: str) -> dict[str, Any]:
     """Daemon, engine, build, prompts."""
     from model import smollm2
 
-    model = smollm2()
+    model = smollm2(dtype)
     verdict = folder / "verdict.json"
     daemon = Daemon(folder, host_bytes="1GiB")
     daemon.start()
@@ -209,7 +209,8 @@ def run(folder: Path, count: int) -> dict[str, Any]:
     try:
         say("starting vLLM with the connector ...")
         extra = {"blend_gate": str(verdict), "lookup_deadline_ms": 500.0, "load": "always"}
-        engine = Engine(model, daemon.address, extra, max_num_batched_tokens=4096, max_model_len=4096)
+        options: dict[str, Any] = {"dtype": dtype, "max_num_batched_tokens": 4096, "max_model_len": 4096}
+        engine = Engine(model, daemon.address, extra, **options)
         if not engine.connected(20.0):
             raise SystemExit("the engine did not reach the daemon")
         tokenizer = engine.llm.get_tokenizer()
@@ -219,7 +220,7 @@ def run(folder: Path, count: int) -> dict[str, Any]:
 
         engine.ask(encode(SYSTEM + TEXT)[:600], max_tokens=2)  # the engine introduces itself with its first blocks
         say("kvstore build: passages behind the system prompt, and the probe ...")
-        built = build(model, daemon, folder, verdict)
+        built = build(model, device, daemon, folder, verdict)
         kl, top1 = built["verdict"]["kl"], built["verdict"]["top1"]
         say(f"   {built['total']} chunks, {built['computed']} tokens in {built['seconds']:.1f} s; probe: KL {kl:.3f}, "
             f"same first choice {top1:.1%}")  # fmt: skip
@@ -230,7 +231,8 @@ def run(folder: Path, count: int) -> dict[str, Any]:
         if engine is not None:
             engine.close()
         daemon.stop()
-    return summary(rounds, built) | {"counters": counters}
+    named = {"model": f"SmolLM2-135M-Instruct, {dtype}", "device": device}
+    return named | summary(rounds, built) | {"counters": counters}
 
 
 def show(result: dict[str, Any]) -> None:
@@ -255,10 +257,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--out", type=Path, help="also write the figures as JSON")
     parser.add_argument("--prompts", type=int, default=8, help="how many prompts (default 8)")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="what vLLM here is made for")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     options = parser.parse_args()
     set_environment()
     with tempfile.TemporaryDirectory(prefix="kvstore-demo-") as folder:
-        result = run(Path(folder), options.prompts)
+        result = run(Path(folder), options.prompts, options.device, options.dtype)
     show(result)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -157,9 +157,12 @@ class Builder:
     def compute(self, chunks: Sequence[Sequence[int]]) -> list[list[LayerKV]]:
         """KV of chunks behind the system prompt, in one forward pass."""
         if self._prefix is None:
-            ids = as_ids(self._system, self._device)
-            self._prefix = pack(self._model, [ids])[1] if self._system else []
-        return pack(self._model, [as_ids(list(chunk), self._device) for chunk in chunks], self._prefix)[0]
+            self._prefix = pack(self._model, [self.ids(self._system)])[1] if self._system else []
+        return pack(self._model, [self.ids(chunk) for chunk in chunks], self._prefix)[0]
+
+    def ids(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Token ids where the model is."""
+        return as_ids(list(tokens), self._device)
 
     def _parts(self, namespace: Namespace, chunk: Sequence[int]) -> list[ChunkPart]:
         return chunk_parts(namespace, chunk, before=self._system, labels=self._labels)

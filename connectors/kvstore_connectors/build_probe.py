@@ -17,7 +17,6 @@ from kvstore_connectors.blend.capture import Chunk
 from kvstore_connectors.blend.prompt import Capture
 from kvstore_connectors.blend.selectors.planner import planner
 from kvstore_connectors.blend.trial import Outcome, Sample, Trial, reference
-from kvstore_connectors.build_model import as_ids
 from kvstore_connectors.vllm.blend_gate import Verdict
 
 if TYPE_CHECKING:
@@ -58,15 +57,15 @@ def probe(
             f"probe: {len(usable)} chunks of {QUESTION_TOKENS} tokens are too few.", "Give at least three documents."
         )
     chance = random.Random(seed)
-    lead, capture = as_ids(list(system)), Capture.SYSTEM if system else Capture.ISOLATED
+    lead, capture = builder.ids(system), Capture.SYSTEM if system else Capture.ISOLATED
     outcomes: list[Outcome] = []
     for done in range(prompts):
         *picked, asked = chance.sample(usable, min(chunks_each + 1, len(usable)))
-        ids = tuple(as_ids(list(one)) for one in picked)
+        ids = tuple(builder.ids(one) for one in picked)
         ready = [
             Chunk(one, tuple(kv), len(system), capture) for one, kv in zip(ids, builder.compute(picked), strict=True)
         ]
-        sample = Sample("documents", lead, ids, as_ids(list(asked[:QUESTION_TOKENS])), lead[:0])
+        sample = Sample("documents", lead, ids, builder.ids(asked[:QUESTION_TOKENS]), lead[:0])
         trial = Trial(model, rotation, sample, ready, reference(model, sample).logits)
         outcomes.append(trial.repair(planner(trial.prompt), share))
         told(done + 1)
