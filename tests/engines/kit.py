@@ -192,9 +192,15 @@ class Engine:
         return [Answer(output, time.monotonic() - begun) for output in outputs]
 
     def forget(self) -> None:
-        """Drop the engine's own prefix cache; what the daemon holds stays."""
-        if not self.llm.reset_prefix_cache():
-            raise RuntimeError("the engine's prefix cache could not be reset")
+        """Drop the engine's own prefix cache; what the daemon holds stays.
+
+        An engine that schedules ahead frees the last blocks of an answer that ended early with the step behind it.
+        """
+        deadline = time.monotonic() + 5.0
+        while not self.llm.reset_prefix_cache():
+            if time.monotonic() > deadline:
+                raise RuntimeError("the engine's prefix cache could not be reset")
+            self.llm.llm_engine.step()
 
     @property
     def core(self) -> Any:
