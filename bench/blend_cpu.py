@@ -113,7 +113,7 @@ def measure(address: str, counts: list[int], rounds: int) -> dict[str, Any]:
     tally = Tally()
     breaker = Breaker("bench", tally)
     searches = Searches(Link(lambda: KVStoreClient(address), breaker, tally), tally, 10.0)
-    blends = Blends(searches, tally, ENGINE_BLOCK, BLOCK, Wish(), OpenGate())  # type: ignore[arg-type]
+    blends = Blends(searches, tally, ENGINE_BLOCK, BLOCK, Wish(), OpenGate(), lambda blend, tokens: True)  # type: ignore[arg-type]
     blends.know_ranks([RANK])
     breaker.start(10.0)
     results = {}

@@ -123,7 +123,7 @@ def scheduler() -> dict[str, float]:
     lookups, searches = (
         kind(Link(lambda: None, breaker, tally), tally, 0.02) for kind in (Lookups, Searches)
     )  # fmt: skip
-    blends = Blends(searches, tally, ENGINE_BLOCK, BLOCK, Wish(), None)
+    blends = Blends(searches, tally, ENGINE_BLOCK, BLOCK, Wish(), None, lambda blend, tokens: True)
     side = SchedulerSide(lookups, tally, ENGINE_BLOCK, BLOCK, Decisions(tally, BLOCK, CHUNK), blends=blends)
     side.know_ranks([Namespace(model="bench", block_tokens=BLOCK)], BLOCK_BYTES)
     steps = Steps()

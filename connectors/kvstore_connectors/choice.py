@@ -37,6 +37,15 @@ PATIENCE = 0.25
 """A load that is made only to find out may take `SLACK_S`, and this share of the computing that it saves."""
 
 
+@dataclass(slots=True)
+class Blend:
+    """What of a prompt is put together from chunks: tokens from `exact` to `end`, of which `computed` are computed."""
+
+    exact: int
+    end: int
+    computed: float
+
+
 class Prefill:
     """What computing prompt tokens costs: so much a step, a token, and a pair of a token and one before it.
 
@@ -59,21 +68,62 @@ class Prefill:
     def learn(self, spans: Sequence[tuple[int, int]], seconds: float) -> None:
         """A step took so long; it computed spans of (first position, tokens)."""
         tokens = sum(count for _, count in spans)
-        x = (1.0, tokens, sum(count * (start + count / 2) for start, count in spans))
-        expected = self._fit(x) if self.known else 0.0
         if tokens <= 0 or seconds <= 0:
             return
+        expected = self.step_seconds(spans) if self.known else 0.0
         # Errors count by their share, and what is out of all proportion (the machine was busy elsewhere) counts less.
-        size = max(seconds, expected)
-        surprise = max(seconds / expected, 1.0) if expected > 0 else 1.0
-        self._fit.add(x, seconds, 1.0 / (size * size * surprise))
+        self._fit.add(_parts(spans), seconds, 1.0 / (max(seconds, expected) ** 2 * _surprise(seconds, expected)))
         self._tokens += tokens
+
+    def step_seconds(self, spans: Sequence[tuple[int, int]]) -> float:
+        """Time of one step that computes spans of (first position, tokens)."""
+        return self._fit(_parts(spans))
 
     def seconds(self, starts: NDArray[np.int64], end: int) -> Floats:
         """Time to compute a prompt up to `end`, from each of some positions on."""
         tokens = end - starts
         step_s, token_s, pair_s = self._fit.coefficients
         return step_s * -(-tokens // self._chunk) + token_s * tokens + pair_s * tokens * (starts + tokens / 2)
+
+
+def _parts(spans: Sequence[tuple[int, int]]) -> tuple[float, float, float]:
+    """Steps, tokens, and pairs of a token and one before it, of a step."""
+    return 1.0, sum(count for _, count in spans), sum(count * (start + count / 2) for start, count in spans)
+
+
+def _surprise(seconds: float, expected: float) -> float:
+    """How many times longer something took than it should have, 1 if it did not."""
+    return max(seconds / expected, 1.0) if expected > 0 else 1.0
+
+
+class Blending:
+    """What blending costs beside the computing of its tokens: so much a prompt (launches, choosing) and so much a token
+    (loading, reading the question).
+    """
+
+    def __init__(self) -> None:
+        # What all prompts of one size cost is blamed on each prompt, so that larger ones are tried.
+        self._fit = MovingFit(2, main=0, decay=0.6)
+        self._seen = 0
+
+    @property
+    def known(self) -> bool:
+        """Whether enough was seen for a forecast."""
+        return self._fit.count > 0
+
+    def seconds(self, blend: Blend, computing_s: float) -> float:
+        """Time to blend, of which so much is computing."""
+        return computing_s + self._fit((1.0, blend.end - blend.exact))
+
+    def learn(self, blend: Blend, computing_s: float, seconds: float) -> None:
+        """It took so long."""
+        self._seen += 1
+        if self._seen == 1:  # in which kernels are compiled and memory is touched for the first time
+            return
+        # Nothing is quick by accident: what was quicker than expected counts for more than what was slower.
+        expected = self.seconds(blend, computing_s) if self.known else 0.0
+        weight = 1.0 / (max(seconds, 1e-6) ** 2 * _surprise(seconds, expected))
+        self._fit.add((1.0, blend.end - blend.exact), max(seconds - computing_s, 0.0), weight)
 
 
 class Loads:

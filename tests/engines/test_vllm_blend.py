@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from kvstore.keys import namespace_digest
 from kvstore.types import Namespace
 from kvstore_connectors import chunk_loads
 from kvstore_connectors.blend.selectors import relay
+from kvstore_connectors.choice import Blending
 from kvstore_connectors.vllm import blend_worker
 from kvstore_connectors.vllm.blend_gate import Verdict
 from kvstore_connectors.vllm.blend_jobs import BlendJob
@@ -448,6 +450,30 @@ def test_memory_of_one_prompt_serves_the_next_and_says_nothing_of_it(vllm: Engin
     assert second.data_ptr() == first.data_ptr()
     assert not second.any()
     assert second.shape == (2, 2, 32, 3, 8)
+
+
+def test_what_is_sooner_computed_than_blended_is_computed(
+    vllm: Engine, truth: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decisions = vllm.scheduler_connector._scheduler._decisions
+    monkeypatch.setattr(decisions, "_always", False)
+    monkeypatch.setattr(decisions, "blending", Blending())
+    whole = Blender.blend
+
+    def slowly(self: Blender, *how: Any) -> Any:
+        time.sleep(1.0)
+        return whole(self, *how)
+
+    monkeypatch.setattr(Blender, "blend", slowly)
+    before = vllm.metrics()
+    for docs in (DOCS, DOCS[:2]):  # the first teaches nothing
+        ask(vllm, prompt_of(*docs)[0], {"blend": True})
+    assert grown(vllm, before, "blend_prompts") == 2
+    for docs in (DOCS[::-1], DOCS[1:]):
+        prompt, _ = prompt_of(*docs)
+        assert ask(vllm, prompt, {"blend": True}).tokens == truth(prompt)
+    assert grown(vllm, before, "blend_prompts") == 2
+    assert grown(vllm, before, "blend_slower") == 2
 
 
 def test_a_selector_that_does_not_exist(vllm: Engine, truth: Any) -> None:

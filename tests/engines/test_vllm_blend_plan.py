@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from kvstore.keys import content_key
 from kvstore.types import Namespace
 from kvstore_connectors.base import Tally
+from kvstore_connectors.choice import Blend
 from kvstore_connectors.vllm.blend_scheduler import LEAST_SPAN, LONGEST_TAIL, Blends
 from kvstore_connectors.vllm.blend_search import Chunk
 from kvstore_connectors.vllm.blend_wish import Wish
@@ -52,8 +54,11 @@ def request(tokens: int, wish: dict[str, Any] | None = None, name: str = "r", **
     )
 
 
-def blends(searches: Searches, gate: Any = None) -> Blends:
-    made = Blends(searches, Tally(), ENGINE_BLOCK, BLOCK, Wish(), OpenGate() if gate is None else gate)  # type: ignore[arg-type]
+def blends(
+    searches: Searches, gate: Any = None, pays: Callable[[Blend, int], bool] = lambda blend, tokens: True
+) -> Blends:
+    gate = OpenGate() if gate is None else gate
+    made = Blends(searches, Tally(), ENGINE_BLOCK, BLOCK, Wish(), gate, pays)  # type: ignore[arg-type]
     made.know_ranks([RANK])
     return made
 
@@ -93,6 +98,28 @@ def test_a_chunk_of_which_little_is_left_is_not_worth_it() -> None:
     exact = 300 - LEAST_SPAN + 1
     assert promised(made, asked, n_local=exact, exact=exact) == 0
     assert made.exact_tokens("r") is None
+
+
+def test_what_is_sooner_computed_is_not_blended_however_often_the_engine_asks() -> None:
+    asked_of: list[tuple[int, int, float, int]] = []
+
+    def pays(blend: Blend, tokens: int) -> bool:
+        asked_of.append((blend.exact, blend.end, blend.computed, tokens))
+        return len(asked_of) > 1
+
+    made, asked = blends(Searches((100, 300)), pays=pays), request(330)
+    before = list(asked.block_hashes)
+    assert promised(made, asked, exact=64) == 0
+    assert made.promise(asked, 0, 64) == 0
+    assert asked_of == [(64, 329, 329 - 64 - 200 + 0.15 * 200, 330)]
+    assert asked.block_hashes == before
+    assert made.exact_tokens("r") is None
+    assert made.taken("r") is None
+    other = request(330, name="other")
+    assert promised(made, other, exact=64) == 329
+    taken = made.taken("other")
+    assert taken is not None
+    assert (taken.exact, taken.end) == (64, 329)
 
 
 def test_names_are_replaced_from_the_first_blended_block_on() -> None:

@@ -1,4 +1,4 @@
-"""Load or recompute in vLLM, with a clock that is set by hand: choices, regret, probing, failed loads."""
+"""Load, blend or recompute in vLLM, with a clock that is set by hand: choices, regret, probing, failed loads."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 
 from kvstore.types import TierCode
 from kvstore_connectors.base import Tally
-from kvstore_connectors.choice import Choice, Speeds
-from kvstore_connectors.vllm.decisions import MAX_STEPS, PROBE_S, Decisions
+from kvstore_connectors.choice import Blend, Choice, Speeds
+from kvstore_connectors.vllm.decisions import MAX_STEPS, PROBE_S, TRY_AGAIN, Decisions
 
 HOST, DISK = TierCode.HOST, TierCode.DISK
 BLOCK, CHUNK, BLOCK_BYTES = 256, 2048, 4 << 20
@@ -191,6 +191,91 @@ def test_steps_that_are_never_reported_are_forgotten(engine: Engine) -> None:
         engine.made.planned(number, {"a": (0, 100, 1000)}, True)
     assert len(engine.made._steps) <= MAX_STEPS
     engine.step({"b": (0, 100, 100)}, 0.1)
+
+
+# -- blending ----------------------------------------------------------------------------------------------------------
+
+
+def part(tokens: int, exact: int = 32) -> Blend:
+    """All of a prompt but its last token, 15 % of it computed."""
+    return Blend(exact, tokens - 1, 0.15 * (tokens - 1 - exact))
+
+
+def blend(engine: Engine, tokens: int, launches_s: float) -> None:
+    """Blend a prompt: launches, the computing of its share, and the engine's own last token."""
+    engine.steps += 1
+    one = part(tokens)
+    assert engine.made.planned(engine.steps, {"b": (one.end, 1, tokens)}, False, one)
+    engine.now += launches_s + (one.computed + 1) * TOKEN_S
+    engine.made.output({engine.steps: launches_s})
+
+
+def test_blending_is_tried_until_it_is_known_to_be_slower(engine: Engine) -> None:
+    for _ in range(2):
+        assert engine.made.blend_pays(part(1000), 1000)
+        blend(engine, 1000, launches_s=2.0)
+    engine.tally.drain()
+    asked = [engine.made.blend_pays(part(1000), 1000) for _ in range(2 * TRY_AGAIN)]
+    assert [at for at, pays in enumerate(asked, 1) if pays] == [TRY_AGAIN, 2 * TRY_AGAIN], "now and then, to find out"
+    assert engine.counted("blend_slower") == 2 * TRY_AGAIN - 2
+    assert engine.made.blend_pays(part(8000), 8000), "launches do not grow with the prompt"
+
+
+def test_a_blend_that_became_faster_is_found_to_be(engine: Engine) -> None:
+    for _ in range(4):
+        blend(engine, 1000, launches_s=2.0)
+    while not engine.made.blend_pays(part(1000), 1000):
+        pass
+    blend(engine, 1000, launches_s=0.05)
+    assert all(engine.made.blend_pays(part(1000), 1000) for _ in range(TRY_AGAIN))
+
+
+def test_a_blend_that_became_slower_is_found_to_be_and_one_slow_prompt_is_forgotten(engine: Engine) -> None:
+    for _ in range(8):
+        blend(engine, 1000, launches_s=0.1)
+    blend(engine, 1000, launches_s=3.0)
+    assert engine.made.blend_pays(part(1000), 1000)
+    slow = 0
+    while engine.made.blend_pays(part(1000), 1000):
+        blend(engine, 1000, launches_s=3.0)
+        slow += 1
+    assert 1 < slow < 20
+
+
+def test_the_first_blend_compiles_and_tells_nothing(engine: Engine) -> None:
+    blend(engine, 1000, launches_s=60.0)
+    blend(engine, 1000, launches_s=0.1)
+    assert all(engine.made.blend_pays(part(1000), 1000) for _ in range(TRY_AGAIN))
+
+
+def test_blends_tell_nothing_of_what_computing_costs_nor_failed_ones_of_blending(engine: Engine) -> None:
+    known = engine.made.prefill.seconds(np.array([0]), 2048)[0]
+    for _ in range(3):
+        engine.made.planned(900, {"b": (999, 1, 1000)}, False, part(1000))
+        engine.made.blend_failed()
+        engine.now += 60.0
+        engine.made.output({900: 0.0})
+    assert engine.made.prefill.seconds(np.array([0]), 2048)[0] == known
+    assert not engine.made.blending.known
+
+
+def test_what_the_step_computes_of_others_is_not_the_blend(engine: Engine) -> None:
+    for _ in range(3):
+        engine.steps += 1
+        one = part(1000)
+        engine.made.planned(engine.steps, {"b": (999, 1, 1000), "other": (0, 1500, 9000)}, False, one)
+        engine.now += 0.1 + (one.computed + 1501) * TOKEN_S
+        engine.made.output({engine.steps: 0.0})
+    assert engine.made.blend_pays(part(1000), 1000)
+    assert not engine.made.blend_pays(part(120), 120), "0.1 s of launches, and 0.09 s of computing"
+
+
+def test_blending_always_if_the_user_asks_for_it() -> None:
+    engine = Engine(always=True)
+    engine.learn()
+    for _ in range(3):
+        blend(engine, 1000, launches_s=60.0)
+    assert engine.made.blend_pays(part(1000), 1000)
 
 
 # -- probing -----------------------------------------------------------------------------------------------------------

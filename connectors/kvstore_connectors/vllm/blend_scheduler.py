@@ -7,7 +7,7 @@ no exact prompt has: neither vLLM's own prefix cache nor the daemon ever finds s
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from kvstore.keys import content_key
 from kvstore.types import Namespace
 from kvstore_connectors.base import Tally, log
 from kvstore_connectors.blend.amount import AMOUNTS
+from kvstore_connectors.choice import Blend
 from kvstore_connectors.vllm.blend_gate import Gate
 from kvstore_connectors.vllm.blend_jobs import BlendJob, BlendSpan, CaptureJob
 from kvstore_connectors.vllm.blend_search import MOST_TOKENS, Chunk, Search, Searches
@@ -44,11 +45,9 @@ _TAINT = b"kvstore/blended/2"
 
 
 @dataclass(slots=True)
-class Plan:
-    """What a prompt's KV is made of: exact up to `exact`, then blended up to `end`."""
+class Plan(Blend):
+    """What a prompt's KV is made of: exact up to `exact`, then blended up to `end`, out of these chunks."""
 
-    exact: int
-    end: int
     spans: list[Chunk]
 
 
@@ -62,6 +61,8 @@ class State:
         As last promised.
     tainted : int or None
         First engine block whose hash is not that of an exact prefix.
+    slower : bool
+        It was found that blending does not pay, which holds however often the engine asks.
     captured : set of (int, int)
         Spans whose capture was begun.
     """
@@ -73,6 +74,7 @@ class State:
     plan: Plan | None = None
     taken: bool = False
     tainted: int | None = None
+    slower: bool = False
     captured: set[tuple[int, int]] = field(default_factory=set)
 
 
@@ -89,6 +91,8 @@ class Blends:
         For requests that say nothing.
     gate : Gate or None
         Without one nothing is blended.
+    pays : callable
+        Whether a prompt of so many tokens is sooner blended than computed (`Decisions.blend_pays`).
 
     Attributes
     ----------
@@ -104,6 +108,7 @@ class Blends:
         block_tokens: int,
         default: Wish,
         gate: Gate | None,
+        pays: Callable[[Blend, int], bool],
     ) -> None:
         self._searches = searches
         self._tally = tally
@@ -111,6 +116,7 @@ class Blends:
         self._block_tokens = block_tokens
         self._default = default
         self._gate = gate
+        self._pays = pays
         self._ranks: list[Namespace] = []
         self._states: dict[str, State] = {}
         self.capturing: set[str] = set()
@@ -179,6 +185,9 @@ class Blends:
         plan = self._plan(state, max(exact, n_local), len(state.tokens) - 1)
         if plan is None or not self._open(state.wish.share):
             return 0
+        state.slower = state.slower or not self._pays(plan, len(state.tokens))
+        if state.slower:
+            return 0
         state.plan, state.taken = plan, False
         self._taint(request, state, plan.exact // self._engine_block)
         return plan.end - n_local
@@ -196,7 +205,7 @@ class Blends:
         if computed > MOST_COMPUTED * (end - exact):
             self._tally.add("blend_not_worth")
             return None
-        return Plan(exact, end, chunks)
+        return Plan(exact, end, computed, chunks)
 
     def _open(self, share: float) -> bool:
         reason = "no `blend_gate` is set"
@@ -278,6 +287,11 @@ class Blends:
         """Whether a request's last promise was to blend."""
         state = self._states.get(name)
         return state is not None and state.plan is not None
+
+    def taken(self, name: str) -> Blend | None:
+        """What a request's promise, which the engine took up, blends."""
+        state = self._states.get(name)
+        return None if state is None else state.plan
 
     def exact_tokens(self, name: str) -> int | None:
         """Tokens in front of a request whose KV and names are exact; None if all are."""

@@ -32,8 +32,8 @@ class ConnectorConfig:
     save_deadline_ms : float
         Longest time the engine waits for the daemon when it stores.
     load : str
-        ``faster``: load what brings the first token sooner than computing it, by measured speeds. ``always``: load
-        whatever the daemon has.
+        ``faster``: load, and blend, what brings the first token sooner than computing it, by measured speeds.
+        ``always``: whatever the daemon has.
     async_load : bool
         Load beside the running batch, instead of before it.
     weights_digest : str

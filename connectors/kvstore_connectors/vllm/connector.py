@@ -87,7 +87,7 @@ class KVStoreConnector(KVConnectorBase_V1):
         self._lookups = Lookups(self._link, self._tally, config.lookup_deadline_ms / 1e3)
         chunk = self._vllm_config.scheduler_config.max_num_batched_tokens
         decisions = Decisions(self._tally, block_tokens, chunk, always=config.load == "always")
-        self._blends = self._make_blends(config, engine_block, block_tokens)
+        self._blends = self._make_blends(config, engine_block, block_tokens, decisions)
         self._scheduler = SchedulerSide(
             self._lookups,
             self._tally,
@@ -101,7 +101,9 @@ class KVStoreConnector(KVConnectorBase_V1):
         )
         self._breaker.start(START_WAIT_S)
 
-    def _make_blends(self, config: ConnectorConfig, engine_block: int, block_tokens: int) -> Blends:
+    def _make_blends(
+        self, config: ConnectorConfig, engine_block: int, block_tokens: int, decisions: Decisions
+    ) -> Blends:
         link = Link(lambda: open_client(config, "search", LOOKUP_TIMEOUT_S), self._breaker, self._tally)
         searches = Searches(link, self._tally, config.lookup_deadline_ms / 1e3)
         default = default_wish(
@@ -113,7 +115,7 @@ class KVStoreConnector(KVConnectorBase_V1):
             capture=config.capture,
         )
         gate = Gate(config.blend_gate) if config.blend_gate else None
-        return Blends(searches, self._tally, engine_block, block_tokens, default, gate)
+        return Blends(searches, self._tally, engine_block, block_tokens, default, gate, decisions.blend_pays)
 
     @property
     def requires_kv_delivery(self) -> bool:

@@ -1,4 +1,4 @@
-"""Load or recompute in vLLM: what its scheduler sees of steps and loads, and the choice for each request.
+"""Load, blend or recompute in vLLM: what its scheduler sees of steps and loads, and the choice for each request.
 
 A step takes from when it was planned, or from when the one before it ended if that was later (steps may be planned
 ahead), to when its output is back. A load takes from when the engine took it up to when all ranks have it.
@@ -15,7 +15,7 @@ import numpy as np
 
 from kvstore.types import TierCode
 from kvstore_connectors.base import Tally, log
-from kvstore_connectors.choice import Choice, Loads, Prefill, Speeds, choose, find_out
+from kvstore_connectors.choice import MARGIN, Blend, Blending, Choice, Loads, Prefill, Speeds, choose, find_out
 
 PROBE_S = 10.0
 """A tier that is not worth loading from is looked at this often, lest its estimate stay what it was for ever: a block
@@ -23,6 +23,9 @@ is brought up from a lower one, and from memory one request is loaded all the sa
 
 SOONEST_PROBE_S, PROBE_SHARE = 1.0, 0.2
 """A lower tier that nobody else reads is looked at sooner, if that takes no more of its time than this share."""
+
+TRY_AGAIN = 16
+"""One of so many prompts that would come later if blended is blended all the same, to see whether it still is so."""
 
 MAX_STEPS = 64
 """Steps that are timed at once; an engine plans a few ahead, and one that was not reported is not waited for."""
@@ -40,6 +43,31 @@ class Open:
     spoiled: bool = False
 
 
+@dataclass(slots=True)
+class Step:
+    """A step under way.
+
+    Attributes
+    ----------
+    planned : float
+        When.
+    spans : list of (int, int)
+        First position and number of tokens that it computes of each request.
+    pure : bool
+        Nothing but computing takes its time.
+    first : list of str
+        Requests whose first token it brings.
+    blend : Blend or None
+        What is blended in it, before it computes.
+    """
+
+    planned: float
+    spans: list[tuple[int, int]]
+    pure: bool
+    first: list[str]
+    blend: Blend | None
+
+
 class Decisions:
     """The measurements and the choices.
 
@@ -52,7 +80,7 @@ class Decisions:
     chunk : int
         Tokens that the engine computes in one step at most.
     always : bool
-        Load whatever is there, as a user may ask for.
+        Load whatever is there, and blend whatever can be, as a user may ask for.
     clock : callable
         Monotonic seconds.
     """
@@ -69,13 +97,14 @@ class Decisions:
         self.block_bytes = 0
         self.prefill = Prefill(chunk)
         self.loads = Loads()
+        self.blending = Blending()
         self._tally = tally
         self._block_tokens = block_tokens
         self._always = always
         self._clock = clock
         self._open: dict[str, Open] = {}
-        self._steps: dict[int, tuple[float, list[tuple[int, int]], list[str]]] = {}
-        """Of steps that are under way: when planned, what they compute, whose first token they bring."""
+        self._steps: dict[int, Step] = {}
+        self._not_blended = 0
         self._last_output = 0.0
         self._probed = self._from_memory = -math.inf
         """When a lower tier was last looked at, and when something was last loaded from memory."""
@@ -105,6 +134,24 @@ class Decisions:
         if due and in_memory and not choice.blocks and compute_s is not None and not ahead_s:
             return find_out(compute_s, in_memory)
         return choice
+
+    def blend_pays(self, blend: Blend, n_tokens: int) -> bool:
+        """Whether a prompt of `n_tokens` has its first token sooner if it is blended; now and then so to find out."""
+        if self._always or not self.prefill.known or not self.blending.known:
+            return True
+        computed_s, rest_s = self.prefill.seconds(np.array([blend.exact, blend.end]), n_tokens)
+        if self.blending.seconds(blend, self._computing_s(blend)) + rest_s <= computed_s * (1 - MARGIN):
+            return True
+        self._not_blended += 1
+        if self._not_blended % TRY_AGAIN == 0:
+            return True
+        self._tally.add("blend_slower")
+        return False
+
+    def _computing_s(self, blend: Blend) -> float:
+        """What the tokens that a blend computes take the engine."""
+        whole_s = self.prefill.seconds(np.array([blend.exact]), blend.end)[0]
+        return float(whole_s) * blend.computed / (blend.end - blend.exact)
 
     def _ahead_s(self) -> float:
         """What is left, by forecast, of loads under way: they are done one after the other."""
@@ -152,6 +199,11 @@ class Decisions:
                 forecast = (one.choice.load_s - one.ahead_s) * len(came) / len(wanted)
                 self.loads.learn(came, forecast, seconds, at_least=True)
 
+    def blend_failed(self) -> None:
+        """What was to be blended is computed, so no step under way says what blending takes."""
+        for step in self._steps.values():
+            step.blend = None
+
     def loads_ended(self, names: Sequence[str]) -> None:
         """Loads beside the batch have ended, well or not."""
         for name in names:
@@ -166,17 +218,19 @@ class Decisions:
                 forecast = (one.choice.load_s or 0.0) - one.ahead_s
                 self.loads.learn(one.tiers[: one.choice.blocks], forecast, seconds - one.ahead_s)
 
-    def planned(self, step: int, spans: Mapping[str, tuple[int, int, int]], pure: bool) -> bool:
+    def planned(
+        self, step: int, spans: Mapping[str, tuple[int, int, int]], pure: bool, blend: Blend | None = None
+    ) -> bool:
         """A step was planned: of each request (first position, tokens, tokens of its prompt). Whether to time it.
 
-        A step is `pure` if nothing but computing takes its time.
+        A step is `pure` if nothing but computing takes its time. With `blend`, only that does besides.
         """
         first = [name for name, (start, count, total) in spans.items() if start < total <= start + count]
         prefills = any(count > 1 for _, count, _ in spans.values())
-        if not prefills and not any(name in self._open for name in first):
+        if not prefills and blend is None and not any(name in self._open for name in first):
             return False
-        computed = [(start, count) for start, count, _ in spans.values()] if pure else []
-        self._steps[step] = (self._clock(), computed, first)
+        computed = [(start, count) for start, count, _ in spans.values()]
+        self._steps[step] = Step(self._clock(), computed, pure, first, blend)
         if len(self._steps) > MAX_STEPS:
             del self._steps[min(self._steps)]
         return True
@@ -184,14 +238,20 @@ class Decisions:
     def output(self, timed: Mapping[int, float]) -> None:
         """A step's output is back; of those that are timed, the seconds that the connector itself took of them."""
         now = self._clock()
-        for step, beside_s in timed.items():
-            planned, spans, first = self._steps.pop(step, (now, [], []))
-            if spans:
-                self.prefill.learn(spans, now - max(planned, self._last_output) - beside_s)
-            for name in first:
-                self._first_token(name, now - beside_s)
-            for old in [number for number in self._steps if number < step]:
+        for number, beside_s in timed.items():
+            step = self._steps.pop(number, None)
+            for old in [other for other in self._steps if other < number]:
                 del self._steps[old]  # never reported: the step failed
+            if step is None:
+                continue
+            seconds = now - max(step.planned, self._last_output)
+            if step.pure:
+                self.prefill.learn(step.spans, seconds - beside_s)
+            if step.blend is not None and self.prefill.known:
+                own_s = seconds - self.prefill.step_seconds(step.spans)
+                self.blending.learn(step.blend, self._computing_s(step.blend), own_s)
+            for name in step.first:
+                self._first_token(name, now - beside_s)
         self._last_output = now
 
     def _first_token(self, name: str, now: float) -> None:

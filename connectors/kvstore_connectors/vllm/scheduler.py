@@ -264,7 +264,7 @@ class SchedulerSide:
         try:
             spans, scheduled = {}, output.num_scheduled_tokens
             one_each = output.total_num_scheduled_tokens == len(scheduled)
-            if one_each and self._decisions.waiting.isdisjoint(scheduled.keys()):
+            if one_each and not meta.blends and self._decisions.waiting.isdisjoint(scheduled.keys()):
                 return False  # and nobody's first one
             for name, count in scheduled.items():
                 tracked = self._requests.get(name)
@@ -272,8 +272,10 @@ class SchedulerSide:
                     request = tracked.request
                     spans[name] = (request.num_computed_tokens, count, request.num_tokens)
             whole = len(spans) == len(scheduled)
-            pure = whole and not meta.blends and (self._async or not meta.loads)
-            return self._decisions.planned(self._step, spans, pure)
+            undisturbed = whole and (self._async or not meta.loads)
+            one = meta.blends[0].request if undisturbed and len(meta.blends) == 1 else None
+            blend = self._blends.taken(one) if self._blends is not None and one is not None else None
+            return self._decisions.planned(self._step, spans, undisturbed and not meta.blends, blend)
         except Exception:  # the plan has to reach the workers
             report_defect("timing a step")
             return False
@@ -315,6 +317,8 @@ class SchedulerSide:
                 first = next((place for place, one in enumerate(tracked.engine_ids) if one in engine_ids), None)
                 spoiled.update(tracked.engine_ids[first:] if first is not None else ())
             if self._blends is not None and tracked.given_up:
+                if blended:
+                    self._decisions.blend_failed()
                 self._blends.give_up(name)
         return spoiled
 

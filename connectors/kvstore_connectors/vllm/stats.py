@@ -47,6 +47,7 @@ COUNTERS: dict[str, str] = {
     "blend_too_long": "Prompts too long to be put together in the memory set aside for it.",
     "blend_no_memory": "Prompts that were computed since the device had no memory to put them together in.",
     "blend_not_worth": "Prompts of which chunks cover too little.",
+    "blend_slower": "Prompts that are computed since blending them was expected to take longer.",
     "blend_gate_closed": "Prompts not put together because the probe of this model has not passed.",
     "blend_bad_request": "Requests whose kv_transfer_params were not understood; they were computed.",
     "captured_chunks": "Chunks stored out of prompts that were computed.",
