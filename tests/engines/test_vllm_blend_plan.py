@@ -114,10 +114,10 @@ def test_what_is_sooner_computed_is_not_blended_however_often_the_engine_asks() 
     assert asked_of == [(64, 329, 329 - 64 - 200 + 0.15 * 200, 330)]
     assert asked.block_hashes == before
     assert made.exact_tokens("r") is None
-    assert made.taken("r") is None
+    assert made.blending("r") is None
     other = request(330, name="other")
     assert promised(made, other, exact=64) == 329
-    taken = made.taken("other")
+    taken = made.blending("other")
     assert taken is not None
     assert (taken.exact, taken.end) == (64, 329)
 
@@ -194,7 +194,7 @@ def test_a_promise_that_the_engine_did_not_take() -> None:
     made.arrived(asked, Scope())
     made.promise(asked, 0, 0)
     made.allocated("r", 0)
-    assert not made.blending("r")
+    assert made.blending("r") is None
     assert made.exact_tokens("r") == 0  # its names stay replaced
 
 

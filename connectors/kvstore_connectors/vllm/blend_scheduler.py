@@ -283,13 +283,8 @@ class Blends:
         start, stop = max(chunk.start, plan.exact), min(chunk.stop, plan.end - 1)
         return BlendSpan(start, stop, start - chunk.start, chunk.keys, chunk.overhead == 0.0)
 
-    def blending(self, name: str) -> bool:
-        """Whether a request's last promise was to blend."""
-        state = self._states.get(name)
-        return state is not None and state.plan is not None
-
-    def taken(self, name: str) -> Blend | None:
-        """What a request's promise, which the engine took up, blends."""
+    def blending(self, name: str) -> Blend | None:
+        """What a request's last promise blends; None if it blends nothing."""
         state = self._states.get(name)
         return None if state is None else state.plan
 

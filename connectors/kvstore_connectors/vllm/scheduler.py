@@ -235,7 +235,7 @@ class SchedulerSide:
         promised, self._promised = self._promised, {}
         for name, (start, count) in promised.items():
             tracked = self._requests[name]
-            if self._blends is not None and self._blends.blending(name):
+            if self._blends is not None and self._blends.blending(name) is not None:
                 meta.blends.append(self._blend_job(self._blends, name, tracked, start, output))
             else:
                 meta.loads.append(self._load_job(name, tracked, start, count))
@@ -273,8 +273,9 @@ class SchedulerSide:
                     spans[name] = (request.num_computed_tokens, count, request.num_tokens)
             whole = len(spans) == len(scheduled)
             undisturbed = whole and (self._async or not meta.loads)
-            one = meta.blends[0].request if undisturbed and len(meta.blends) == 1 else None
-            blend = self._blends.taken(one) if self._blends is not None and one is not None else None
+            blend = None
+            if self._blends is not None and undisturbed and len(meta.blends) == 1:
+                blend = self._blends.blending(meta.blends[0].request)
             return self._decisions.planned(self._step, spans, undisturbed and not meta.blends, blend)
         except Exception:  # the plan has to reach the workers
             report_defect("timing a step")
@@ -312,7 +313,7 @@ class SchedulerSide:
                 tracked.given_up = True
                 tracked.present = 0
                 tracked.loading = []
-            blended = self._blends is not None and self._blends.blending(name)
+            blended = self._blends is not None and self._blends.blending(name) is not None
             if not self._async or blended:
                 first = next((place for place, one in enumerate(tracked.engine_ids) if one in engine_ids), None)
                 spoiled.update(tracked.engine_ids[first:] if first is not None else ())
