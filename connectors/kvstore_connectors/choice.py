@@ -1,8 +1,9 @@
-"""Load or recompute: how much of what the daemon has is worth fetching.
+"""Load, blend or recompute: how much of what the daemon has is worth fetching.
 
 Nothing here is configured. What computing costs is learned from the engine's own steps, what loads cost from how long
 they took, and what the daemon's lower tiers cost now the daemon tells with every lookup. For each prompt the matched
-blocks are then split: the first so many are loaded, the rest is computed, so that the first token comes earliest.
+blocks are then split: the first so many are loaded, the rest is computed, so that the first token comes earliest. What
+blending takes is learned from the steps that it was in.
 """
 
 from __future__ import annotations

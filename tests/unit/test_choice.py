@@ -10,7 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore.types import TierCode
-from kvstore_connectors.choice import KNOWN_TOKENS, MARGIN, SAME, SLOW_S, Choice, Loads, Prefill, choose
+from kvstore_connectors.choice import (
+    KNOWN_TOKENS,
+    MARGIN,
+    SAME,
+    SLOW_S,
+    Blend,
+    Blending,
+    Choice,
+    Loads,
+    Prefill,
+    choose,
+)
 
 HOST, DISK, REDIS = TierCode.HOST, TierCode.DISK, TierCode.REDIS
 BLOCK, CHUNK, BLOCK_BYTES = 256, 2048, 4 << 20
@@ -51,6 +62,22 @@ def test_a_step_that_took_too_long_for_other_reasons_counts_little() -> None:
     for number in range(100):
         prefill.learn([(0, 1000)], 5.0 if number % 25 == 24 else 0.1)
     assert prefill.seconds(np.array([0]), 1000)[0] == pytest.approx(0.1, rel=0.2)
+
+
+@pytest.mark.parametrize("truth", [(0.1, 0.0), (0.06, 3e-6), (0.01, 2e-4)])
+def test_the_cost_of_blending_is_learned_from_prompts_of_all_sizes(truth: tuple[float, float]) -> None:
+    rng, blending = random.Random(2), Blending()
+    prompt_s, token_s = truth
+    blending.learn(Blend(0, 1000, 150), 0.0, 9.0)
+    assert not blending.known, "the first compiles"
+    for _ in range(40):
+        tokens = rng.choice((500, 2000, 8000, 32_000))
+        computing_s = 2e-6 * tokens
+        blending.learn(Blend(64, 64 + tokens, 0.15 * tokens), computing_s,
+                       (computing_s + prompt_s + token_s * tokens) * rng.uniform(0.95, 1.05))  # fmt: skip
+    for tokens in (500, 4000, 32_000):
+        found = blending.seconds(Blend(0, tokens, 0.15 * tokens), 2e-6 * tokens)
+        assert found == pytest.approx(2e-6 * tokens + prompt_s + token_s * tokens, rel=0.15)
 
 
 def test_nothing_is_known_before_some_tokens_were_computed() -> None:
