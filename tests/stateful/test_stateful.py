@@ -413,7 +413,7 @@ class Machine(RuleBasedStateMachine):
     def damage(self, which: int, where: int, how: str, far: bool) -> None:
         """Somebody else writes into, cuts or removes a stored file: its block is a miss once it has left memory."""
         self._settle()
-        files = self.server.files()
+        files = self._files_in_use()
         if not files:
             return
         file = files[which % len(files)]
@@ -435,6 +435,14 @@ class Machine(RuleBasedStateMachine):
             got = self.clients[far].get(key(block[1]), namespace=NAMESPACES[block[0]], wait_s=10)
             assert isinstance(got, Miss), "a changed file was believed"
             assert got.reason in (MissReason.LOST if how == "remove" else MissReason.CORRUPT, MissReason.NO_SPACE)
+
+    def _files_in_use(self) -> list[Path]:
+        """Files of blocks that the daemon has on disk; of others it knows nothing any more."""
+        disk = self.server.daemon.chain.below[0]
+        named = [(file, self._block_of(file)) for file in self.server.files()]
+        return self.server.ask(
+            lambda: [file for file, (space, number) in named if disk.contains(_scope(space), key(number))]
+        )
 
     def _evict(self, blocks: list[Block]) -> int:
         """Take clean blocks that nobody reads out of memory; how many of them are not in memory now."""
