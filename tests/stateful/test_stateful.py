@@ -37,6 +37,7 @@ SETTINGS = {
     "host.slab_bytes": "1MiB",
     "host.ahead_bytes": "1MiB",
     "disk.threads": "2",
+    "disk.deadline_s": "120s",  # a disk that is slow for a while does not open its breaker
     "drain_s": "10s",
     "log.level": "error",
 }
@@ -162,7 +163,8 @@ class Machine(RuleBasedStateMachine):
                 assert block in self.damaged
             self._look_at_disk()
             room = got.reason in (MissReason.NO_SPACE, MissReason.DEADLINE)
-            assert room or block not in self.sure, f"{block} was acknowledged and is {got}"
+            state = self.server.daemon.chain.below[0].describe_state()
+            assert room or block not in self.sure, f"{block} was acknowledged and is {got}; the disk: {state}"
             return
         assert block in self.possible, f"{block} was dropped, or never stored, and was found"
         assert bytes(data) == content(block)
@@ -434,7 +436,9 @@ class Machine(RuleBasedStateMachine):
         if self._evict([block]):
             got = self.clients[far].get(key(block[1]), namespace=NAMESPACES[block[0]], wait_s=10)
             assert isinstance(got, Miss), "a changed file was believed"
-            assert got.reason in (MissReason.LOST if how == "remove" else MissReason.CORRUPT, MissReason.NO_SPACE)
+            expected = MissReason.LOST if how == "remove" else MissReason.CORRUPT
+            state = self.server.daemon.chain.below[0].describe_state()
+            assert got.reason in (expected, MissReason.NO_SPACE), f"{got}; the disk: {state}"
 
     def _files_in_use(self) -> list[Path]:
         """Files of blocks that the daemon has on disk; of others it knows nothing any more."""
