@@ -117,6 +117,8 @@ def test_what_is_sooner_computed_is_not_blended_however_often_the_engine_asks() 
     assert made.blending("r") is None
     other = request(330, name="other")
     assert promised(made, other, exact=64) == 329
+    assert made.promise(other, 0, 64) == 329
+    assert len(asked_of) == 2, "each prompt is decided once"
     taken = made.blending("other")
     assert taken is not None
     assert (taken.exact, taken.end) == (64, 329)

@@ -61,8 +61,8 @@ class State:
         As last promised.
     tainted : int or None
         First engine block whose hash is not that of an exact prefix.
-    slower : bool
-        It was found that blending does not pay, which holds however often the engine asks.
+    pays : bool or None
+        Whether blending was found to pay, which holds however often the engine asks; None before.
     captured : set of (int, int)
         Spans whose capture was begun.
     """
@@ -74,7 +74,7 @@ class State:
     plan: Plan | None = None
     taken: bool = False
     tainted: int | None = None
-    slower: bool = False
+    pays: bool | None = None
     captured: set[tuple[int, int]] = field(default_factory=set)
 
 
@@ -185,8 +185,9 @@ class Blends:
         plan = self._plan(state, max(exact, n_local), len(state.tokens) - 1)
         if plan is None or not self._open(state.wish.share):
             return 0
-        state.slower = state.slower or not self._pays(plan, len(state.tokens))
-        if state.slower:
+        if state.pays is None:
+            state.pays = self._pays(plan, len(state.tokens))
+        if not state.pays:
             return 0
         state.plan, state.taken = plan, False
         self._taint(request, state, plan.exact // self._engine_block)
