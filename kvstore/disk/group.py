@@ -24,6 +24,7 @@ class GroupSync:
         self._done: asyncio.Future[None] | None = None
         self._rounds: asyncio.Task[None] | None = None
         self._rooted: set[Scope] = set()
+        self._rooting: set[Scope] = set()
 
     async def sync(self, scope: Scope) -> None:
         """Wait until the names that are in a namespace's directory now would survive a loss of power.
@@ -44,12 +45,14 @@ class GroupSync:
     def forget(self, scopes: Iterable[Scope]) -> None:
         """Note that directories are being removed: made anew, their names have to be synced again."""
         self._rooted.difference_update(scopes)
+        self._rooting.difference_update(scopes)
 
     async def _run(self) -> None:
         while self._done is not None:
             scopes, done = self._wanted, self._done
             self._wanted, self._done = set(), None
             new = scopes - self._rooted
+            self._rooting = set(new)  # less what is removed during the round
             try:
                 await self._sync_names(scopes, new)
             except OSError as error:
@@ -58,5 +61,5 @@ class GroupSync:
                 done.set_exception(OSError(f"group commit ended: {error!r}"))
                 raise
             else:
-                self._rooted |= new
+                self._rooted |= self._rooting
                 done.set_result(None)

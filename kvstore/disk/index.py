@@ -310,6 +310,19 @@ class Index:
                 self._forget(block, leaving, None, reason)
         return leaving
 
+    def forget_damaged(self, block: BlockId, shape: Shape) -> tuple[Departure, Reading]:
+        """Make a block unfindable, unless it has a file of another shape by now, and who else reads it.
+
+        The file does not go with the last of them, so that none of them pays for it: the departure does.
+        """
+        reading = self._reads.get(block, Reading())
+        if self.find(block) != shape:
+            return Departure(), Reading()
+        leaving = self.forget([block], Gone.CORRUPT)
+        leaving.nbytes += reading.owed
+        reading.owed = 0
+        return leaving, reading
+
     def depart(self, departure: Departure, failed: Sequence[Removed] = ()) -> None:
         """Pay back what has left the disk, and take back what could not be removed."""
         self.used -= departure.nbytes

@@ -73,7 +73,7 @@ class Reader:
             self._counters.corrupt += 1
             await store.set_aside(block, shape)
         else:
-            await store.forget_lost(block)
+            await store.forget_lost(block, shape)
         return Miss(reason)
 
     async def header(self, block: BlockId) -> BlockHeader | None:

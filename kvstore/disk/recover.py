@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from binascii import unhexlify
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from kvstore.disk.blocks import DESCRIPTION, BlockFiles, description_cost
 from kvstore.disk.directory import Directory
@@ -15,6 +16,8 @@ from kvstore.disk.io import Files, let_go
 from kvstore.types import BlockId, Scope
 
 _KEY_HEX = 64
+
+Names = TypeVar("Names")
 
 Named = tuple[bytes, Shape]
 
@@ -51,9 +54,8 @@ def recover(directory: Directory, blocks: BlockFiles, files: Files) -> Recovered
     """
     found = Recovered()
     shapes: dict[str, tuple[Shape, int]] = {}
-    for scope, path, at in walk(directory, files, found.foreign):
+    for scope, path, names in walk(directory, files, files.list_names, found.foreign):
         space, strange = Space(), []
-        names = files.list_names(at)
         space.nbytes, doubled = _take_names(names, space.blocks, shapes, strange)
         for named in _superseded(names) if doubled else ():
             blocks.remove(BlockId(scope, named[0]), named[1])
@@ -72,8 +74,13 @@ def recover(directory: Directory, blocks: BlockFiles, files: Files) -> Recovered
     return found
 
 
-def walk(directory: Directory, files: Files, foreign: list[str]) -> Iterator[tuple[Scope, str, int]]:
-    """Each namespace's scope, path and open directory. What is none is added to `foreign`."""
+def walk(
+    directory: Directory, files: Files, look: Callable[[int], Names], foreign: list[str]
+) -> Iterator[tuple[Scope, str, Names]]:
+    """Each namespace's scope and path, and what `look` sees in its open directory.
+
+    What is none of ours is added to `foreign`; what is removed meanwhile is passed over.
+    """
     top = files.list_dir(directory.blocks)
     foreign += [f"blocks/{name}" for name in (*top.files, *top.others)]
     for domain in top.dirs:
@@ -85,11 +92,15 @@ def walk(directory: Directory, files: Files, foreign: list[str]) -> Iterator[tup
             foreign += [f"blocks/{domain}/{name}" for name in (*inner.files, *inner.others)]
             for ns in inner.dirs:
                 path = f"blocks/{domain}/{ns}"
-                if is_namespace(ns):
-                    with _opened(files, ns, at) as opened:
-                        yield Scope(domain, bytes.fromhex(ns)), path, opened
-                else:
+                if not is_namespace(ns):
                     foreign.append(path)
+                    continue
+                try:
+                    with _opened(files, ns, at) as opened:
+                        seen = look(opened)
+                except FileNotFoundError:
+                    continue
+                yield Scope(domain, bytes.fromhex(ns)), path, seen
 
 
 @contextlib.contextmanager
@@ -143,10 +154,10 @@ def _superseded(names: list[str]) -> list[Named]:
 
 def by_last_use(
     directory: Directory, files: Files, found: dict[Scope, list[Named]]
-) -> tuple[list[tuple[int, BlockId]], list[BlockId]]:
+) -> tuple[list[tuple[int, BlockId]], list[tuple[BlockId, Shape]]]:
     """Look at each file: last use (ns) and name of blocks, oldest first, and those without a file of ours. Slow."""
     times: list[tuple[int, BlockId]] = []
-    strangers: list[BlockId] = []
+    strangers: list[tuple[BlockId, Shape]] = []
     for scope, blocks in found.items():
         try:
             with _opened(files, scope.domain, directory.blocks) as domain, _opened(files, scope.ns.hex(), domain) as at:
@@ -156,7 +167,7 @@ def by_last_use(
                     if plain:
                         times.append((used_at, block))
                     else:
-                        strangers.append(block)
+                        strangers.append((block, shape))
         except OSError:
             times += [(0, BlockId(scope, key)) for key, _ in blocks]
     times.sort()

@@ -1,13 +1,11 @@
 """Index, files and threads in step: each method changes the disk in one trip to a thread and books what came of it.
 
 State lives on the event loop, system calls in the threads. Blocks and namespaces whose files a thread is working on are
-`busy`: nobody else may touch those files until the future there is done. Methods are not written to be cancelled;
-callers run them by `Threads.to_the_end`.
+`busy`. Methods are not written to be cancelled; callers run them by `Threads.to_the_end`.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import errno
 import time
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kvstore.disk.blocks import BlockFiles, TmpLeft, description_cost
+from kvstore.disk.busy import Busy
 from kvstore.disk.directory import Directory
 from kvstore.disk.format import Shape, block_name, scope_path
 from kvstore.disk.group import GroupSync
@@ -78,7 +77,7 @@ class Store:
         self.root = root
         self.index = Index(capacity, policy, pin_share)
         self.files = files
-        self.busy: dict[BlockId | Scope, asyncio.Future[None]] = {}
+        self.busy = Busy()
         self.found: dict[str, Any] = {}
         self.texts: dict[Scope, bytes] = {}
         self.ready = False
@@ -129,9 +128,9 @@ class Store:
         found = {scope: list(space.blocks.items()) for scope, space in self.index.spaces.items()}
         order, strangers = await self.threads.run(by_last_use, self.directory, self.files, found)
         self.index.set_cold(order)
-        for block in strangers:
-            if self.index.is_cold(block):
-                await self.forget_lost(block)
+        for block, shape in strangers:
+            if self.index.is_cold(block) and self.index.find(block) == shape:  # it may have been replaced
+                await self.forget_lost(block, shape)
                 self.found["foreign_files"] += 1
 
     async def close(self) -> None:
@@ -158,7 +157,8 @@ class Store:
     ) -> OSError | None:
         """Store a block if it still is `wanted` when it is written. Why not, if the kernel or the budget refused.
 
-        One that was here with the shape `replaced` changes to the new one, and its old file leaves.
+        One that is here with the shape `replaced` changes to the new one, and its old file leaves; if that was found
+        damaged meanwhile, it comes as any other.
         """
         reservation = self.index.reserve(block.scope, shape.cost)
         if reservation is None:
@@ -172,7 +172,7 @@ class Store:
         finally:
             kept = self._kept(shape.cost, wrote)
             old = None
-            if wrote.error is None and replaced is not None:
+            if wrote.error is None and replaced is not None and self.index.find(block) == replaced:
                 old = self.index.exchange(block, shape)
             elif wrote.error is None:
                 self.index.insert(block, shape, header)
@@ -285,8 +285,10 @@ class Store:
             self.blocks.remove_namespace(scope)
         return failed, cause
 
-    async def forget_lost(self, block: BlockId) -> None:
+    async def forget_lost(self, block: BlockId, shape: Shape) -> None:
         """Forget a block whose file is gone, or has been replaced by something that is not ours to remove."""
+        if self.index.find(block) != shape:
+            return
         leaving = self.index.forget([block], Gone.LOST)
         leaving.blocks.clear()
         await self.remove(leaving)
@@ -294,20 +296,25 @@ class Store:
     async def set_aside(self, block: BlockId, shape: Shape) -> None:
         """Forget a damaged block and move its file into quarantine, or away if it is too large for that."""
         index = self.index
-        leaving = index.forget([block], Gone.CORRUPT)
-        with self.occupied(leaving):
-            place = await self.threads.run(self._move_aside, block, shape)
+        leaving, reading = index.forget_damaged(block, shape)
+        room = index.capacity - index.used + (shape.cost if leaving.blocks else 0)
+        keep = shape.cost <= min(room, index.capacity // QUARANTINE_SHARE)
+        with self.occupied(Departure([(block, shape)], leaving.scopes)):
+            place = await self.threads.run(self._move_aside, block, shape, keep)
             await self.threads.run(self._clear_out, Departure(scopes=leaving.scopes))
-        index.depart(leaving)
         if place is not None:
             where, name = place
             where[name] = shape.cost
             index.used += shape.cost
+        elif reading.count:
+            reading.owed = shape.cost
+            index.used += shape.cost  # removed, and still open
+        index.depart(leaving)
         await self._bound_quarantine()
 
-    def _move_aside(self, block: BlockId, shape: Shape) -> tuple[dict[str, int], str] | None:
+    def _move_aside(self, block: BlockId, shape: Shape, keep: bool) -> tuple[dict[str, int], str] | None:
         """In a thread: where the damaged file's bytes are booked now, and under what name."""
-        if shape.cost <= self.index.capacity // QUARANTINE_SHARE:
+        if keep:
             with contextlib.suppress(OSError):
                 return self.index.quarantine, self.blocks.set_aside(block, shape)
         try:
@@ -346,8 +353,7 @@ class Store:
 
     async def describe(self, scope: Scope) -> None:
         """Write the description of a namespace, unless there is no room: then a later put tries again."""
-        while scope in self.busy:
-            await self.busy[scope]
+        await self.busy.until_free(scope)
         if not self.lacks_description(scope) or not self.ready:
             return
         text = self.texts[scope]
@@ -368,18 +374,7 @@ class Store:
 
     @contextlib.contextmanager
     def occupied(self, leaving: Departure) -> Iterator[None]:
-        """Mark blocks and namespaces as busy. A mark inside a mark gives way to the outer one at its end."""
-        names = [*(block for block, _ in leaving.blocks), *leaving.scopes]
+        """Mark blocks and namespaces as busy."""
         self._names.forget(leaving.scopes)
-        before = {name: self.busy.get(name) for name in names}
-        done = asyncio.get_running_loop().create_future()
-        self.busy.update(dict.fromkeys(names, done))
-        try:
+        with self.busy.mark([*(block for block, _ in leaving.blocks), *leaving.scopes]):
             yield
-        finally:
-            for name, outer in before.items():
-                if outer is None:
-                    del self.busy[name]
-                else:
-                    self.busy[name] = outer
-            done.set_result(None)

@@ -337,10 +337,13 @@ class DiskTier(Tier):
 
     async def _drop(self, blocks: list[BlockId], reason: Gone = Gone.DROPPED) -> int:
         store = self._store
-        self._aborted.update(self._writing.intersection(blocks))
-        for block in blocks:
-            while block in store.busy:
-                await store.busy[block]
+        wanted = set(blocks)
+        while True:
+            self._aborted.update(self._writing & wanted)
+            moving = next((name for name in store.busy if name in wanted), None)
+            if moving is None:  # all at once: what was free may be written again while another is waited for
+                break
+            await store.busy.until_free(moving)
         if not store.ready:
             return 0
         leaving = self._index.forget(blocks, reason)

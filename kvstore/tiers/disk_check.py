@@ -47,8 +47,7 @@ def _survey(store: Store) -> tuple[list[Item], list[str]]:
     """In a thread: every block that a file name tells of, and the paths of everything else."""
     blocks: list[Item] = []
     foreign: list[str] = []
-    for scope, path, at in walk(store.directory, store.files, foreign):
-        listing = store.files.list_dir(at)
+    for scope, path, listing in walk(store.directory, store.files, store.files.list_dir, foreign):
         foreign += [f"{path}/{name}" for name in (*listing.dirs, *listing.others)]
         for name in listing.files:
             parsed = parse_name(name)
@@ -105,7 +104,7 @@ async def _check_indexed(store: Store, item: Item, fix: bool) -> Finding | None:
         return None
     fixed = fix and wrong != "unreadable file"
     if fixed and wrong in ("missing file", "foreign file"):
-        await store.forget_lost(block)
+        await store.forget_lost(block, shape)
     elif fixed:
         await store.set_aside(block, shape)
     return Finding(wrong, _path(item), fixed)
