@@ -101,8 +101,9 @@ class InProcessDaemon:
         self._loop.close()
 
     def files(self) -> list[Path]:
-        """Stored blocks."""
-        return sorted(self.disk.glob("blocks/**/*.kv"))
+        """Stored blocks. Directories may vanish while it looks."""
+        found = [Path(place, name) for place, _, names in os.walk(self.disk / "blocks") for name in names]
+        return sorted(file for file in found if file.suffix == ".kv")
 
     def bytes_on_disk(self) -> int:
         """What its files take, as the kernel counts it."""
