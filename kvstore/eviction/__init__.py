@@ -5,7 +5,8 @@ A policy of another distribution is found by its entry point's name; it must pas
 
 from __future__ import annotations
 
-from importlib.metadata import entry_points
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from kvstore.errors import ConfigError
@@ -26,7 +27,13 @@ POLICIES: dict[str, type[EvictionPolicy[Any]]] = {
 
 def names() -> list[str]:
     """Names of all policies that can be chosen."""
-    return sorted({*POLICIES, *(found.name for found in entry_points(group="kvstore.eviction"))})
+    return sorted({*POLICIES, *_plugins()})
+
+
+@cache
+def _plugins() -> dict[str, EntryPoint]:
+    """What other distributions bring, looked up once: that reads a file of each that is installed."""
+    return {found.name: found for found in entry_points(group="kvstore.eviction")}
 
 
 def make_policy(name: str) -> EvictionPolicy[Any]:
@@ -44,9 +51,10 @@ def make_policy(name: str) -> EvictionPolicy[Any]:
 
 
 def _plugin(name: str) -> type[EvictionPolicy[Any]] | None:
-    for found in entry_points(group="kvstore.eviction", name=name):
-        policy = found.load()
-        if not (isinstance(policy, type) and issubclass(policy, EvictionPolicy)):
-            raise ConfigError(f"eviction: the entry point {name!r} names {found.value}, which is not a policy.")
-        return policy
-    return None
+    found = _plugins().get(name)
+    if found is None:
+        return None
+    policy = found.load()
+    if not (isinstance(policy, type) and issubclass(policy, EvictionPolicy)):
+        raise ConfigError(f"eviction: the entry point {name!r} names {found.value}, which is not a policy.")
+    return policy

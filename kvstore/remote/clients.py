@@ -27,7 +27,8 @@ FAILURES = (RedisError, RedisClusterException, OSError, TimeoutError, asyncio.Ti
 """What a command can end in that is the server's fault, or the network's."""
 
 MOST_ITEMS = 1 << 18
-"""Items of one array: the index is read by the thousand, and what is beside it has one for each namespace."""
+"""Items of one array: the index is read by the thousand, and what is beside it has one for each namespace. Arrays in
+arrays, with those of the answers that came with it, have together at most twice as many: each is memory at once."""
 MOST_BYTES = 256 << 20
 """Bytes of one answer: the events of some hundred daemons at once are the most that we ask for."""
 
@@ -43,11 +44,11 @@ class Bounds:
         """The beginning of a line whose end has not come yet."""
         self._skip = 0
         """Bytes of a string still to come, with its end."""
-        self._bytes = 0
+        self._bytes = self._items = 0
 
     def answered(self) -> None:
         """An answer is complete; the next one begins."""
-        self._bytes = 0
+        self._bytes = self._items = 0
 
     def look(self, data: bytes) -> None:
         """Look at what has been received.
@@ -85,7 +86,9 @@ class Bounds:
             count = int(line[1:]) if len(line) < 24 else MOST_BYTES + 1
         except ValueError:
             return  # the parser says so, too
-        if count > (MOST_BYTES if kind in _STRINGS else MOST_ITEMS):
+        if kind in _ARRAYS:
+            self._items += max(count, 0)
+        if count > (MOST_BYTES if kind in _STRINGS else MOST_ITEMS) or self._items > 2 * MOST_ITEMS:
             raise InvalidResponse(f"{line[:24]!r} announces more than any answer has.")
         self._skip = count + 2 if kind in _STRINGS and count >= 0 else 0
 

@@ -237,7 +237,7 @@ async def test_garbage_for_replies(reply: bytes) -> None:
         assert set(tier.describe_state()["failures"]) <= {"garbage", "slow", "refused"}
     watching.cancel()
     server.close()
-    assert stood_still < 2.0
+    assert stood_still < 1.0
 
 
 @pytest.mark.parametrize("sealed", [False, True])

@@ -50,6 +50,16 @@ def test_what_announces_too_much_does_not_pass(head: bytes, size: int) -> None:
         see(bounds, (head[at : at + size] for at in range(0, len(head), size)))
 
 
+def test_arrays_in_arrays_have_one_bound() -> None:
+    """Each is memory as soon as it is announced."""
+    bounds, most = Bounds(), b"*%d\r\n" % MOST_ITEMS
+    see(bounds, [most, most])
+    bounds.answered()
+    see(bounds, [most, most])
+    with pytest.raises(InvalidResponse, match="announces"):
+        bounds.look(b"*1\r\n")
+
+
 def test_an_answer_ends_and_the_next_has_its_own_bound() -> None:
     bounds, piece = Bounds(), b"$%d\r\n" % (1 << 20) + bytes(1 << 20) + b"\r\n"
     for _ in range(2 * MOST_BYTES // len(piece)):
