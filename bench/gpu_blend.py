@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--graphs", dest="eager", action="store_false", help="with CUDA graphs")
     parser.add_argument("--selectors", nargs="+", default=["auto", "v-deviation"])
+    parser.add_argument("--load", choices=("always", "faster"), default="always", help="faster: only what pays")
     parser.add_argument("--text", type=Path, nargs="+", default=[], help="files, or folders of .md and .py files")
     options = parser.parse_args()
     os.environ.update(ENVIRONMENT)
@@ -61,6 +62,7 @@ def main() -> None:
     for row in result["prompts"]:
         shown = {name: f"{median(row[name]) * 1e3:.1f}" for name in ("full", *options.selectors)}
         print(row["tokens"], "tokens, ms:", shown, "seconds in parts:", row["parts"])
+        print("  blended of", len(row["full"]), "prompts:", row["blended_prompts"])
 
 
 def plainly(ask: Callable[[], Answered], name: str) -> Answered:
@@ -76,7 +78,7 @@ def measure(
     from vllm.config import KVTransferConfig
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-    extra = {"address": address, "load": "always", "load_deadline_ms": 10_000.0, "lookup_deadline_ms": 1000.0,
+    extra = {"address": address, "load": options.load, "load_deadline_ms": 10_000.0, "lookup_deadline_ms": 1000.0,
              "blend_gate": str(verdict)}  # fmt: skip
     longest = SYSTEM + max(options.chunks) * CHUNK + QUESTION
     engine = LLM(
@@ -128,6 +130,7 @@ def one_length(
     """Prompts of so many chunks, in turns."""
     row: dict[str, Any] = {"tokens": SYSTEM + len(chunks) * CHUNK + QUESTION, "chunks": len(chunks), "full": []}
     row |= {name: [] for name in options.selectors}
+    row["blended_prompts"] = dict.fromkeys(options.selectors, 0)
     before = counters(engine)
     blended = {}
     for number in range(options.rounds + 1):  # the first warms up
@@ -144,11 +147,14 @@ def one_length(
             seconds, answer = asked(partial(ask, engine, ids, wish, salt), f"{row['tokens']} tokens, {name}, {number}")
             if number:
                 row[name].append(seconds)
+            told = (answer.kv_transfer_params or {}).get("kvstore", {})
+            if number and name != "full":
+                row["blended_prompts"][name] += told["blended_tokens"] > 0
             if number == 1 and name != "full":
                 after = counters(engine)
                 blended[name] = {key: round(after[key] - before.get(key, 0), 4) for key in after
                                  if after[key] != before.get(key, 0)}  # fmt: skip
-                blended[name]["told"] = (answer.kv_transfer_params or {}).get("kvstore", {})
+                blended[name]["told"] = told
     row["parts"] = blended
     print(json.dumps(row), file=sys.stderr, flush=True)
     return row
