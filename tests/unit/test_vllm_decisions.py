@@ -44,7 +44,7 @@ class Engine:
         self.steps += 1
         timed = self.made.planned(self.steps, spans, pure)
         self.now += seconds
-        self.made.output({self.steps: 0.0} if timed else {})
+        self.made.output({self.steps: 0.0} if timed else {}, {})
         return timed
 
     def learn(self) -> None:
@@ -180,10 +180,35 @@ def test_steps_planned_ahead_are_timed_from_the_end_of_the_one_before() -> None:
         engine.made.planned(2 * number, {"a": (0, 1000, 5000)}, True)
         engine.made.planned(2 * number + 1, {"a": (1000, 1000, 5000)}, True)
         engine.now += 1.0
-        engine.made.output({2 * number: 0.0})
+        engine.made.output({2 * number: 0.0}, {})
         engine.now += 1.0
-        engine.made.output({2 * number + 1: 0.0})
+        engine.made.output({2 * number + 1: 0.0}, {})
     assert engine.made.prefill.seconds(np.array([0]), 1000)[0] == pytest.approx(1.0, rel=0.1)
+
+
+def test_steps_that_compute_nothing_do_not_say_when_the_engine_was_free() -> None:
+    """A worker that computes as a step is begun may be through it before the output of the one before is looked at."""
+    engine = Engine()
+    for number in range(1, 9):
+        engine.made.idle(2 * number)
+        engine.made.planned(2 * number + 1, {"a": (0, 1000, 5000)}, True)
+        engine.now += 1.0
+        engine.made.output({}, {})
+        engine.made.output({2 * number + 1: 0.0}, {})
+    assert engine.made.prefill.seconds(np.array([0]), 1000)[0] == pytest.approx(1.0, rel=0.1)
+
+
+def test_a_blend_takes_what_its_worker_says(engine: Engine) -> None:
+    """The output of the step before it, which computes, may be looked at when it is through."""
+    one, known = part(1000), engine.made.prefill.seconds(np.array([0]), 2048)[0]
+    for number in range(500, 504, 2):
+        engine.made.planned(number, {"other": (0, 10, 5000)}, True)
+        engine.made.planned(number + 1, {"b": (one.end, 1, 1000)}, False, one)
+        engine.now += 10 * TOKEN_S + 2.0
+        engine.made.output({number: 0.0}, {})
+        engine.made.output({number + 1: 0.0}, {number + 1: 2.0 + one.computed * TOKEN_S})
+    assert not engine.made.blend_pays(one, 1000)
+    assert engine.made.prefill.seconds(np.array([0]), 2048)[0] == known
 
 
 def test_steps_that_are_never_reported_are_forgotten(engine: Engine) -> None:
@@ -206,8 +231,9 @@ def blend(engine: Engine, tokens: int, launches_s: float) -> None:
     engine.steps += 1
     one = part(tokens)
     assert engine.made.planned(engine.steps, {"b": (one.end, 1, tokens)}, False, one)
-    engine.now += launches_s + (one.computed + 1) * TOKEN_S
-    engine.made.output({engine.steps: launches_s})
+    took_s = launches_s + (one.computed + 1) * TOKEN_S
+    engine.now += took_s
+    engine.made.output({engine.steps: 0.0}, {engine.steps: took_s})
 
 
 def test_blending_is_tried_until_it_is_known_to_be_slower(engine: Engine) -> None:
@@ -254,7 +280,7 @@ def test_blends_tell_nothing_of_what_computing_costs_nor_failed_ones_of_blending
         engine.made.planned(900, {"b": (999, 1, 1000)}, False, part(1000))
         engine.made.blend_failed()
         engine.now += 60.0
-        engine.made.output({900: 0.0})
+        engine.made.output({900: 0.0}, {})
     assert engine.made.prefill.seconds(np.array([0]), 2048)[0] == known
     assert not engine.made.blending.known
 
@@ -264,8 +290,9 @@ def test_what_the_step_computes_of_others_is_not_the_blend(engine: Engine) -> No
         engine.steps += 1
         one = part(1000)
         engine.made.planned(engine.steps, {"b": (999, 1, 1000), "other": (0, 1500, 9000)}, False, one)
-        engine.now += 0.1 + (one.computed + 1501) * TOKEN_S
-        engine.made.output({engine.steps: 0.0})
+        took_s = 0.1 + (one.computed + 1501) * TOKEN_S
+        engine.now += took_s
+        engine.made.output({engine.steps: 0.0}, {engine.steps: took_s})
     assert engine.made.blend_pays(part(1000), 1000)
     assert not engine.made.blend_pays(part(120), 120), "0.1 s of launches, and 0.09 s of computing"
 

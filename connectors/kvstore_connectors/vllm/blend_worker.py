@@ -105,7 +105,7 @@ class Blender:
         self._controller = Controller()
         self._asked = False  # by the last prompt; the same on all ranks
         self._copies = torch.cuda.Stream(rows.device, priority=-1) if rows.device.type == "cuda" else None
-        self._ended: list[Callable[[], None]] = []
+        self._ended: list[Callable[[], float]] = []
         self._kept = torch.empty(0, dtype=rows.dtype, device=rows.device)
         self._token_bytes = 2 * rows.layers * rows.shape[0] * rows.shape[1] * rows.dtype.itemsize
 
@@ -153,22 +153,26 @@ class Blender:
         self._tally.add("recomputed_tokens", len(job.tokens) // 4 - job.begin)
         return set(missing or job.table[job.exact // self._rows.engine_block :])
 
-    def settle(self) -> None:
-        """Count what was blended; waits for the device. For when the step's other work has been given to it."""
-        ended, self._ended = self._ended, []
-        for count in ended:
-            count()
+    def settle(self) -> float:
+        """Count what was blended; seconds from the beginning of the first blend until the device was through the step.
 
-    def _count(self, link: Link, gathered: _Gathered, repaired: _Repaired, begun: float) -> None:
+        It waits for the device: for when the step's other work has been given to it. 0 if nothing was blended.
+        """
+        ended, self._ended = self._ended, []
+        return max([count() for count in ended], default=0.0)
+
+    def _count(self, link: Link, gathered: _Gathered, repaired: _Repaired, begun: float) -> float:
         prompt, _, cache, load = gathered
         tokens, computed = len(prompt.ids) - prompt.exact, int(repaired.work.changed.sum())  # waits for the device
         self._controller.loaded(chunk_bytes(prompt.spans, cache), load.seconds)
         self._controller.repaired(repaired.work.token_layers, repaired.begun.until(repaired.ended) - load.waited())
-        self._tally.add("blend_seconds", time.monotonic() - begun)
+        seconds = time.monotonic() - begun
+        self._tally.add("blend_seconds", seconds)
         self._tally.add("blended_tokens", tokens)
         self._tally.add("blend_computed_tokens", computed)
         self._tally.add("blend_reused_tokens", tokens - computed)
         self.report(link, prompts=1, tokens=tokens, computed=computed)
+        return seconds
 
     def report(self, link: Link, **counts: int) -> None:
         """Tell the daemon what was blended, and by which verdict."""

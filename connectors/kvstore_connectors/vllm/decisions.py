@@ -1,13 +1,15 @@
 """Load, blend or recompute in vLLM: what its scheduler sees of steps and loads, and the choice for each request.
 
 A step takes from when it was planned, or from when the one before it ended if that was later (steps may be planned
-ahead), to when its output is back. A load takes from when the engine took it up to when all ranks have it.
+ahead), to when its output is back. A load takes from when the engine took it up to when all ranks have it. What a blend
+takes its worker says: it computes as it is begun, and that may be before the output of an earlier step is looked at.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, KeysView, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -105,6 +107,7 @@ class Decisions:
         self._open: dict[str, Open] = {}
         self._steps: dict[int, Step] = {}
         self._not_blended = 0
+        self._idle: deque[int] = deque(maxlen=MAX_STEPS)
         self._last_output = 0.0
         self._probed = self._from_memory = -math.inf
         """When a lower tier was last looked at, and when something was last loaded from memory."""
@@ -229,26 +232,46 @@ class Decisions:
         prefills = any(count > 1 for _, count, _ in spans.values())
         if not prefills and blend is None and not any(name in self._open for name in first):
             return False
+        if blend is not None:
+            for before in self._steps.values():  # whose output may be looked at when this one is through
+                before.pure = False
         computed = [(start, count) for start, count, _ in spans.values()]
         self._steps[step] = Step(self._clock(), computed, pure, first, blend)
         if len(self._steps) > MAX_STEPS:
             del self._steps[min(self._steps)]
         return True
 
-    def output(self, timed: Mapping[int, float]) -> None:
-        """A step's output is back; of those that are timed, the seconds that the connector itself took of them."""
+    def idle(self, step: int) -> None:
+        """A step was planned that computes nothing: its output says nothing of when the engine was free."""
+        self._idle.append(step)
+
+    def output(self, timed: Mapping[int, float], blended: Mapping[int, float]) -> None:
+        """A step's output is back.
+
+        Parameters
+        ----------
+        timed : dict
+            Of those that are timed, the seconds that the connector itself took of them.
+        blended : dict
+            Of those that blended, the seconds from then until the device was through the step.
+        """
         now = self._clock()
+        if not timed and self._idle:
+            self._idle.popleft()
+            return
         for number, beside_s in timed.items():
             step = self._steps.pop(number, None)
             for old in [other for other in self._steps if other < number]:
                 del self._steps[old]  # never reported: the step failed
+            while self._idle and self._idle[0] < number:
+                self._idle.popleft()
             if step is None:
                 continue
             seconds = now - max(step.planned, self._last_output)
             if step.pure:
                 self.prefill.learn(step.spans, seconds - beside_s)
-            if step.blend is not None and self.prefill.known:
-                own_s = seconds - self.prefill.step_seconds(step.spans)
+            if step.blend is not None and number in blended and self.prefill.known:
+                own_s = blended[number] - self.prefill.step_seconds(step.spans)
                 self.blending.learn(step.blend, self._computing_s(step.blend), own_s)
             for name in step.first:
                 self._first_token(name, now - beside_s)

@@ -123,18 +123,22 @@ class Report(KVConnectorWorkerMetadata):
         Steps whose synchronous loads a worker has been through, well or not; summed over the ranks.
     timed : dict
         Steps that are timed, with the seconds that the connector took of them; the most of all ranks.
+    blended : dict
+        Timed steps that blended, with the seconds from then until the device was through; the most of all ranks.
     """
 
     steps: dict[int, int] = field(default_factory=dict)
     timed: dict[int, float] = field(default_factory=dict)
+    blended: dict[int, float] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         """Add another rank's report."""
         if isinstance(other, Report):
             for step, ranks in other.steps.items():
                 self.steps[step] = self.steps.get(step, 0) + ranks
-            for step, seconds in other.timed.items():
-                self.timed[step] = max(self.timed.get(step, 0.0), seconds)
+            for mine, theirs in ((self.timed, other.timed), (self.blended, other.blended)):
+                for step, seconds in theirs.items():
+                    mine[step] = max(mine.get(step, 0.0), seconds)
         return self
 
 

@@ -249,6 +249,8 @@ class SchedulerSide:
             meta.saves = []
             self._saves.look_at_all()
             report_defect("planning saves")
+        if meta.idle:
+            self._decisions.idle(self._step)
         if meta.idle and not meta.loads:
             self._rest()
         meta.timed = self._time(meta, output)
@@ -284,7 +286,8 @@ class SchedulerSide:
     def ended(self, report: Report | None, loaded: Sequence[str]) -> None:
         """A step's output is back; some loads beside the batch have ended."""
         self._decisions.loads_ended(loaded)
-        self._decisions.output({} if report is None else report.timed)
+        report = report or Report()
+        self._decisions.output(report.timed, report.blended)
 
     def _rest(self) -> None:
         """Nothing to compute: wait a moment for a lookup instead of spinning."""

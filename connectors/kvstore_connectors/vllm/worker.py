@@ -284,7 +284,9 @@ class WorkerSide:
     def take_finished(self, meta: ConnectorMeta | None) -> set[str]:
         """Requests whose asynchronous loads have ended."""
         if self._blender is not None:
-            self._blender.settle()
+            blended_s = self._blender.settle()
+            if blended_s and meta is not None and meta.timed:
+                self._report.blended[meta.step] = blended_s
         if self._loader is None:
             return set()
         wait_s = IDLE_WAIT_S if meta is not None and meta.idle else 0.0
