@@ -311,9 +311,14 @@ class Index:
         return leaving
 
     def forget_damaged(self, block: BlockId, shape: Shape) -> tuple[Departure, Reading]:
-        """Make a block unfindable, unless it has a file of another shape by now, and who else reads it.
+        """Make a block unfindable whose file is damaged, unless it has a file of another shape by now.
 
-        The file does not go with the last of them, so that none of them pays for it: the departure does.
+        Returns
+        -------
+        Departure
+            With all bytes of the file, also where others read it: it is moved, and not gone with the last of them.
+        Reading
+            Theirs.
         """
         reading = self._reads.get(block, Reading())
         if self.find(block) != shape:
