@@ -458,13 +458,13 @@ def test_what_is_sooner_computed_than_blended_is_computed(
     decisions = vllm.scheduler_connector._scheduler._decisions
     monkeypatch.setattr(decisions, "_always", False)
     monkeypatch.setattr(decisions, "blending", Blending())
-    whole = Blender.blend
+    whole = Blender._repair
 
     def slowly(self: Blender, *how: Any) -> Any:
         time.sleep(1.0)
         return whole(self, *how)
 
-    monkeypatch.setattr(Blender, "blend", slowly)
+    monkeypatch.setattr(Blender, "_repair", slowly)
     before = vllm.metrics()
     for docs in (DOCS, DOCS[:2]):  # the first teaches nothing
         ask(vllm, prompt_of(*docs)[0], {"blend": True})
