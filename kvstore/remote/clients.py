@@ -27,8 +27,8 @@ FAILURES = (RedisError, RedisClusterException, OSError, TimeoutError, asyncio.Ti
 """What a command can end in that is the server's fault, or the network's."""
 
 MOST_ITEMS = 1 << 18
-"""Items of one array: the index is read by the thousand, and what is beside it has one for each namespace. Arrays in
-arrays, with those of the answers that came with it, have together at most twice as many: each is memory at once."""
+"""Items of one array: the index is read by the thousand, and what is beside it has one for each namespace. Arrays
+in arrays, with the answers that came beside them, have at most twice as many together: each is memory at once."""
 MOST_BYTES = 256 << 20
 """Bytes of one answer: the events of some hundred daemons at once are the most that we ask for."""
 

@@ -55,6 +55,9 @@ class InProcessDaemon:
             "listen.token": TOKEN,
             "disk.path": str(self.disk),
             "http.address": "",
+            "host.slab_bytes": "1MiB",
+            "disk.threads": "2",
+            "log.level": "error",
             **self._settings,
         }
         self._loop = uvloop.new_event_loop()

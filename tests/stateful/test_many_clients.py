@@ -32,12 +32,9 @@ NAMESPACES = [Namespace(model=name) for name in ("one", "two", "three")]
 SIZES = (1, 17, 4096, 16_385, 40_000, 65_536, 100_000, 300_000)
 SETTINGS = {
     "host.bytes": str(2200 * 1024),
-    "host.slab_bytes": "1MiB",
     "host.ahead_bytes": "1MiB",
     "disk.bytes": "3MiB",
-    "disk.threads": "2",
     "disk.deadline_s": "120s",
-    "log.level": "error",
 }
 HOW_OFTEN = {
     "put": 12,

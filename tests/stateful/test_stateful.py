@@ -34,12 +34,9 @@ DISKS = (3 << 20, 64 << 20)
 """One that has to evict all the time, and one that never has to: from that one nothing acknowledged may be lost."""
 SETTINGS = {
     "host.bytes": str(HOST_BYTES),
-    "host.slab_bytes": "1MiB",
     "host.ahead_bytes": "1MiB",
-    "disk.threads": "2",
     "disk.deadline_s": "120s",  # a disk that is slow for a while does not open its breaker
     "drain_s": "10s",
-    "log.level": "error",
 }
 SIZES = (1, 17, 4095, 4096, 16_384, 16_385, 40_000, 65_536, 100_000, 100_000, 1_200_000)
 """The last one is larger than a slab, so it is always split."""

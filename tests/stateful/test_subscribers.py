@@ -24,12 +24,9 @@ KEYS = 40
 NAMESPACES = (Namespace(model="one"), Namespace(model="two"))
 SETTINGS = {
     "host.bytes": str(1100 * 1024),
-    "host.slab_bytes": "1MiB",
     "host.ahead_bytes": "0",
     "disk.bytes": "2MiB",
-    "disk.threads": "2",
     "events.ring": "24",
-    "log.level": "error",
 }
 BLOCK = bytes(60_000)
 
