@@ -20,6 +20,8 @@ OWNER = "owner"
 """What the domain of the daemon's own user is called in Redis: that user may have another number on another host."""
 MAX_TEXT = 65_536
 """Bytes of a description."""
+REST_S = 0.005
+"""Between two looks at the log when there is something in it: under a stream of stores each look would find one."""
 
 
 async def _nothing() -> None:
@@ -92,8 +94,11 @@ class Follower:
                 self._link.error, wait_s = "", 0.1
                 self._synced.set()
                 while at and not self.closed and age == self._link.age:
+                    before = number
                     at, number = await self._read_log(at, number)
                     await self._tell()
+                    if number != before:
+                        await asyncio.sleep(REST_S)
             except FAILURES as error:
                 self._failed(error)
                 await self._link.renew()

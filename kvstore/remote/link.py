@@ -88,7 +88,7 @@ class Link:
     async def ask(self, reply: Any) -> Any:
         """What a command answers, once a connection is free for it; each may take the time limit."""
         try:
-            async with asyncio.timeout(self.timeout_s):
+            async with asyncio.timeout(self.timeout_s if self._free.locked() else None):
                 await self._free.acquire()
         except BaseException as error:
             reply.close()
