@@ -32,7 +32,9 @@ in arrays, with the answers that came beside them, have at most twice as many to
 MOST_BYTES = 256 << 20
 """Bytes of one answer: the events of some hundred daemons at once are the most that we ask for."""
 
-_ARRAYS, _STRINGS = b"*%~>|", b"$=!"
+_STRINGS = frozenset((b"$", b"=", b"!"))
+_COUNTED = _STRINGS | {b"*", b"%", b"~", b">", b"|"}
+"""What a line begins with that says how much is to come: bytes of a string, or items of an array."""
 _LONGEST_LINE = 1 << 16
 
 
@@ -61,36 +63,34 @@ class Bounds:
         self._bytes += len(data)
         if self._bytes > MOST_BYTES:
             raise InvalidResponse("an answer has no end.")
-        at, end = 0, len(data)
+        at, end = self._skip, len(data)
         while at < end:
-            if self._skip:
-                taken = min(self._skip, end - at)
-                self._skip -= taken
-                at += taken
-                continue
             stop = data.find(b"\n", at)
-            self._line += data[at : end if stop < 0 else stop]
-            if len(self._line) > _LONGEST_LINE:
+            line = data[at : end if stop < 0 else stop]
+            if self._line:
+                line, self._line = self._line + line, b""
+            if len(line) > _LONGEST_LINE:
                 raise InvalidResponse("a line has no end.")
             if stop < 0:
-                return
-            self._head(self._line)
-            self._line, at = b"", stop + 1
+                self._line, at = line, end
+            else:
+                at = stop + 1
+                if line[:1] in _COUNTED:
+                    at += self._coming(line)
+        self._skip = at - end
 
-    def _head(self, line: bytes) -> None:
-        """Look at a line: at what it says is to come, if it does."""
-        kind = line[:1]
-        if kind not in _ARRAYS and kind not in _STRINGS:
-            return
+    def _coming(self, line: bytes) -> int:
+        """Bytes of the string that a line says is to come, with its end; what is announced is bounded."""
         try:
             count = int(line[1:]) if len(line) < 24 else MOST_BYTES + 1
         except ValueError:
-            return  # the parser says so, too
-        if kind in _ARRAYS:
-            self._items += max(count, 0)
-        if count > (MOST_BYTES if kind in _STRINGS else MOST_ITEMS) or self._items > 2 * MOST_ITEMS:
+            return 0  # the parser says so, too
+        string = line[:1] in _STRINGS
+        if not string and count > 0:
+            self._items += count
+        if count > (MOST_BYTES if string else MOST_ITEMS) or self._items > 2 * MOST_ITEMS:
             raise InvalidResponse(f"{line[:24]!r} announces more than any answer has.")
-        self._skip = count + 2 if kind in _STRINGS and count >= 0 else 0
+        return count + 2 if string and count >= 0 else 0
 
 
 class _Reader:

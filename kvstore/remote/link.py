@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import redis.asyncio as redis
-from redis.asyncio.cluster import RedisCluster
 from redis.exceptions import (
     AuthenticationError,
     AuthorizationError,
@@ -63,11 +62,14 @@ class Link:
 
     Attributes
     ----------
+    is_cluster : bool
+        Whether the keys are spread over several servers.
     age : int
         How often all connections have been given up for newer ones.
     """
 
     def __init__(self, url: str, cluster: bool, lanes: int, timeout_s: float) -> None:
+        self.is_cluster = cluster
         self.lanes = lanes
         self.timeout_s = timeout_s
         self.client = make_client(url, cluster, timeout_s, 2 * lanes + 4)
@@ -80,16 +82,10 @@ class Link:
         self.failures: dict[str, int] = {}
         self._free = asyncio.Semaphore(2 * lanes + 3)  # and one connection follows the log
 
-    @property
-    def is_cluster(self) -> bool:
-        """Whether the keys are spread over several servers."""
-        return isinstance(self.client, RedisCluster)
-
     async def ask(self, reply: Any) -> Any:
         """What a command answers, once a connection is free for it; each may take the time limit."""
         try:
-            async with asyncio.timeout(self.timeout_s if self._free.locked() else None):
-                await self._free.acquire()
+            await (self._wait() if self._free.locked() else self._free.acquire())
         except BaseException as error:
             reply.close()
             if isinstance(error, TimeoutError):
@@ -100,6 +96,10 @@ class Link:
                 return await reply
         finally:
             self._free.release()
+
+    async def _wait(self) -> None:
+        async with asyncio.timeout(self.timeout_s):
+            await self._free.acquire()
 
     def getting(self, name: str, most: int) -> Command:
         """The command that reads a value, of which not much more than `most` bytes are taken in whatever it holds."""
