@@ -39,12 +39,12 @@ test:
 	@mkdir -p $(dir $(BESIDE))
 	@echo "kvstore: vLLM and SGLang are tested beside the rest; what they say goes to $(BESIDE) and comes at the end"
 	@$(MAKE) --no-print-directory engines sglang >$(BESIDE) 2>&1 & beside=$$!; \
-	trap 'kill $$beside' EXIT; \
-	$(MAKE) --no-print-directory lint unit; \
-	engines=0; wait $$beside || engines=$$?; \
-	trap - EXIT; \
+	trap 'kill $$beside 2>/dev/null || true' EXIT; \
+	failed=0; \
+	$(MAKE) --no-print-directory lint unit || failed=1; \
+	wait $$beside || failed=1; \
 	cat $(BESIDE); \
-	exit $$engines
+	exit $$failed
 	@echo "all passed"
 
 lint: $(VENV)/.ready-test

@@ -239,6 +239,15 @@ class Engine:
             time.sleep(0.02)
         return False
 
+    def served(self, seed: int, wait_s: float = 20.0) -> bool:
+        """Wait until a prompt of its own comes back from the daemon. An engine that has not noticed a restart may take
+        one or two that are computed, and a busy daemon may answer a hello too late."""
+        deadline = time.monotonic() + wait_s
+        while time.monotonic() < deadline:
+            if self.ask(numbers(300, seed), max_tokens=1)[0].cached:
+                return True
+        return False
+
     def close(self) -> None:
         """Shut the engine down so that another can be made in this process."""
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory

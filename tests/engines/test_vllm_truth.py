@@ -70,7 +70,7 @@ def test_identical_answers_through_every_restart(own: Daemon) -> None:
         settle(own)
         own.kill()
         own.start()
-        assert vllm.connected()
+        assert vllm.served(51)
         from_disk, cached = ask_both(vllm)
         assert from_disk == cold
         assert cached == whole
@@ -79,7 +79,7 @@ def test_identical_answers_through_every_restart(own: Daemon) -> None:
         own.kill()
         assert damage(own.folder / "disk") > 0
         own.start()
-        assert vllm.connected()
+        assert vllm.served(52)
         before = vllm.metrics()
         spoiled, _ = ask_both(vllm)
         assert spoiled == cold
