@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterable
 
@@ -34,6 +35,7 @@ class Uses:
         self._later: dict[bytes, tuple[float, bool]] = {}
         self._renewed: set[bytes] = set()
         self._renewed_since = time.monotonic()
+        self._telling = asyncio.Lock()
 
     def touch(self, blocks: Iterable[BlockId]) -> None:
         """Note a use of blocks of one prompt, first block first."""
@@ -55,13 +57,14 @@ class Uses:
         self._pins.pop(block, None)
 
     async def flush(self) -> None:
-        """Tell Redis."""
-        while self._later:
-            some = [(member, *self._later.pop(member)) for member in list(self._later)[:_BATCH]]
-            args = [arg for member, delta, back in some for arg in (member, f"{delta:.6f}", "1" if back else "0")]
-            await self._index.script(ix.TOUCH, *args)
-            pins = {member: delta for member, delta, back in some if back}
-            await self._renew([(member, int(pins.get(member, 0.0))) for member, _, _ in some])
+        """Tell Redis. When this returns, what others were telling has arrived, too: what leaves may be chosen next."""
+        async with self._telling:
+            while self._later:
+                some = [(member, *self._later.pop(member)) for member in list(self._later)[:_BATCH]]
+                args = [arg for member, delta, back in some for arg in (member, f"{delta:.6f}", "1" if back else "0")]
+                await self._index.script(ix.TOUCH, *args)
+                pins = {member: delta for member, delta, back in some if back}
+                await self._renew([(member, int(pins.get(member, 0.0))) for member, _, _ in some])
 
     async def oldest(self, most: int) -> list[BlockId]:
         """Blocks unused for longest, as far as they are known here; none that is pinned or being written."""
