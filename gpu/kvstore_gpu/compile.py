@@ -17,7 +17,7 @@ from kvstore.errors import DeviceUnavailable, InternalError
 HERE = Path(__file__).parent
 OPTIONS = ("-std=c++17", "-default-device", "--fmad=true")
 ARCHITECTURES = ("80", "90", "100")
-"""Compute capabilities that every instantiation is compiled for in the tests."""
+"""Compute capabilities that kernels are compiled for in the tests: every instantiation for the first, the oldest."""
 
 THREADS = 256
 """Threads of a block, where a kernel has no reason for another number."""
