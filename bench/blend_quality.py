@@ -38,6 +38,7 @@ from kvstore.cli import blend_plot
 from kvstore_connectors.blend import Prompt, Selector, Work
 from kvstore_connectors.blend.intervals import bootstrap, wilson
 from kvstore_connectors.blend.llama import Llama
+from kvstore_connectors.blend.reach import REACHED, reach_of
 from kvstore_connectors.blend.selectors.choice import Choice
 from kvstore_connectors.blend.selectors.planner import SELECTORS
 from kvstore_connectors.blend.trial import Trial, captures, greedy, reference
@@ -143,12 +144,14 @@ def measure(options: argparse.Namespace) -> None:
     cases = [(i, case) for i, case in enumerate(make_cases(options, encode)) if i % of == shard]
     random.Random(shard).shuffle(cases)
     models = {False: load(options, None), True: load(options, options.adapter)}
+    reaches = {tuned: reach_of(model, [case.sample for _, case in cases[:REACHED]]) for tuned, model in models.items()}
     begun, only = time.monotonic(), set(options.only)
     with open(options.lines, "a", buffering=1) as out:  # one file for all processes: a line is written in one piece
         for done, (number, case) in enumerate(cases):
             if time.monotonic() - begun > options.seconds:
                 break
-            for line in one_case(models[case.sample.kind != "natural"], case, only):
+            tuned = case.sample.kind != "natural"
+            for line in one_case(models[tuned], case, only, reaches[tuned]):
                 found = {"case": number, "kind": case.sample.kind, "wording": case.wording} | line
                 out.write(json.dumps(found) + "\n")
             if shard == 0 and done % 10 == 0:
@@ -157,7 +160,7 @@ def measure(options: argparse.Namespace) -> None:
                 )
 
 
-def one_case(model: Llama, case: Case, only: set[str]) -> Iterator[dict[str, Any]]:
+def one_case(model: Llama, case: Case, only: set[str], reach: int) -> Iterator[dict[str, Any]]:
     sample = case.sample
     full = reference(model, sample).logits
     right = not len(sample.answer) or greedy(full, sample.answer)
@@ -165,7 +168,7 @@ def one_case(model: Llama, case: Case, only: set[str]) -> Iterator[dict[str, Any
     if not right:
         return
     for mode, chunks in captures(model, sample).items():
-        trial = Trial(model, model.rotary, sample, chunks, full)
+        trial = Trial(model, model.rotary, sample, chunks, full, reach)
         for name, selector, share in ways(trial.prompt, only):
             yield {"selector": name, "mode": mode.value, **asdict(trial.repair(selector, share))}
 

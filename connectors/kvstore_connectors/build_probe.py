@@ -15,6 +15,7 @@ import torch
 from kvstore.errors import ConfigError
 from kvstore_connectors.blend.capture import Chunk
 from kvstore_connectors.blend.prompt import Capture
+from kvstore_connectors.blend.reach import REACHED, reach_of
 from kvstore_connectors.blend.selectors.planner import planner
 from kvstore_connectors.blend.trial import Outcome, Sample, Trial, reference
 from kvstore_connectors.vllm.blend_gate import Verdict
@@ -59,14 +60,16 @@ def probe(
     chance = random.Random(seed)
     lead, capture = builder.ids(system), Capture.SYSTEM if system else Capture.ISOLATED
     outcomes: list[Outcome] = []
-    for done in range(prompts):
-        *picked, asked = chance.sample(usable, min(chunks_each + 1, len(usable)))
-        ids = tuple(builder.ids(one) for one in picked)
-        ready = [
-            Chunk(one, tuple(kv), len(system), capture) for one, kv in zip(ids, builder.compute(picked), strict=True)
-        ]
-        sample = Sample("documents", lead, ids, builder.ids(asked[:QUESTION_TOKENS]), lead[:0])
-        trial = Trial(model, rotation, sample, ready, reference(model, sample).logits)
+    drawn = [chance.sample(usable, min(chunks_each + 1, len(usable))) for _ in range(prompts)]
+    samples = [
+        Sample("documents", lead, tuple(map(builder.ids, picked)), builder.ids(asked[:QUESTION_TOKENS]), lead[:0])
+        for *picked, asked in drawn
+    ]
+    reach = reach_of(model, samples[:REACHED])
+    for done, (sample, (*picked, _)) in enumerate(zip(samples, drawn, strict=True)):
+        kv = builder.compute(picked)
+        ready = [Chunk(one, tuple(of), len(system), capture) for one, of in zip(sample.chunks, kv, strict=True)]
+        trial = Trial(model, rotation, sample, ready, reference(model, sample).logits, reach)
         outcomes.append(trial.repair(planner(trial.prompt), share))
         told(done + 1)
     return Verdict(
@@ -79,4 +82,5 @@ def probe(
         top1=sum(one.hit for one in outcomes) / len(outcomes),
         most_kl=MOST_KL,
         least_top1=LEAST_TOP1,
+        reach=reach,
     )

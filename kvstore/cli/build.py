@@ -66,3 +66,4 @@ def build(
     if verdict is not None and not json:
         print(f"probe: KL {verdict.kl:.4f} (at most {verdict.most_kl}), same first choice {verdict.top1:.1%} "
               f"(at least {verdict.least_top1:.0%}): {'passed' if verdict.passed else 'failed'}")  # fmt: skip
+        print(f"       chunks are read in {verdict.reach} of {loaded.layers} layers")

@@ -100,7 +100,8 @@ def evaluate(
         out.print_json({"model": name, **settings, "max_kl": max_kl, "least_shares": least, **found.to_json()})
         return
     print(f"{name}: {found.prompts} prompts of {found.prompt_tokens} tokens ({', '.join(found.kinds)}); "
-          f"full prefill takes {found.prefill_seconds:.2f} s, NLL {found.nll:.3f}")  # fmt: skip
+          f"full prefill takes {found.prefill_seconds:.2f} s, NLL {found.nll:.3f}; "
+          f"it reads chunks in {found.reach} layers")  # fmt: skip
     print("\n".join(blend_plot.table(found.rows)))
     if max_kl is not None:
         print(f"\nKL at most {max_kl} at the end of its interval:" + ("" if enough else " none"))

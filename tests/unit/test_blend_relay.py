@@ -21,7 +21,7 @@ from kvstore_connectors.blend.selectors import relay
 from kvstore_connectors.blend.selectors.focused import Focused, focused
 from kvstore_connectors.blend.selectors.planner import SELECTORS
 from kvstore_connectors.blend.selectors.question import read_question
-from kvstore_connectors.blend.selectors.relay import Relay, by_words, false_sinks, looked_beyond
+from kvstore_connectors.blend.selectors.relay import Relay, by_words, looked_beyond
 from kvstore_connectors.blend.selectors.unseen import unseen
 
 
@@ -33,14 +33,15 @@ def test_relay_repairs_false_sinks_before_it_reads(mode: str) -> None:
     steps = work.repair(SELECTORS["relay"], 0.5)
     for _ in range(model.layers // 2):
         next(steps)
-    sinks = [span.start for span in prompt.spans] if mode == "isolated" else []
-    assert false_sinks(prompt).tolist() == sinks
+    sinks = [span.start + i for span in prompt.spans for i in (0, 1)] if mode == "isolated" else []
+    assert prompt.false_sinks.tolist() == sinks
     assert (work.changed & prompt.repairable).nonzero()[:, 0].tolist() == sinks
     for _ in steps:
         pass
     count = int(0.5 * prompt.reused + 0.5)
     assert int((work.changed & prompt.repairable).sum()) == count
-    assert (count + len(QUESTION)) / prompt.reused <= work.cost <= (count + len(prompt.missing)) / prompt.reused
+    most = count + len(prompt.missing) + len(sinks)
+    assert (count + len(QUESTION)) / prompt.reused <= work.cost <= most / prompt.reused
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
@@ -92,10 +93,14 @@ def followed(prompt: Prompt, count: int) -> Tensor:
     return top(light.masked_fill(~prompt.repairable, -torch.inf), count)
 
 
+@pytest.mark.parametrize("reach", [None, 1, 3])
 @pytest.mark.parametrize("guess", [False, True])
 @pytest.mark.parametrize("said", [(1.0,), (0.5, 1.0), (0.0, 0.5), (0.0, 0.0)])
-def test_relay_goes_by_words_where_something_is_asked(said: tuple[float, ...], guess: bool, monkeypatch: Any) -> None:
-    """Seen in the middle, reading ends there, else at three quarters; rightly guessed, one pass does all."""
+def test_relay_goes_by_words_where_something_is_asked(
+    said: tuple[float, ...], guess: bool, reach: int | None, monkeypatch: Any
+) -> None:
+    """Seen in the middle, reading ends there, else at three quarters; rightly guessed, one pass does all. What is asked
+    is repaired as far as the model reads, which is more than half of its layers, and as many more tokens."""
     answers = iter(said)
     monkeypatch.setattr(relay, "by_words", lambda *_: next(answers))
     model, passes = tiny(), []
@@ -107,19 +112,23 @@ def test_relay_goes_by_words_where_something_is_asked(said: tuple[float, ...], g
                 passes.append((len(self.rows), layer))
                 yield layer
 
-    work, count = Seen(model, prompt, cache, asked=guess), int(0.3 * prompt.reused + 0.5)
+    work, count = Seen(model, prompt, cache, asked=guess, reach=reach), int(0.3 * prompt.reused + 0.5)
     for _ in work.repair(SELECTORS["relay"], 0.3):
         pass
     assert work.asked == (len(said) == 1)
+    reached = model.layers if reach is None else 3
+    many = count * model.layers // reached
+    if work.asked:
+        count = many
     chosen = (work.changed & prompt.repairable).nonzero()[:, 0]
     assert len(chosen) == count
     assert set(followed(prompt, int(said[-1] * count)).tolist()) <= set(chosen.tolist())
     assert (chosen.tolist() == followed(prompt, count).tolist()) is (said[-1] == 1)
     missing, half, most = len(prompt.missing), model.layers // 2, model.layers * 3 // 4
-    repairing = [(missing + count, layer) for layer in range(model.layers)]
+    repairing = [(missing + count * (not work.asked or i < reached), i) for i in range(model.layers)]
     reading = [(missing, layer) for layer in range(half + 1 if work.asked else max(most, half + 1))]
     if guess:
-        reading[: half + 1] = repairing[: half + 1]
+        reading[: half + 1] = [(missing + many, layer) for layer in range(half + 1)]
     assert passes == (repairing if guess and work.asked else reading + repairing)
 
 
@@ -137,19 +146,24 @@ def test_relay_reads_alone_where_words_do_not_take_the_whole_budget(monkeypatch:
     assert int((work.changed & prompt.repairable).sum()) == int(0.3 * prompt.reused + 0.5)
 
 
+@pytest.mark.parametrize("reach", [None, 3])
 @pytest.mark.parametrize("guess", [False, True])
 @pytest.mark.parametrize("part", [1.0, 0.5, 0.0])
-def test_what_relay_repairs_is_what_one_pass_leaves(part: float, guess: bool, monkeypatch: Any) -> None:
+def test_what_relay_repairs_is_what_one_pass_leaves(
+    part: float, guess: bool, reach: int | None, monkeypatch: Any
+) -> None:
     monkeypatch.setattr(relay, "by_words", lambda *_: part)
     model = tiny()
-    work = Work(model, *assemble(model, model.rotary, SYSTEM, captured(model, "isolated"), QUESTION), asked=guess)
+    parts = assemble(model, model.rotary, SYSTEM, captured(model, "isolated"), QUESTION)
+    work = Work(model, *parts, asked=guess, reach=reach)
     for _ in work.repair(SELECTORS["relay"], 0.4):
         pass
     logits = model.logits(work.hidden[-len(QUESTION) :])
     prompt, cache = assemble(model, model.rotary, SYSTEM, captured(model, "isolated"), QUESTION)
     rows = work.changed.nonzero()[:, 0]
-    carried = None if work.asked else carried_from(prompt, model.rotary, rows)
-    once = Pass(model, prompt.ids, cache, rows, carried=carried).run()
+    carried = carried_from(prompt, model.rotary, rows)
+    only = {"reach": reach, "beyond": prompt.missing} if work.asked and reach else {}
+    once = Pass(model, prompt.ids, cache, rows, carried=carried, **only).run()
     torch.testing.assert_close(logits, model.logits(once.hidden[-len(logits) :]), rtol=1e-4, atol=1e-4)
     for mine, theirs in zip(work.cache, cache, strict=True):
         torch.testing.assert_close(mine.keys, theirs.keys, rtol=1e-5, atol=1e-5)

@@ -38,6 +38,7 @@ def carried_from(prompt: Prompt, rotary: Rotary, rows: Tensor) -> Carried:
     spans = [span for span in prompt.spans if span.capture is not Capture.EXACT]
     # A first token is off in a way of its own: it was a sink.
     weights[[span.start for span in spans]] = 0.0
+    weights[prompt.false_sinks] = 0.0
     device = prompt.ids.device
     turn = Turn.of(rotary, torch.arange(len(prompt.ids), device=device))
     edges = [(span.start, span.stop) for span in spans]

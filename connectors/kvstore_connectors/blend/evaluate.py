@@ -12,6 +12,7 @@ import torch
 from kvstore.errors import ConfigError
 from kvstore_connectors.blend.intervals import bootstrap
 from kvstore_connectors.blend.prompt import Capture
+from kvstore_connectors.blend.reach import REACHED, reach_of
 from kvstore_connectors.blend.selectors.planner import planner, selector_named
 from kvstore_connectors.blend.trial import Outcome, Reference, Sample, Trial, captures, likelihood, reference
 
@@ -87,6 +88,8 @@ class Evaluation:
         Tokens of a prompt, about.
     prefill_seconds, nll : float
         Means of full prefill.
+    reach : int
+        Layers in which the model reads chunks.
     rows : list of Row
         By capture, selector, share.
     """
@@ -96,6 +99,7 @@ class Evaluation:
     prompt_tokens: int
     prefill_seconds: float
     nll: float
+    reach: int
     rows: list[Row]
 
     def to_json(self) -> dict[str, Any]:
@@ -141,6 +145,7 @@ def evaluate(
         raise ConfigError("eval: there is no prompt, or a share is not between 0 and 1.", "")
     for name in set(selectors) - {NONE, AUTO}:
         selector_named(name)
+    reach = reach_of(model, samples[:REACHED])
     seen: defaultdict[tuple[str, str, float], list[_Seen]] = defaultdict(list)
     references: list[Reference] = []
     likelihoods: list[float] = []
@@ -152,7 +157,7 @@ def evaluate(
         likelihoods.append(likelihood(full.logits, sample.question))
         made = captures(model, sample, [Capture(kind) for kind in kinds])
         for kind in kinds:
-            trial = Trial(model, rotation, sample, made[Capture(kind)], full.logits)
+            trial = Trial(model, rotation, sample, made[Capture(kind)], full.logits, reach)
             for name, selector, share in _ways(selectors, shares, trial.prompt):
                 outcome = trial.repair(selector, share)
                 rise = (outcome.nll or 0.0) - likelihoods[-1]
@@ -164,6 +169,7 @@ def evaluate(
         prompt_tokens=len(samples[0].system) + sum(map(len, samples[0].chunks)) + len(samples[0].question),
         prefill_seconds=_mean([one.seconds for one in references]),
         nll=_mean(likelihoods),
+        reach=reach,
         rows=[_row(*key, found) for key, found in seen.items()],
     )
 

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+SINKS = 2
+"""Tokens at the beginning of a chunk that draw attention for want of others, if it was captured isolated."""
+
+
 class Capture(Enum):
     """In which context the KV of a chunk was computed."""
 
@@ -114,6 +118,14 @@ class Prompt:
     def repairable(self) -> Tensor:
         """Mask ``[n]`` of the cached tokens whose KV may differ from what full prefill computes."""
         return brought(self.host_repairable, self.ids.device)
+
+    @cached_property
+    def false_sinks(self) -> Tensor:
+        """Positions, in host memory, of tokens that drew attention because next to nothing stood before them, where now
+        something does."""
+        isolated = [span for span in self.spans if span.capture is Capture.ISOLATED and span.start]
+        places = [place for span in isolated for place in range(span.start, min(span.start + SINKS, span.stop))]
+        return torch.tensor(places, dtype=torch.int64)
 
     @cached_property
     def missing(self) -> Tensor:

@@ -56,8 +56,10 @@ class Pass:
     tries : bool
         What is overwritten is kept, until `accept` or `take_back`.
     carried : Carried or None
-        What the rows tell is carried on to cached tokens (`carried.carried_from`). The rows stay those of the
-        beginning then: neither with ``narrow`` nor with ``tries``.
+        What the rows tell is carried on to cached tokens (`carried.carried_from`). Not with ``narrow``, which changes
+        the rows on the way.
+    reach, beyond : int and Tensor, or None
+        From that layer on only these of the rows are computed, sorted.
     """
 
     model: Model
@@ -71,9 +73,11 @@ class Pass:
     kv_only: bool = False
     tries: bool = False
     carried: Carried | None = None
+    reach: int | None = None
+    beyond: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.carried is not None and (self.narrow is not None or self.tries):
+        if self.carried is not None and self.narrow is not None:
             raise InternalError("rows that may change tell nothing of others.")
         self.model.ready(self.rows)
         self.hidden = self.model.embed(self.ids[self.rows])
@@ -96,11 +100,16 @@ class Pass:
 
     def take_back(self, rows: Tensor) -> None:
         """Between two layers: put back what was overwritten so far, and compute only these of the rows on, sorted."""
-        for held, former in zip(self.cache, self._former, strict=False):
+        for layer, (held, former) in enumerate(zip(self.cache, self._former, strict=False)):
+            told = LayerKV(held.keys[self.rows], held.values[self.rows])
             held.keys.index_copy_(0, self.rows, former.keys)
             held.values.index_copy_(0, self.rows, former.values)
+            if self.carried is not None:  # what they told is told the other way round
+                keys, values = 2 * former.keys - told.keys, 2 * former.values - told.values
+                carry(keys, values, held.keys, held.values, self.carried, layer=layer)
         self.accept()
-        self.rows, self.hidden = rows, self.hidden[torch.searchsorted(self.rows, rows)]
+        self.carried = self.reach = None
+        self._only(rows)
 
     def run(self) -> Pass:
         """Pass all layers."""
@@ -108,8 +117,14 @@ class Pass:
             pass
         return self
 
+    def _only(self, rows: Tensor) -> None:
+        self.rows, self.hidden = rows, self.hidden[torch.searchsorted(self.rows, rows)]
+
     def _layer(self, layer: int) -> None:
         held = self.cache[layer]
+        if layer == self.reach and self.beyond is not None:
+            self.carried = None
+            self._only(self.beyond)
         queries, keys, values = self.model.qkv(layer, self.hidden)
         queries, keys = self.model.rope(layer, queries, keys, self.rows)
         if self.wait_layer is not None:  # so far nothing cached was needed

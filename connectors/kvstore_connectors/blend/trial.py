@@ -129,10 +129,20 @@ class Trial:
         Those of the sample, as `captures` gives them.
     full : Tensor
         Logits of `reference`.
+    reach : int, optional
+        Of the model, as `blend.reach` measures it.
     """
 
-    def __init__(self, model: Model, rotation: Rotary, sample: Sample, chunks: list[Chunk], full: Tensor) -> None:
-        self.model, self.sample, self.full = model, sample, full
+    def __init__(
+        self,
+        model: Model,
+        rotation: Rotary,
+        sample: Sample,
+        chunks: list[Chunk],
+        full: Tensor,
+        reach: int | None = None,
+    ) -> None:
+        self.model, self.sample, self.full, self.reach = model, sample, full, reach
         room = max(0, len(sample.answer) - 1)
         self.prompt, self.cache = assemble(model, rotation, sample.system, chunks, sample.question, room)
         self.ids = torch.cat([self.prompt.ids, sample.answer[:-1]])
@@ -145,7 +155,7 @@ class Trial:
         """Repair a copy of the cache, and compare."""
         cache = self.copy()
         begun = time.perf_counter()
-        work = Work(self.model, self.prompt, cache)
+        work = Work(self.model, self.prompt, cache, reach=self.reach)
         for _ in work.repair(selector, share):
             pass
         seconds = time.perf_counter() - begun

@@ -54,6 +54,8 @@ class Work:
         Only the cache is wanted, not what is behind the last layer: `hidden` is not computed to the end.
     asked : bool
         Whether the prompt before asked something, as its `asked` told.
+    reach : int, optional
+        Layers in which the model reads chunks, as `blend.reach` measures them; all if that is not known.
 
     Attributes
     ----------
@@ -68,6 +70,8 @@ class Work:
     asked : bool
         Whether this prompt asks something, once a selector has told that: until then a guess, which changes what is
         computed first, and not what is chosen.
+    reach : int
+        Layers to recompute chunks in where something is asked. More than half of them: before, that is not known.
     """
 
     def __init__(
@@ -79,9 +83,11 @@ class Work:
         *,
         kv_only: bool = False,
         asked: bool = False,
+        reach: int | None = None,
     ) -> None:
         self.model, self.prompt, self.cache = model, prompt, cache
         self.asked = asked
+        self.reach = model.layers if reach is None else min(max(reach, model.layers // 2 + 1), model.layers)
         self._wait_layer, self._kv_only = wait_layer, kv_only
         self._loaded = 0
         self._running: Pass | None = None
@@ -115,11 +121,13 @@ class Work:
         watch: Watch | None = None,
         tries: bool = False,
         carries: bool = False,
+        reaches: bool = False,
     ) -> Iterator[int]:
         """One pass over these rows; yields once a layer. Who needs no more of it may leave it there.
 
         With `tries` it may turn out to be the wrong rows: until `accept` or `take_back`, what it overwrites is kept.
-        With `carries` cached tokens that are not among the rows change, too, by what the rows tell of them.
+        With `carries` cached tokens that are not among the rows change, too, by what the rows tell of them. With
+        `reaches` only missing rows are computed above `reach`.
         """
         carried = carried_from(self.prompt, self.model.rotary, rows) if carries else None
         one = Pass(
@@ -133,6 +141,8 @@ class Work:
             kv_only=self._kv_only,
             tries=tries,
             carried=carried,
+            reach=self.reach if reaches else None,
+            beyond=self.prompt.missing if reaches else None,
         )
         self._running = one
         self.changed[rows] = True

@@ -17,14 +17,17 @@ from kvstore.errors import ConfigError, InvalidParams
 from kvstore_connectors.base import report_defect
 from kvstore_connectors.blend.amount import AMOUNTS, Amount, Controller, chunk_bytes
 from kvstore_connectors.blend.prompt import LayerKV, Prompt
+from kvstore_connectors.blend.reach import REACHED, reach_of
 from kvstore_connectors.blend.recompute import empty_cache
 from kvstore_connectors.blend.selectors.planner import selector_for
+from kvstore_connectors.blend.trial import Sample
 from kvstore_connectors.blend.work import Work
 from kvstore_connectors.chunk_loads import ChunkLoad, Wanted, begin_load
 from kvstore_connectors.clock import Moment
 from kvstore_connectors.transformers.cache import KVStoreCache
 from kvstore_connectors.transformers.chunk_store import ChunkStore, check_spans
 from kvstore_connectors.transformers.prefix import PrefixCache
+from kvstore_connectors.transformers.support import token_rows
 
 if TYPE_CHECKING:
     from kvstore.types import ChunkMatch, Namespace
@@ -32,6 +35,8 @@ if TYPE_CHECKING:
 TAINT = "it was blended from chunks, so its KV is approximate"
 LOAD_DEADLINE_S = 3.0
 """Longest wait for chunks in lower tiers."""
+MEASURED = 4
+"""Passages in a prompt that is made to measure."""
 
 
 class Blend(NamedTuple):
@@ -63,6 +68,8 @@ class Chunks(ChunkStore):
     ----------
     last : Blend
         What became of the last prompt.
+    reach : int or None
+        Layers in which the model reads chunks, once `measure` was called; who knows may set it.
 
     Examples
     --------
@@ -78,6 +85,32 @@ class Chunks(ChunkStore):
         self._copies = torch.cuda.Stream(kv.model.device) if kv.model.device.type == "cuda" else None
         self._controller = Controller()
         self.last = Blend()
+        self.reach: int | None = None
+
+    @torch.no_grad()
+    def measure(self, passages: Sequence[Any]) -> int:
+        """Find out in how many layers the model reads chunks (`blend.reach`), and repair questions in those only.
+
+        Takes as long as computing the passages twice; a dozen of 40 tokens and more are enough.
+
+        Parameters
+        ----------
+        passages : sequence of ids
+            Any text of the kind that chunks are of, cut as they are.
+
+        Raises
+        ------
+        InvalidParams
+            If there is none.
+        """
+        device = self._kv.model.device
+        ids = [torch.tensor(token_rows(one)[0].tolist(), dtype=torch.int64, device=device) for one in passages]
+        if not ids:
+            raise InvalidParams("measure: there is no passage.", "Give some that you store as chunks.")
+        lead = torch.tensor(self._system, dtype=torch.int64, device=device)
+        groups = [tuple(ids[at : at + MEASURED]) for at in range(0, len(ids), MEASURED)][:REACHED]
+        self.reach = reach_of(self._opened, [Sample("passages", lead, one, lead[:0], lead[:0]) for one in groups])
+        return self.reach
 
     def generate(
         self,
@@ -199,7 +232,7 @@ class Chunks(ChunkStore):
         device = prompt.ids.device
         begun = Moment(device)
         try:
-            work = Work(self._opened, prompt, cache, load.wait)
+            work = Work(self._opened, prompt, cache, load.wait, reach=self.reach)
             for _ in work.repair(selector_for(name, prompt), share):
                 pass
         finally:

@@ -40,6 +40,8 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
         Share of tokens whose first choice is the same.
     most_kl, least_top1 : float
         Thresholds.
+    reach : int, optional
+        Layers in which the model reads chunks, as `blend.reach` measures them.
     """
 
     model: str
@@ -51,6 +53,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     top1: float
     most_kl: float
     least_top1: float
+    reach: int | None = None
 
     @property
     def passed(self) -> bool:
@@ -88,6 +91,11 @@ class Gate:
             self._look_at = now + LOOK_S
             self._look()
         return self._reason if self._verdict is None else why_closed(self._verdict, namespace, share)
+
+    @property
+    def reach(self) -> int | None:
+        """That of the verdict that `why_closed` went by."""
+        return None if self._verdict is None else self._verdict.reach
 
     def verdict(self) -> Verdict | None:
         """What the file says now; None if there is none, or it is no verdict."""

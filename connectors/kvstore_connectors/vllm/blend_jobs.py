@@ -53,6 +53,8 @@ class BlendJob:
         How they are chosen.
     amount : {"share", "loading"}
         That share, or what loading takes time for, but no less than that share.
+    reach : int or None
+        Layers in which the model reads chunks, if that was measured.
     sound : bool
         False if the promise can not be kept: all is computed.
     """
@@ -69,6 +71,7 @@ class BlendJob:
     share: float
     selector: str
     amount: Amount = "share"
+    reach: int | None = None
     sound: bool = True
 
 

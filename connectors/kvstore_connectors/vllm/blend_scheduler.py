@@ -273,6 +273,7 @@ class Blends:
             share=state.wish.share,
             selector=state.wish.selector,
             amount=state.wish.amount,
+            reach=None if self._gate is None else self._gate.reach,
             sound=busy.isdisjoint(table[: begin // self._engine_block]),
         )
         self._tally.add("blend_prompts")

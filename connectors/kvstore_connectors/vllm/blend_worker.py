@@ -234,7 +234,7 @@ class Blender:
         begun = Moment(self._rows.device)
         if job.exact:  # the engine's own part of the prompt
             self._rows.read_front(job.table, job.exact, room)
-        work = Work(model, prompt, cache, load.wait, kv_only=True, asked=self._asked)
+        work = Work(model, prompt, cache, load.wait, kv_only=True, asked=self._asked, reach=job.reach)
         for _ in work.repair(selector_for(job.selector, prompt), share):
             load.ahead()
         self._asked = work.asked

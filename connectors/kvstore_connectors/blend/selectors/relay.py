@@ -14,13 +14,16 @@ as far as they lead, the rest by the product. Text that goes on looks at what is
 has much more of the attention than its part of the text, all goes by the product. In between each gets half: of either,
 half costs much less than nothing.
 
+What is asked for is looked up in some layers, and repairing chunks above these changes no answer. Where that is known
+(`blend.reach`), questions are repaired up to there, and as many more tokens as that saves.
+
 Which of the two it is shows in the second quarter of the layers, as a rule. Where something is asked and words take the
 whole budget, reading ends there; else it goes on to three quarters of the layers, which tell as much as all. One pass
 then repairs what was chosen, and the question with it. Where the prompt before asked, this one is believed to ask, too:
 words are repaired while the question is read, and if that is so the pass goes on to the end. If not, what words led to
 is put back as it was, since half repaired is worse than not at all.
 
-Where text goes on, what the repaired tokens differ by is carried on to those behind them (`blend.carried`).
+What the repaired tokens differ by is carried on to those behind them (`blend.carried`).
 
 A fact of which one half is repaired can be worse than one of which nothing is, so a token asked for also counts by
 those around. Reading costs half of the question's tokens once more, or three quarters, or nothing where it was rightly
@@ -37,7 +40,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import avg_pool1d
 
-from kvstore_connectors.blend.prompt import Capture, brought, fetched, top
+from kvstore_connectors.blend.prompt import brought, fetched, top
 from kvstore_connectors.blend.selectors.question import Reading
 from kvstore_connectors.blend.selectors.trail import Trail
 from kvstore_connectors.blend.selectors.unseen import unseen
@@ -78,17 +81,17 @@ class Relay:
         prompt, layers = work.prompt, work.model.layers
         half, most = layers // 2, layers * 3 // 4
         light = yield from Trail().scores(work)  # while the first layers are on their way to a device
-        sinks = false_sinks(prompt)[:count]
+        sinks = brought(prompt.false_sinks[:count], prompt.ids.device)
         left = prompt.repairable.clone()
         left[sinks] = False
-        count -= len(sinks)
+        many, count = count * layers // work.reach - len(sinks), count - len(sinks)
 
         reading, alone = Reading(work, "value"), work.with_missing(sinks)
-        words = top(light.masked_fill(~left, -torch.inf), count)
-        full = len(words) == count
+        words = top(light.masked_fill(~left, -torch.inf), many)
+        full = len(words) == many
         tries = full and work.asked
         rows = work.with_missing(torch.cat([sinks, words])) if tries else alone
-        steps = work.steps(rows, watch=reading, tries=tries)
+        steps = work.steps(rows, watch=reading, tries=tries, carries=tries, reaches=tries)
         yield from islice(steps, half)
         beyond = fetched(looked_beyond(prompt, reading.scores(range(half // 2, half))))
         yield from islice(steps, 1)  # that a device has something to do until the host knows
@@ -108,7 +111,8 @@ class Relay:
             left[words] = False
             needed = self._needed(prompt, light, looked, part == 1)
             words = torch.cat([words, top(needed.masked_fill(~left, -torch.inf), count - len(words))])
-        yield from work.steps(work.with_missing(torch.cat([sinks, words])), carries=not work.asked)
+        rows = work.with_missing(torch.cat([sinks, words]))
+        yield from work.steps(rows, carries=True, reaches=work.asked)
 
     def _needed(self, prompt: Prompt, light: Tensor, looked: Tensor, asked: bool) -> Tensor:
         """How much each position asks for repair."""
@@ -135,9 +139,3 @@ def by_words(beyond: float) -> float:
     if beyond <= ASKED:
         return 1.0
     return 0.5 if beyond < GOES_ON else 0.0  # where nothing is looked at at all, too
-
-
-def false_sinks(prompt: Prompt) -> Tensor:
-    """Positions of the tokens that drew attention because nothing stood before them, where now something does."""
-    places = [span.start for span in prompt.spans if span.capture is Capture.ISOLATED and span.start]
-    return brought(torch.tensor(places, dtype=torch.int64), prompt.ids.device)
