@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--graphs", dest="eager", action="store_false", help="with CUDA graphs")
     parser.add_argument("--selectors", nargs="+", default=["auto", "v-deviation"])
+    parser.add_argument("--reach", type=int, help="layers that questions are repaired in, as a verdict says (all)")
     parser.add_argument("--load", choices=("always", "faster"), default="always", help="faster: only what pays")
     parser.add_argument("--text", type=Path, nargs="+", default=[], help="files, or folders of .md and .py files")
     options = parser.parse_args()
@@ -90,7 +91,7 @@ def measure(
             kv_role="kv_both", kv_load_failure_policy="recompute", kv_connector_extra_config=extra,
         ),
     )  # fmt: skip
-    open_gate(verdict, get_kv_transfer_group()._worker._namespace)
+    open_gate(verdict, get_kv_transfer_group()._worker._namespace, options.reach)
     system = prompt(SYSTEM, 1)
     count = max(options.chunks)
     text = words(options.text, (count + options.rounds + 1) * CHUNK) if options.text else None
@@ -172,10 +173,10 @@ def ask(engine: Any, ids: list[int], wish: dict[str, Any] | None, salt: str | No
     return time.perf_counter() - begun, answer
 
 
-def open_gate(path: Path, namespace: Any) -> None:
+def open_gate(path: Path, namespace: Any, reach: int | None) -> None:
     """A verdict for random weights, which no probe could measure."""
     verdict = {"model": namespace.model, "revision": namespace.revision, "share": SHARE, "selector": "auto",
-               "prompts": 1, "kl": 0.0, "top1": 1.0, "most_kl": 1.0, "least_top1": 0.0}  # fmt: skip
+               "prompts": 1, "kl": 0.0, "top1": 1.0, "most_kl": 1.0, "least_top1": 0.0, "reach": reach}  # fmt: skip
     path.write_text(json.dumps(verdict))
     time.sleep(1.5)  # engines look at it once a second
 

@@ -128,6 +128,7 @@ def main() -> None:
     parser.add_argument("--chain", default="kvstore", choices=("kvstore", "kv4"), help="blocks as they are, or by kv4")
     parser.add_argument("--blend", help="blend by this selector instead")
     parser.add_argument("--text", type=Path, nargs="+", default=[], help="as of gpu_blend.py")
+    parser.add_argument("--reach", type=int, help="as of gpu_blend.py")
     parser.add_argument("--chunks", type=int, nargs="+", default=[31])
     parser.add_argument("--graphs", dest="eager", action="store_false", help="with CUDA graphs")
     parser.add_argument("--rounds", type=int, default=3)

@@ -16,6 +16,7 @@ from kvstore.errors import ConfigError, InvalidParams, Unavailable
 from kvstore.keys import prefix_keys
 from kvstore_connectors import chunk_loads
 from kvstore_connectors.blend.recompute import prefill
+from kvstore_connectors.blend.samples import builtin_texts
 from kvstore_connectors.transformers import Chunks, KVStoreCache, chunks
 from kvstore_connectors.transformers.opened import OpenedModel
 from kvstore_connectors.transformers.support import check_model
@@ -260,6 +261,8 @@ def test_what_makes_no_sense_is_refused(kv: KVStoreCache) -> None:
         some.load(ids, selector="external", spans=spans)
     with pytest.raises(InvalidParams, match="1 to"):
         some.store([numbers(40_000)])
+    with pytest.raises(InvalidParams, match="no passage"):
+        some.measure([])
 
 
 def test_chunks_of_others_are_not_found(attach: Any, model: Any) -> None:
@@ -360,3 +363,7 @@ def test_smollm2_answers_from_blended_notes(attach: Any) -> None:
     assert tokens[0] == truth[0]
     p, q = exact[0].log_softmax(-1), logits[0].log_softmax(-1)
     assert float((p.exp() * (p - q)).sum()) < 0.2
+
+    text = ids(builtin_texts()["reference"][:4000])
+    assert some.measure([text[at : at + 90] for at in range(0, 720, 90)]) in (24, 25)  # of 30 layers
+    assert run(some.generate, prompt, share=0.15)[0][0] == truth[0]

@@ -70,7 +70,7 @@ def truth(daemon: Daemon, tiny: Path) -> Callable[[list[int]], list[int]]:
 @pytest.fixture(scope="module")
 def vllm(daemon: Daemon, tiny: Path, truth: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     gate = tmp_path_factory.mktemp("gate") / "verdict.json"
-    gate.write_bytes(msgspec.json.encode(verdict(tiny)))
+    gate.write_bytes(msgspec.json.encode(verdict(tiny, reach=2)))
     extra = {"block_tokens": BLOCK, "blend_gate": str(gate), "lookup_deadline_ms": 2000}
     with engine(tiny, daemon.address, extra, max_num_batched_tokens=192) as made:
         assert made.connected()
@@ -137,12 +137,14 @@ def test_a_share_is_computed_and_the_rest_reused(vllm: Engine) -> None:
 
 
 def test_a_prompt_is_believed_to_ask_if_the_one_before_did(vllm: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is repaired as far up as the verdict says."""
     believed: list[bool] = []
 
     class Watched(blend_worker.Work):
         def __init__(self, *args: Any, asked: bool, **how: Any) -> None:
             believed.append(asked)
             super().__init__(*args, asked=asked, **how)
+            assert how["reach"] == 2
 
     def everywhere(_: Any, work: Any) -> Iterator[int]:
         yield from ()

@@ -58,9 +58,11 @@ def test_a_verdict_that_comes_changes_or_goes_is_seen(tmp_path: Path, monkeypatc
     assert "no verdict" in gate.why_closed(HERE, 0.15)
     file.write_bytes(msgspec.json.encode(GOOD))
     assert gate.why_closed(HERE, 0.15) == ""
-    file.write_bytes(msgspec.json.encode(msgspec.structs.replace(GOOD, kl=1.0)))
+    assert gate.reach is None  # as of those that were written before it was measured
+    file.write_bytes(msgspec.json.encode(msgspec.structs.replace(GOOD, kl=1.0, reach=24)))
     os.utime(file, ns=(1, 1))
     assert "failed" in gate.why_closed(HERE, 0.15)
+    assert gate.reach == 24
     file.write_text("{")
     os.utime(file, ns=(2, 2))
     assert "no verdict" in gate.why_closed(HERE, 0.15)
