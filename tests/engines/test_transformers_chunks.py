@@ -365,5 +365,5 @@ def test_smollm2_answers_from_blended_notes(attach: Any) -> None:
     assert float((p.exp() * (p - q)).sum()) < 0.2
 
     text = ids(builtin_texts()["reference"][:4000])
-    assert some.measure([text[at : at + 90] for at in range(0, 720, 90)]) in (24, 25)  # of 30 layers
+    assert some.measure([text[at : at + 90] for at in range(0, 720, 90)]) in range(24, 28)  # of 30 layers
     assert run(some.generate, prompt, share=0.15)[0][0] == truth[0]
