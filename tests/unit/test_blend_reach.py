@@ -68,3 +68,18 @@ def test_more_tokens_in_fewer_layers_cost_the_same(share: float, monkeypatch: An
     one = 1 / sum(map(len, CHUNKS))
     assert costs[0] - one <= costs[1] <= costs[0]
     assert changed[1] == min(changed[0] * 4 // 3, sum(map(len, CHUNKS)))
+
+
+def test_words_that_lead_to_less_than_could_be_saved_are_enough(monkeypatch: Any) -> None:
+    monkeypatch.setattr("kvstore_connectors.blend.selectors.relay.by_words", lambda *_: 1.0)
+    model = tiny()
+    parts = assemble(model, model.rotary, SYSTEM, captured(model, "system"), QUESTION)
+    work = Work(model, *parts, reach=3)
+    count = int(0.3 * work.prompt.reused + 0.5)
+    lit = work.prompt.repairable.nonzero()[-count - 1 :, 0]
+    light = torch.full((len(work.prompt.ids),), -torch.inf).index_fill(0, lit, 1.0)
+    monkeypatch.setattr("kvstore_connectors.blend.selectors.relay.Trail.scores", lambda *_: (yield from ()) or light)
+    for _ in work.repair(SELECTORS["relay"], 0.3):
+        pass
+    assert work.asked
+    assert (work.changed & work.prompt.repairable).nonzero()[:, 0].tolist() == lit.tolist()

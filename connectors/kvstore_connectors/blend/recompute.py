@@ -101,11 +101,10 @@ class Pass:
     def take_back(self, rows: Tensor) -> None:
         """Between two layers: put back what was overwritten so far, and compute only these of the rows on, sorted."""
         for layer, (held, former) in enumerate(zip(self.cache, self._former, strict=False)):
-            told = LayerKV(held.keys[self.rows], held.values[self.rows])
+            keys, values = 2 * former.keys - held.keys[self.rows], 2 * former.values - held.values[self.rows]
             held.keys.index_copy_(0, self.rows, former.keys)
             held.values.index_copy_(0, self.rows, former.values)
             if self.carried is not None:  # what they told is told the other way round
-                keys, values = 2 * former.keys - told.keys, 2 * former.values - told.values
                 carry(keys, values, held.keys, held.values, self.carried, layer=layer)
         self.accept()
         self.carried = self.reach = None

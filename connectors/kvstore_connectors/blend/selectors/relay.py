@@ -88,7 +88,7 @@ class Relay:
 
         reading, alone = Reading(work, "value"), work.with_missing(sinks)
         words = top(light.masked_fill(~left, -torch.inf), many)
-        full = len(words) == many
+        full = len(words) >= count
         tries = full and work.asked
         rows = work.with_missing(torch.cat([sinks, words])) if tries else alone
         steps = work.steps(rows, watch=reading, tries=tries, carries=tries, reaches=tries)
