@@ -42,6 +42,8 @@ class Searches:
 
 
 class OpenGate:
+    reach = 26
+
     def why_closed(self, namespace: Namespace, share: float) -> str:
         return ""
 
@@ -77,6 +79,7 @@ def test_all_but_the_last_token_is_promised() -> None:
     assert job is not None
     assert (job.begin, job.exact, len(job.tokens) // 4, job.sound) == (0, 0, 329, True)
     assert [(s.start, s.stop, s.offset, s.exact) for s in job.spans] == [(100, 300, 0, False)]
+    assert job.reach == 26  # as the verdict says
 
 
 def test_of_a_long_tail_only_the_beginning() -> None:
