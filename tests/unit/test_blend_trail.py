@@ -17,7 +17,7 @@ from kvstore_connectors.blend.prompt import Capture, Prompt, Span, top
 from kvstore_connectors.blend.selectors.trail import Trail
 from kvstore_gpu.spreading import COMMON, FAINT, WINDOW
 
-AHEAD, BACK, FADE, SINGLE, BACKWARD, SEAM, REST, HOPS = 16, 8, 0.9, 0.5, 0.6, 32, 0.3, 2
+AHEAD, BACK, FADE, SINGLE, BACKWARD, SEAM, REST, HOPS = 16, 8, 0.9, 0.5, 0.6, 24, 0.3, 2
 
 
 def defined(prompt: Prompt) -> list[float]:

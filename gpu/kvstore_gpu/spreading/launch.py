@@ -46,7 +46,7 @@ class Spreading:
     fade: float = 0.9
     single: float = 0.5
     backward: float = 0.6
-    seam: int = 32
+    seam: int = 24
     rest: float = 0.3
 
 
