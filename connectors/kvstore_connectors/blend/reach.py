@@ -40,7 +40,7 @@ LEAST = 0.5
 """Nats that disorder in all layers costs a model that reads at all."""
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def reach_of(model: Model, samples: Sequence[Sample]) -> int:
     """Number of layers, from the first on, in which this model reads chunks.
 

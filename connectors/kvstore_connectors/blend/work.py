@@ -69,7 +69,7 @@ class Work:
         What selectors have measured, so that several which need the same measure it once.
     asked : bool
         Whether this prompt asks something, once a selector has told that: until then a guess, which changes what is
-        computed first, and not what is chosen.
+        computed first, and not the rule of choosing; what is read by then has been repaired by words, if so guessed.
     reach : int
         Layers to recompute chunks in where something is asked. More than half of them: before, that is not known.
     """

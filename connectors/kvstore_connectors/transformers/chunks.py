@@ -87,7 +87,6 @@ class Chunks(ChunkStore):
         self.last = Blend()
         self.reach: int | None = None
 
-    @torch.no_grad()
     def measure(self, passages: Sequence[Any]) -> int:
         """Find out in how many layers the model reads chunks (`blend.reach`), and repair questions in those only.
 
